@@ -1,0 +1,28 @@
+# make demo: one whole chain, from a download to ROUGE.   make test: the whole suite.   Both make .venv themselves.
+# Linux wheels of torch on PyPI hold CUDA; for the small CPU build: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := results/smollm2-135m
+
+.PHONY: demo test lint clean
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[workflow,tensorrt-rtx,test]'
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/snakemake $(DEMO)/fp16/rouge.json $(DEMO)/hf/rouge.json
+	$(BIN)/trtbuild score --summaries $(DEMO)/fp16/summaries.jsonl --output $(DEMO)/fp16/rouge.json --baseline $(DEMO)/hf/rouge.json
+
+test: .venv/installed
+	$(BIN)/pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/snakemake --lint
+
+clean:
+	rm -rf results/*/ .snakemake

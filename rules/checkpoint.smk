@@ -1,0 +1,14 @@
+# Published weights -> canonical checkpoint.
+
+
+rule checkpoint:
+    output:
+        directory("results/{model}/checkpoint"),
+    log:
+        "results/{model}/logs/checkpoint.log",
+    params:
+        source=lambda wildcards: MODELS[wildcards.model]["source"],
+    conda:
+        "../config/environment.yaml"
+    script:
+        "../workflow_scripts/checkpoint.py"

@@ -1,0 +1,100 @@
+# Engine, or Hugging Face model -> summaries -> ROUGE; perplexity; speed.
+
+
+rule summarize:
+    input:
+        checkpoint="results/{model}/checkpoint",
+        engine="results/{model}/{recipe}/engine/config.json",
+    output:
+        summaries="results/{model}/{recipe}/summaries.jsonl",
+        meta="results/{model}/{recipe}/summaries.meta.json",
+    log:
+        "results/{model}/{recipe}/logs/summarize.log",
+    params:
+        options=evaluation("runtime", "device", "dataset", "prompt", "chat", "max_output_len"),
+    threads: 16
+    conda:
+        "../config/environment.yaml"
+    script:
+        "../workflow_scripts/summarize.py"
+
+
+rule summarize_hf:
+    input:
+        checkpoint="results/{model}/checkpoint",
+    output:
+        summaries="results/{model}/hf/summaries.jsonl",
+        meta="results/{model}/hf/summaries.meta.json",
+    log:
+        "results/{model}/hf/logs/summarize.log",
+    params:
+        options=evaluation("baseline_dtype", "device", "dataset", "prompt", "chat", "max_output_len") | baseline_limits(),
+    threads: 16
+    conda:
+        "../config/environment.yaml"
+    script:
+        "../workflow_scripts/summarize.py"
+
+
+rule rouge:
+    input:
+        summaries="results/{model}/{run}/summaries.jsonl",
+        meta="results/{model}/{run}/summaries.meta.json",
+    output:
+        "results/{model}/{run}/rouge.json",
+    log:
+        "results/{model}/{run}/logs/rouge.log",
+    conda:
+        "../config/environment.yaml"
+    script:
+        "../workflow_scripts/rouge.py"
+
+
+rule perplexity:
+    input:
+        checkpoint="results/{model}/checkpoint",
+        engine="results/{model}/{recipe}/engine/config.json",
+    output:
+        "results/{model}/{recipe}/perplexity.json",
+    log:
+        "results/{model}/{recipe}/logs/perplexity.log",
+    params:
+        options=evaluation("runtime", "device", "dataset"),
+    threads: 16
+    conda:
+        "../config/environment.yaml"
+    script:
+        "../workflow_scripts/perplexity.py"
+
+
+rule perplexity_hf:
+    input:
+        checkpoint="results/{model}/checkpoint",
+    output:
+        "results/{model}/hf/perplexity.json",
+    log:
+        "results/{model}/hf/logs/perplexity.log",
+    params:
+        options=evaluation("baseline_dtype", "device", "dataset") | baseline_limits(),
+    threads: 16
+    conda:
+        "../config/environment.yaml"
+    script:
+        "../workflow_scripts/perplexity.py"
+
+
+rule benchmark:
+    input:
+        engine="results/{model}/{recipe}/engine/config.json",
+    output:
+        "results/{model}/{recipe}/benchmark.json",
+    log:
+        "results/{model}/{recipe}/logs/benchmark.log",
+    params:
+        sizes=config["benchmark"],
+        options=evaluation("runtime", "device"),
+    threads: 16
+    conda:
+        "../config/environment.yaml"
+    script:
+        "../workflow_scripts/benchmark.py"

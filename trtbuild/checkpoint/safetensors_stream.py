@@ -1,0 +1,114 @@
+"""Safetensors written tensor by tensor and read as memory maps.
+
+The library's `save_file` wants every tensor in memory at once; this writer holds one. Format:
+https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header, data).
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from trtbuild.checkpoint.lazy import LazyTensor
+from trtbuild.errors import UserError
+from trtbuild.files import atomic, write_json
+
+ALIGNMENT = 64  # bytes; mapped weights then start on a cache line
+NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
+
+
+def write_file(
+    path: Path,
+    tensors: Mapping[str, LazyTensor],
+    metadata: Mapping[str, str] | None = None,
+    progress: Callable[[int], object] = lambda nbytes: None,
+) -> None:
+    """Streams `tensors` into one safetensors file, one at a time; calls `progress(bytes)` after each.
+
+    Not atomic by itself: give it the temporary path of `files.atomic`.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, tensor in tensors.items():
+        header[name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-(8 + len(encoded)) % ALIGNMENT)
+    with open(path, "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little"))
+        file.write(encoded)
+        for name, tensor in tensors.items():
+            value = tensor.load().contiguous()
+            if value.dtype != tensor.dtype or tuple(value.shape) != tensor.shape:
+                raise ValueError(
+                    f"{name}: announced {tensor.dtype}{list(tensor.shape)}, got {value.dtype}{list(value.shape)}"
+                )
+            file.write(value.reshape(-1).view(torch.uint8).numpy())
+            progress(tensor.nbytes)
+
+
+def write_sharded(
+    folder: Path,
+    tensors: Mapping[str, LazyTensor],
+    max_shard_bytes: int = 4 << 30,
+    progress: Callable[[int], object] = lambda nbytes: None,
+) -> None:
+    """Writes `model.safetensors`, or `model-00001-of-0000N.safetensors` and the Hugging Face index beside them."""
+    shards: list[dict[str, LazyTensor]] = [{}]
+    for name, tensor in tensors.items():
+        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+        shards[-1][name] = tensor
+    if len(shards) == 1:
+        with atomic(folder / "model.safetensors") as path:
+            write_file(path, shards[0], {"format": "pt"}, progress)
+        return
+    index: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        with atomic(folder / file_name) as path:
+            write_file(path, shard, {"format": "pt"}, progress)
+        index |= dict.fromkeys(shard, file_name)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+
+
+def open_file(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file, memory-mapped: nothing is read until `load()`.
+
+    Raises `UserError` if the file is missing, truncated or not safetensors.
+    """
+    if not path.is_file():
+        raise UserError(f"missing weights file {path}")
+    try:
+        file = safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is truncated or not a safetensors file ({error}); fetch or build it again") from error
+    tensors = {}
+    for name in file.keys():  # noqa: SIM118 (safe_open is not iterable)
+        view = file.get_slice(name)
+        if view.get_dtype() not in DTYPES:
+            raise UserError(f"{path}: tensor {name} has the dtype {view.get_dtype()}; known are {', '.join(DTYPES)}")
+        tensors[name] = LazyTensor(
+            DTYPES[view.get_dtype()], tuple(view.get_shape()), lambda name=name: file.get_tensor(name)
+        )
+    return tensors, file.metadata() or {}

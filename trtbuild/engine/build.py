@@ -1,0 +1,115 @@
+"""From a checkpoint to an engine folder: every rank's portable engine, its TensorRT engine, and `config.json`."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+import trtbuild
+from trtbuild.checkpoint.canonical import Checkpoint
+from trtbuild.engine.config import BuildLimits, rank_file, write_config
+from trtbuild.engine.portable import read_portable, write_portable
+from trtbuild.errors import UserError
+from trtbuild.files import atomic
+from trtbuild.models.decoder import decoder
+from trtbuild.models.mapping import Mapping
+from trtbuild.progress import byte_bar
+
+ENGINES = ("portable", "tensorrt")
+
+
+def build_portable(checkpoint_dir: Path, path: Path, recipe: dict, limits: BuildLimits, mapping: Mapping) -> None:
+    """Writes one rank's portable engine: its network and its share of the weights in the recipe's dtype."""
+    checkpoint = Checkpoint(checkpoint_dir)
+    dtype = getattr(torch, recipe["dtype"])
+    network = decoder(checkpoint.config, checkpoint.__getitem__, dtype, limits.max_length, mapping)
+    total = sum(constant.nbytes for constant in network.constants.values())
+    with byte_bar(total, path.name) as bar:
+        write_portable(path, network, limits, bar.update)
+
+
+def build_tensorrt(
+    portable: Path, path: Path, remove_input_padding: bool, compute_capabilities: list[str] | None
+) -> None:
+    """Lowers one rank's portable engine and writes its serialized TensorRT engine to `path`."""
+    from trtbuild.engine.tensorrt import LoweredNetwork
+    from trtbuild.engine.tensorrt_api import DEFAULT_COMPUTE_CAPABILITIES
+
+    network, limits = read_portable(portable)
+    lowered = LoweredNetwork(network, remove_input_padding)
+    engine = lowered.build(limits, tuple(compute_capabilities or DEFAULT_COMPUTE_CAPABILITIES))
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        file.write(engine)
+
+
+def write_engine_config(
+    folder: Path,
+    checkpoint_dir: Path,
+    *,
+    model: str,
+    recipe: dict,
+    limits: BuildLimits,
+    mapping: Mapping,
+    engines: list[str],
+    remove_input_padding: bool,
+) -> None:
+    """Writes `config.json`: model, recipe, mapping, limits, builders, and the sha256 of every input and output."""
+    checkpoint = Checkpoint(checkpoint_dir)
+    builders = {"portable": {"trtbuild": trtbuild.__version__, "torch": torch.__version__}}
+    if "tensorrt" in engines:
+        from trtbuild.engine.tensorrt_api import version
+
+        builders["tensorrt"] = version()
+    write_config(
+        folder,
+        [checkpoint.folder / "config.json", *checkpoint.files],
+        model=model,
+        recipe=recipe,
+        model_config=dataclasses.asdict(checkpoint.config),
+        mapping={"tp_size": mapping.tp_size, "pp_size": mapping.pp_size},
+        limits=dataclasses.asdict(limits),
+        remove_input_padding=remove_input_padding,
+        builders=builders,
+    )
+
+
+def build_engine_dir(
+    checkpoint_dir: Path,
+    folder: Path,
+    *,
+    model: str,
+    recipe: dict,
+    limits: BuildLimits,
+    engines: list[str],
+    remove_input_padding: bool = True,
+    compute_capabilities: list[str] | None = None,
+) -> None:
+    """Builds a whole engine folder; it appears only when it is complete."""
+    if "tensorrt" in engines:
+        from trtbuild.engine.tensorrt_api import api
+
+        api()  # a missing distribution is better said before the work than after
+    if "portable" not in engines:
+        raise UserError(
+            "a TensorRT engine is lowered from the portable one; build with --engine portable --engine tensorrt"
+        )
+    world = Mapping().world_size
+    with atomic(folder) as temporary:
+        temporary.mkdir()
+        for rank in range(world):
+            mapping = Mapping(rank=rank)
+            portable = temporary / rank_file(rank, "portable")
+            build_portable(checkpoint_dir, portable, recipe, limits, mapping)
+            if "tensorrt" in engines:
+                target = temporary / rank_file(rank, "tensorrt")
+                build_tensorrt(portable, target, remove_input_padding, compute_capabilities)
+        write_engine_config(
+            temporary,
+            checkpoint_dir,
+            model=model,
+            recipe=recipe,
+            limits=limits,
+            mapping=mapping,
+            engines=engines,
+            remove_input_padding=remove_input_padding,
+        )

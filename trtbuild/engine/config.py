@@ -1,0 +1,64 @@
+"""What an engine was built for: limits, and the `config.json` of an engine folder."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from trtbuild.errors import UserError
+from trtbuild.files import read_json, sha256, write_json
+
+DTYPES = ("float32", "float16", "bfloat16")
+CONFIG_FILE = "config.json"
+
+
+@dataclass(frozen=True)
+class BuildLimits:
+    """The largest request that an engine serves. A sequence's KV cache holds `max_length` positions."""
+
+    max_batch_size: int = 8
+    max_input_len: int = 1024
+    max_output_len: int = 128
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if value < 1:
+                raise UserError(f"{name} is {value}; it must be at least 1")
+
+    @property
+    def max_length(self) -> int:
+        return self.max_input_len + self.max_output_len
+
+
+def rank_file(rank: int, kind: str) -> str:
+    """File name of one rank's engine; `kind` is `portable` or `tensorrt`."""
+    return f"rank{rank}.{ {'portable': 'safetensors', 'tensorrt': 'engine'}[kind] }"
+
+
+def write_config(folder: Path, inputs: list[Path], **content: object) -> None:
+    """Writes `config.json` beside the rank files, with size and sha256 of every input and every engine file."""
+    files = sorted([*folder.glob("rank*.safetensors"), *folder.glob("rank*.engine")])
+    write_json(
+        folder / CONFIG_FILE,
+        content
+        | {
+            "inputs": {path.name: sha256(path) for path in inputs},
+            "outputs": {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files},
+        },
+    )
+
+
+def read_config(folder: Path) -> dict:
+    """Reads an engine folder's `config.json` and checks every file it lists.
+
+    Raises `UserError` if the folder is no engine, a rank's file is missing, or a file is not the one that was built.
+    """
+    if not (folder / CONFIG_FILE).exists():
+        raise UserError(f"{folder} is not an engine folder: it has no {CONFIG_FILE}; build one with 'trtbuild build'")
+    config = read_json(folder / CONFIG_FILE)
+    for name, expected in config["outputs"].items():
+        path = folder / name
+        if not path.exists():
+            raise UserError(f"{folder} is incomplete: {name} is missing; build the engine again")
+        if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
+            raise UserError(f"{path} is not the file that was built (its sha256 differs); build the engine again")
+    return config

@@ -1,0 +1,245 @@
+"""Runs an `INetworkDefinition` on the CPU, layer by layer, with torch.
+
+It proves, with no GPU, that what TensorRT is asked to compile computes what the network means. Layers are read back
+from the definition itself, through TensorRT's API; only the constants' values come from the buffers that it points to.
+Semantics: the operator pages of the TensorRT documentation.
+"""
+
+from collections.abc import Callable
+from graphlib import TopologicalSorter
+
+import torch
+import torch.nn.functional as F
+
+from trtbuild.engine.tensorrt import LoweredNetwork
+from trtbuild.engine.tensorrt_api import api
+
+Values = dict[str, torch.Tensor]
+
+
+class Interpreter:
+    """A lowered network prepared for running: one closure a layer, over values by tensor name."""
+
+    def __init__(self, lowered: LoweredNetwork) -> None:
+        self.lowered = lowered
+        definition = lowered.definition
+        self.inputs = [definition.get_input(i).name for i in range(definition.num_inputs)]
+        self.outputs = [definition.get_output(i).name for i in range(definition.num_outputs)]
+        self._constants: Values = {}
+        layers: dict[str, tuple[list[str], Callable]] = {}  # by the name of the tensor that they make
+        for i in range(definition.num_layers):
+            self._prepare(definition.get_layer(i), layers)
+        # A definition lists layers in any order: a slice may precede the layer that computes its size.
+        order = TopologicalSorter({target: sources for target, (sources, _) in layers.items()}).static_order()
+        self._steps = [(target, *layers[target]) for target in order if target in layers]
+
+    @torch.inference_mode()
+    def run(self, inputs: Values) -> Values:
+        """Values by engine input name to values by engine output name. Inputs are not modified."""
+        values = self._constants | {name: inputs[name] for name in self.inputs}
+        for target, sources, compute in self._steps:
+            values[target] = compute(*(values[name] for name in sources))
+        return {name: values[name] for name in self.outputs}
+
+    def _prepare(self, layer, layers: dict[str, tuple[list[str], Callable]]) -> None:
+        trt = api()
+        kind = layer.type.name
+        if kind == "CONSTANT":
+            self._constants[layer.get_output(0).name] = self.lowered.lowering.buffers[layer.name]
+            return
+        if kind == "ATTENTION_INPUT":
+            return  # an attention is two layers; the output layer computes all of it
+        make, interface = LAYERS[kind]
+        layer.__class__ = getattr(trt, interface)
+        if kind == "ATTENTION_OUTPUT":
+            layers[layer.attention.get_output(0).name] = _attention(layer.attention)
+            return
+        inputs = [layer.get_input(i) for i in range(layer.num_inputs)]
+        layers[layer.get_output(0).name] = [tensor.name for tensor in inputs if tensor is not None], make(layer)
+
+
+def _shuffle(layer):
+    first, second = tuple(layer.first_transpose), tuple(layer.second_transpose)
+    dynamic = layer.num_inputs > 1
+    dims = None if dynamic else layer.reshape_dims  # None also where the layer only transposes
+
+    def compute(x, shape=None):
+        x = x.permute(first[: x.ndim])
+        if dynamic:
+            x = x.reshape(shape.tolist())
+        elif dims is not None:
+            x = x.reshape([x.shape[i] if n == 0 else n for i, n in enumerate(dims)])
+        return x.permute(second[: x.ndim])
+
+    return compute
+
+
+def _gather(layer):
+    axis, mode = layer.axis, layer.mode.name
+    if mode != "DEFAULT" or layer.num_elementwise_dims:
+        raise NotImplementedError(f"gather of mode {mode}")
+
+    def compute(x, indices):
+        rows = x.index_select(axis, indices.reshape(-1).long())
+        return rows.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+
+    return compute
+
+
+def _slice(layer):
+    start, stride, dynamic = tuple(layer.start), tuple(layer.stride), layer.num_inputs > 1
+    fixed = () if dynamic else tuple(layer.shape)
+
+    def compute(x, *shape):
+        size = shape[0].tolist() if dynamic else fixed
+        index = tuple(slice(a, a + n * s, s) for a, n, s in zip(start, size, stride, strict=True))
+        return x[index]
+
+    return compute
+
+
+def _elementwise(layer):
+    op = layer.op.name
+    compute = {
+        "SUM": torch.add,
+        "PROD": torch.mul,
+        "SUB": torch.sub,
+        "DIV": torch.div,
+        "MAX": torch.maximum,
+        "MIN": torch.minimum,
+        "POW": torch.pow,
+        "LESS": torch.lt,
+    }[op]
+
+    def checked(a, b):
+        if a.dtype != b.dtype:  # a strongly typed network has no implicit casts
+            raise TypeError(f"elementwise {op} of {a.dtype} and {b.dtype}")
+        return compute(a, b)
+
+    return checked
+
+
+def _unary(layer):
+    return {
+        "SQRT": torch.sqrt,
+        "RECIP": torch.reciprocal,
+        "NEG": torch.neg,
+        "COS": torch.cos,
+        "SIN": torch.sin,
+    }[layer.op.name]
+
+
+def _activation(layer):
+    return {"SIGMOID": torch.sigmoid}[layer.type.name]
+
+
+def _reduce(layer):
+    axes = [i for i in range(8) if layer.axes >> i & 1]
+    compute = {"AVG": torch.mean, "SUM": torch.sum, "MAX": torch.amax}[layer.op.name]
+    keep = layer.keep_dims
+    return lambda x: compute(x, axes, keepdim=keep)
+
+
+def _matmul(layer):
+    transposed = [op.name == "TRANSPOSE" for op in (layer.op0, layer.op1)]
+
+    def compute(a, b):
+        if a.dtype != b.dtype:
+            raise TypeError(f"matrix product of {a.dtype} and {b.dtype}")
+        wide = [(x.mT if t else x).float() for x, t in zip((a, b), transposed, strict=True)]
+        return (wide[0] @ wide[1]).to(a.dtype)
+
+    return compute
+
+
+def _cast(layer):
+    dtype = _torch_dtype(layer.to_type)
+    return lambda x: x.to(dtype)
+
+
+def _concatenation(layer):
+    axis = layer.axis
+    return lambda *parts: torch.cat(parts, axis)
+
+
+def _shape(layer):
+    return lambda x: torch.tensor(x.shape, dtype=torch.int64)
+
+
+def _rotary(layer):
+    if layer.interleaved or layer.num_inputs > 3:
+        raise NotImplementedError("rotary embedding with interleaved pairs or position ids")
+    size = layer.rotary_embedding_dim
+
+    def compute(x, cos, sin):
+        """x `[batch, heads, length, dim]`, cos and sin `[batch, length, dim / 2]`."""
+        cos, sin = cos[:, None].float(), sin[:, None].float()
+        first, second = x[..., : size // 2].float(), x[..., size // 2 : size].float()
+        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+        return torch.cat((rotated, x[..., size:]), -1)
+
+    return compute
+
+
+def _kv_cache_update(layer):
+    if layer.cache_mode.name != "LINEAR":
+        raise NotImplementedError(f"KV cache mode {layer.cache_mode.name}")
+
+    def compute(cache, update, write_indices):
+        cache = cache.clone()
+        for b, start in enumerate(write_indices.tolist()):
+            if start + update.shape[2] > cache.shape[2]:
+                raise IndexError(f"KV cache update of {update.shape[2]} positions at {start} overruns {cache.shape[2]}")
+            cache[b, :, start : start + update.shape[2]] = update[b]
+        return cache
+
+    return compute
+
+
+def _attention(attention):
+    """Sources and function of an `IAttention`: softmax(q k^T, masked) v; q comes scaled."""
+    if attention.norm_op.name != "SOFTMAX" or attention.causal_kind.name != "NONE":
+        raise NotImplementedError("attention other than softmax with an explicit mask")
+    inputs = [attention.get_input(0), attention.get_input(1), attention.get_input(2)]
+    inputs += [attention.mask, attention.key_value_lengths]
+
+    def compute(q, k, v, mask, kv_lengths):
+        inside = torch.arange(k.shape[2]) < kv_lengths[:, None, None, None]
+        if mask.dtype == torch.bool:
+            allowed = torch.zeros(mask.shape).masked_fill(~(mask & inside), float("-inf"))
+        else:
+            allowed = mask.float().masked_fill(~inside, float("-inf"))
+        return F.scaled_dot_product_attention(
+            q.float(), k.float(), v.float(), attn_mask=allowed, scale=1.0, enable_gqa=True
+        ).to(q.dtype)
+
+    return [tensor.name for tensor in inputs], compute
+
+
+def _torch_dtype(dtype) -> torch.dtype:
+    return {
+        "FLOAT": torch.float32,
+        "HALF": torch.float16,
+        "BF16": torch.bfloat16,
+        "INT32": torch.int32,
+        "INT64": torch.int64,
+        "BOOL": torch.bool,
+    }[dtype.name]
+
+
+LAYERS = {
+    "SHUFFLE": (_shuffle, "IShuffleLayer"),
+    "GATHER": (_gather, "IGatherLayer"),
+    "SLICE": (_slice, "ISliceLayer"),
+    "ELEMENTWISE": (_elementwise, "IElementWiseLayer"),
+    "UNARY": (_unary, "IUnaryLayer"),
+    "ACTIVATION": (_activation, "IActivationLayer"),
+    "REDUCE": (_reduce, "IReduceLayer"),
+    "MATRIX_MULTIPLY": (_matmul, "IMatrixMultiplyLayer"),
+    "CAST": (_cast, "ICastLayer"),
+    "CONCATENATION": (_concatenation, "IConcatenationLayer"),
+    "SHAPE": (_shape, "IShapeLayer"),
+    "ROTARY_EMBEDDING": (_rotary, "IRotaryEmbeddingLayer"),
+    "KV_CACHE_UPDATE": (_kv_cache_update, "IKVCacheUpdateLayer"),
+    "ATTENTION_OUTPUT": (_attention, "IAttentionOutputLayer"),
+}

@@ -1,0 +1,203 @@
+"""The layers that operations lower to: a thin vocabulary over `INetworkDefinition`.
+
+Activations are `[tokens, ...]` as in the network. With `remove_input_padding` they stay packed and only attention pads,
+by gathering with `pad_index` `[batch, query_len]` and back with `unpad_index` `[tokens]`; without it the engine's
+inputs are `[batch, query_len]` and tokens = batch * query_len, padding included.
+"""
+
+import torch
+
+from trtbuild.engine.tensorrt_api import api
+
+
+class Lowering:
+    """An `INetworkDefinition` under construction. Every method adds layers and returns `ITensor`s."""
+
+    def __init__(self, definition, remove_input_padding: bool) -> None:
+        self.trt = api()
+        self.definition = definition
+        self.packed = remove_input_padding
+        self.buffers: dict[str, torch.Tensor] = {}  # TensorRT reads constants where they lie, until the build ends
+        self.inputs: dict[str, object] = {}
+        self._once: dict[object, object] = {}
+
+    def dtype(self, dtype: torch.dtype):
+        trt = self.trt
+        return {
+            torch.float32: trt.float32,
+            torch.float16: trt.float16,
+            torch.bfloat16: trt.bfloat16,
+            torch.int32: trt.int32,
+            torch.int64: trt.int64,
+            torch.bool: trt.bool,
+        }[dtype]
+
+    def once(self, key, make):
+        """`make()` the first time `key` is asked for, the same tensor afterwards."""
+        if key not in self._once:
+            self._once[key] = make()
+        return self._once[key]
+
+    # Constants
+
+    def constant(self, value: torch.Tensor, name: str | None = None):
+        value = value.contiguous()
+        weights = self.trt.Weights(self.dtype(value.dtype), value.data_ptr(), value.numel())
+        layer = self.definition.add_constant(tuple(value.shape), weights)
+        if name:
+            layer.name = name
+        self.buffers[layer.name] = value
+        return layer.get_output(0)
+
+    def scalar(self, value: float, dtype: torch.dtype, rank: int):
+        """One number that broadcasts against tensors of `rank` dimensions."""
+        return self.once(
+            ("scalar", value, dtype, rank), lambda: self.constant(torch.full((1,) * rank, value, dtype=dtype))
+        )
+
+    # Arithmetic
+
+    def elementwise(self, operation: str, a, b):
+        return self.definition.add_elementwise(a, b, getattr(self.trt.ElementWiseOperation, operation)).get_output(0)
+
+    def unary(self, operation: str, x):
+        return self.definition.add_unary(x, getattr(self.trt.UnaryOperation, operation)).get_output(0)
+
+    def sigmoid(self, x):
+        return self.definition.add_activation(x, self.trt.ActivationType.SIGMOID).get_output(0)
+
+    def mean(self, x, axis: int):
+        return self.definition.add_reduce(x, self.trt.ReduceOperation.AVG, 1 << axis, True).get_output(0)
+
+    def matmul(self, a, b, transpose_b: bool = False):
+        op = self.trt.MatrixOperation
+        return self.definition.add_matrix_multiply(a, op.NONE, b, op.TRANSPOSE if transpose_b else op.NONE).get_output(
+            0
+        )
+
+    def cast(self, x, dtype: torch.dtype):
+        wanted = self.dtype(dtype)
+        return x if x.dtype == wanted else self.definition.add_cast(x, wanted).get_output(0)
+
+    def cast_like(self, x, like):
+        return x if x.dtype == like.dtype else self.definition.add_cast(x, like.dtype).get_output(0)
+
+    # Shapes
+
+    def gather(self, x, indices):
+        """Rows of `x`."""
+        return self.definition.add_gather(x, indices, 0).get_output(0)
+
+    def concatenate(self, tensors, axis: int):
+        layer = self.definition.add_concatenation(tensors)
+        layer.axis = axis
+        return layer.get_output(0)
+
+    def reshape(self, x, shape: tuple[int, ...], before=None, after=None):
+        """`shape` may hold one -1 and zeros (copy that dimension); optional transposes before and after."""
+        layer = self.definition.add_shuffle(x)
+        if before:
+            layer.first_transpose = before
+        layer.reshape_dims = shape
+        if after:
+            layer.second_transpose = after
+        return layer.get_output(0)
+
+    def sizes(self, tensor_name: str, x, axis: int):
+        """One dimension of `x` as a shape tensor `[1]`."""
+
+        def make():
+            shape = self.definition.add_shape(x).get_output(0)
+            return self.definition.add_slice(shape, (axis,), (1,), (1,)).get_output(0)
+
+        return self.once(("size", tensor_name, axis), make)
+
+    def shape(self, *sizes):
+        """A shape tensor from numbers and `[1]` shape tensors."""
+        parts = [self._integer(size) if isinstance(size, int) else size for size in sizes]
+        return self.concatenate(parts, axis=0)
+
+    def _integer(self, value: int):
+        return self.once(("integer", value), lambda: self.constant(torch.tensor([value], dtype=torch.int64)))
+
+    @property
+    def tokens(self):
+        """The number of tokens as a shape tensor."""
+        if self.packed:
+            return self.sizes("input_ids", self.inputs["input_ids"], 0)
+        return self.once("tokens", lambda: self.elementwise("PROD", self.batch, self.query_len))
+
+    @property
+    def batch(self):
+        name = "pad_index" if self.packed else "input_ids"
+        return self.sizes(name, self.inputs[name], 0)
+
+    @property
+    def query_len(self):
+        name = "pad_index" if self.packed else "input_ids"
+        return self.sizes(name, self.inputs[name], 1)
+
+    def columns(self, x, start: int, size: int):
+        """`x[:, start : start + size]` of `[tokens, width]`."""
+        layer = self.definition.add_slice(x, (0, start), (0, 0), (1, 1))
+        layer.set_input(2, self.once(("columns", size), lambda: self.shape(self.tokens, size)))
+        return layer.get_output(0)
+
+    # Sequences
+
+    def pad(self, x, *shape: int):
+        """`[tokens, ...]` to `[batch, query_len, *shape]`; what padding holds is never looked at."""
+        if self.packed:
+            return self.reshape(self.gather(x, self.inputs["pad_index"]), (0, 0, *shape))
+        layer = self.definition.add_shuffle(x)
+        layer.set_input(1, self.once(("pad", shape), lambda: self.shape(self.batch, self.query_len, *shape)))
+        return layer.get_output(0)
+
+    def heads(self, x, head_dim: int):
+        """`[tokens, heads * head_dim]` to `[batch, heads, query_len, head_dim]`."""
+        layer = self.definition.add_shuffle(self.pad(x, x.shape[1] // head_dim, head_dim))
+        layer.first_transpose = (0, 2, 1, 3)
+        return layer.get_output(0)
+
+    def padded_columns(self, x, start: int, size: int):
+        """Columns of `[tokens, width]` as `[batch, query_len, size]`, made once."""
+        return self.once(("padded", x.name, start), lambda: self.pad(self.columns(x, start, size), size))
+
+    def merge_heads(self, x, width: int):
+        """`[batch, heads, query_len, head_dim]` to `[tokens, width]`."""
+        x = self.reshape(x, (-1, width), before=(0, 2, 1, 3))
+        return self.gather(x, self.inputs["unpad_index"]) if self.packed else x
+
+    def rotate(self, x, cos, sin):
+        """RoPE on halves: `x` `[batch, heads, query_len, head_dim]`, cos and sin `[batch, query_len, head_dim / 2]`."""
+        return self.definition.add_rotary_embedding(x, cos, sin, False, x.shape[3]).get_output(0)
+
+    def scale(self, x, factor: float):
+        dtype = next(
+            torch_type
+            for torch_type in (torch.float32, torch.float16, torch.bfloat16)
+            if self.dtype(torch_type) == x.dtype
+        )
+        return self.elementwise("PROD", x, self.scalar(factor, dtype, rank=4))
+
+    def update_cache(self, cache, new, write_indices):
+        """Writes `[batch, kv_heads, query_len, head_dim]` into the cache from each sequence's write index on."""
+        return self.definition.add_kv_cache_update(cache, new, write_indices, self.trt.KVCacheMode.LINEAR).get_output(0)
+
+    def attend(self, q, keys, values, position_ids):
+        """Attention of scaled queries over whole caches, masked by position."""
+        trt = self.trt
+        layer = self.definition.add_attention_v2(
+            q, keys, values, trt.AttentionNormalizationOp.SOFTMAX, trt.CausalMaskKind.NONE
+        )
+        layer.mask = self.once("mask", lambda: self._mask(position_ids, keys.shape[2]))
+        layer.key_value_lengths = self.inputs["kv_lengths"]
+        layer.decomposable = True
+        return layer.get_output(0)
+
+    def _mask(self, position_ids, max_length: int):
+        """`[batch, 1, query_len, max_length]`: true where the key's position is not after the query's."""
+        positions = self.reshape(self.pad(position_ids, 1), (0, 1, -1, 1))
+        keys = self.constant(torch.arange(max_length, dtype=torch.int32).reshape(1, 1, 1, -1))
+        limit = self.elementwise("SUM", positions, self.scalar(1, torch.int32, rank=4))
+        return self.elementwise("LESS", keys, limit)

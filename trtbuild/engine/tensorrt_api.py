@@ -1,0 +1,76 @@
+"""The TensorRT distribution that is installed, and the only place that knows the difference between the two.
+
+`tensorrt` runs on data-centre GPUs; `tensorrt_rtx` (TensorRT for RTX) builds without a GPU and runs on compute
+capability 8.0, 8.6, 8.9 and 12.x. `TRTBUILD_TENSORRT` chooses one by module name where both are installed.
+"""
+
+import importlib
+import os
+from functools import cache
+from types import ModuleType
+
+from trtbuild.errors import UserError
+
+DISTRIBUTIONS = ("tensorrt", "tensorrt_rtx")
+# What one engine of TensorRT-RTX may be compiled for; a `tensorrt` engine is for the GPU it is built on.
+DEFAULT_COMPUTE_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
+
+
+@cache
+def api() -> ModuleType:
+    """The distribution's Python module; raises `UserError` naming the package to install if there is none."""
+    chosen = os.environ.get("TRTBUILD_TENSORRT")
+    for name in (chosen,) if chosen else DISTRIBUTIONS:
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            continue
+    raise UserError(
+        "no TensorRT distribution is installed; 'pip install tensorrt-rtx-cu13' builds engines without a GPU, "
+        "'pip install tensorrt-cu13' serves data-centre GPUs. Portable engines need neither."
+    )
+
+
+def version() -> dict[str, str]:
+    """Name and version of the distribution, for result files."""
+    return {"distribution": api().__name__, "version": api().__version__}
+
+
+def is_rtx() -> bool:
+    return api().__name__ == "tensorrt_rtx"
+
+
+@cache
+def logger():
+    """TensorRT's logger at warning level; it must outlive every object made with it."""
+    return api().Logger(api().Logger.WARNING)
+
+
+def set_target(config, compute_capabilities: tuple[str, ...]) -> None:
+    """Tells a builder configuration for which GPUs to compile. Raises `UserError` for an unknown compute capability."""
+    if not is_rtx():
+        return
+    trt = api()
+    config.num_compute_capabilities = len(compute_capabilities)
+    for i, capability in enumerate(compute_capabilities):
+        name = "SM" + capability.replace(".", "")
+        if name not in trt.ComputeCapability.__members__:
+            known = [f"{n[2:-1]}.{n[-1]}" for n in trt.ComputeCapability.__members__ if n.startswith("SM")]
+            raise UserError(
+                f"compute capability {capability} is not one that {trt.__name__} builds for: {', '.join(known)}"
+            )
+        config.set_compute_capability(trt.ComputeCapability.__members__[name], i)
+
+
+def runs_here() -> bool:
+    """Whether the installed distribution, if any, can execute engines on the GPU at hand, if any."""
+    import torch
+
+    try:
+        api()
+    except UserError:
+        return False
+    if not torch.cuda.is_available():
+        return False
+    major, minor = torch.cuda.get_device_capability()
+    return not is_rtx() or (major, minor) in ((8, 0), (8, 6), (8, 9)) or major == 12

@@ -1,0 +1,64 @@
+"""The Hugging Face model of a canonical checkpoint: the baseline that every engine is compared with."""
+
+from pathlib import Path
+
+import torch
+
+from trtbuild.checkpoint.canonical import Checkpoint
+from trtbuild.errors import UserError
+from trtbuild.evaluation.provenance import environment
+from trtbuild.files import sha256
+from trtbuild.progress import item_bar
+from trtbuild.runtime.generation import Output
+from trtbuild.runtime.open import pick_device
+
+
+class HuggingFaceModel:
+    """`transformers`' model in a dtype. One prompt at a time: its batches pad, and padding moves its last bits."""
+
+    def __init__(self, folder: Path | str, dtype: str = "float32", device: str = "auto") -> None:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        self.checkpoint = Checkpoint(folder)
+        self.dtype, self.device = dtype, pick_device(device)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
+        self.model = model.to(self.device).eval()
+
+    @torch.inference_mode()
+    def logits(self, ids: list[int]) -> torch.Tensor:
+        """Float32 logits of every token, `[tokens, vocab]`, on the CPU."""
+        return self.model(torch.tensor([ids], device=self.device)).logits[0].float().cpu()
+
+    @torch.inference_mode()
+    def generate(self, prompts: list[list[int]], max_output_len: int, eos_token_ids: tuple[int, ...]) -> list[Output]:
+        """Greedy continuations."""
+        outputs = []
+        with item_bar(len(prompts), "Hugging Face baseline", "prompt") as bar:
+            for i, prompt in enumerate(prompts):
+                if not prompt:
+                    raise UserError(f"prompt {i} is empty; give at least one token of text")
+                ids = torch.tensor([prompt], device=self.device)
+                sequence = self.model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=max_output_len,
+                    do_sample=False,
+                    eos_token_id=list(eos_token_ids) or None,
+                    pad_token_id=eos_token_ids[0] if eos_token_ids else 0,
+                )[0]
+                new = sequence[len(prompt) :].tolist()
+                outputs.append(Output(new, "eos" if new[-1] in eos_token_ids else "length"))
+                bar.update()
+        return outputs
+
+    def provenance(self, model: str) -> dict:
+        """The same keys as an engine's; the sha256 is that of the first weights file."""
+        return {
+            "engine": "transformers",
+            "model": model,
+            "dtype": self.dtype,
+            "engine_sha256": sha256(self.checkpoint.files[0]),
+            **environment(self.device),
+        }

@@ -1,0 +1,30 @@
+"""Perplexity of a text: the exponential of the mean negative log-likelihood of its tokens."""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from trtbuild.errors import UserError
+from trtbuild.progress import item_bar
+
+
+def perplexity(texts: list[list[int]], logits: Callable[[list[int]], torch.Tensor], max_input_len: int) -> dict:
+    """Over all tokens but the first of each window of at most `max_input_len` tokens (no overlap between windows).
+
+    `logits` gives `[tokens, vocab]` for one window. Returns perplexity, mean negative log-likelihood (nats), tokens.
+    """
+    total, count = 0.0, 0
+    windows = [text[i : i + max_input_len] for text in texts for i in range(0, len(text), max_input_len)]
+    with item_bar(len(windows), "perplexity", "window") as bar:
+        for window in windows:
+            if len(window) > 1:
+                predictions = logits(window)[:-1].float()
+                targets = torch.tensor(window[1:], device=predictions.device)
+                loss = torch.nn.functional.cross_entropy(predictions, targets, reduction="none")
+                total += loss.double().sum().item()
+                count += len(targets)
+            bar.update()
+    if not count:
+        raise UserError("there is no text to compute a perplexity of; every text has fewer than two tokens")
+    return {"perplexity": math.exp(total / count), "mean_nll": total / count, "tokens": count}

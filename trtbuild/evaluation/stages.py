@@ -1,0 +1,164 @@
+"""The evaluation stages as the workflow's rules and the command line call them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from trtbuild.errors import UserError
+from trtbuild.evaluation.benchmark import benchmark
+from trtbuild.evaluation.datasets import load_articles
+from trtbuild.evaluation.hugging_face import HuggingFaceModel
+from trtbuild.evaluation.perplexity import perplexity
+from trtbuild.evaluation.provenance import provenance
+from trtbuild.evaluation.rouge import METRICS, score
+from trtbuild.evaluation.summarization import read_summaries, summarization_prompts, write_summaries
+from trtbuild.evaluation.verify import Agreement, verify
+from trtbuild.progress import item_bar
+from trtbuild.runtime.generation import Output, generate
+from trtbuild.runtime.open import open_engine
+from trtbuild.runtime.sampling import SamplingParams
+from trtbuild.runtime.tokenizer import Tokenizer
+
+VERIFY_PROMPTS = ("The capital of France is", "Water", "In 1969, for the first time, a person stood on the Moon, and")
+
+
+def summarize_articles(
+    *,
+    output: Path,
+    checkpoint_dir: Path,
+    engine_dir: Path | None = None,
+    dataset: dict,
+    prompt: str,
+    chat: bool,
+    max_output_len: int,
+    max_input_len: int = 0,
+    baseline_dtype: str = "float32",
+    runtime: str = "auto",
+    device: str = "auto",
+    model: str | None = None,
+) -> None:
+    """Writes the summaries of a data set by an engine, or without `engine_dir` by the Hugging Face model.
+
+    `checkpoint_dir` gives the tokenizer, and the Hugging Face model. An engine brings its own `max_input_len`.
+    """
+    articles = load_articles(**dataset)
+    tokenizer = Tokenizer(checkpoint_dir)
+    if engine_dir:
+        opened = open_engine(engine_dir, runtime, device)
+        max_input_len = opened.session.limits.max_input_len
+        params = SamplingParams(max_output_len, eos_token_ids=tokenizer.eos_token_ids)
+        run = _with_bar(
+            lambda prompts, on_token: generate(opened.session, prompts, params, on_token=on_token), max_output_len
+        )
+        origin = provenance(opened)
+    else:
+        baseline = HuggingFaceModel(checkpoint_dir, baseline_dtype, device)
+        run = lambda prompts: baseline.generate(prompts, max_output_len, tokenizer.eos_token_ids)  # noqa: E731
+        origin = baseline.provenance(model or checkpoint_dir.resolve().name)
+    prompts = summarization_prompts(articles, tokenizer, prompt, chat, max_input_len)
+    settings = {"dataset": dataset, "samples": len(articles), "prompt": prompt, "chat": chat}
+    settings |= {"max_input_len": max_input_len, "max_output_len": max_output_len, "seed": 0}
+    write_summaries(output, articles, tokenizer, prompts, run, origin | settings)
+
+
+def _with_bar(run: Callable, max_output_len: int) -> Callable[[list[list[int]]], list[Output]]:
+    def call(prompts: list[list[int]]) -> list[Output]:
+        with item_bar(len(prompts) * max_output_len, "summaries", "token") as bar:
+            return run(prompts, lambda prompt, token: bar.update())
+
+    return call
+
+
+def score_summaries(path: Path, seed: int = 0) -> dict:
+    """ROUGE of a summaries file, with its provenance."""
+    records, origin = read_summaries(path)
+    scores = score([r["summary"] for r in records], [r["reference"] for r in records], seed)
+    return scores | {"samples": len(records), "bootstrap_seed": seed, "provenance": origin}
+
+
+def rouge_table(results: list[dict]) -> str:
+    """Scores side by side, a line an engine."""
+    lines = [f"{'':34}" + "".join(f"{metric:>24}" for metric in METRICS)]
+    for result in results:
+        origin = result["provenance"]
+        cells = (f"{m['mean']:.2f} [{m['low']:.2f}, {m['high']:.2f}]" for m in (result[metric] for metric in METRICS))
+        lines.append(f"{origin['engine'] + ' ' + origin['dtype']:34}" + "".join(f"{cell:>24}" for cell in cells))
+    return "\n".join(lines)
+
+
+def measure_perplexity(
+    *,
+    checkpoint_dir: Path,
+    engine_dir: Path | None = None,
+    dataset: dict,
+    max_input_len: int = 0,
+    baseline_dtype: str = "float32",
+    runtime: str = "auto",
+    device: str = "auto",
+    model: str | None = None,
+) -> dict:
+    """Perplexity of a data set's articles under an engine, or without `engine_dir` under the Hugging Face model."""
+    tokenizer = Tokenizer(checkpoint_dir)
+    texts = [tokenizer.encode(article.article) for article in load_articles(**dataset)]
+    if engine_dir:
+        opened = open_engine(engine_dir, runtime, device)
+        max_input_len = opened.session.limits.max_input_len
+        origin, logits = provenance(opened), lambda ids: opened.session.prefill([ids], all_logits=True)
+    else:
+        baseline = HuggingFaceModel(checkpoint_dir, baseline_dtype, device)
+        origin, logits = baseline.provenance(model or checkpoint_dir.resolve().name), baseline.logits
+    with torch.inference_mode():
+        result = perplexity(texts, logits, max_input_len)
+    settings = {"dataset": dataset, "samples": len(texts), "max_input_len": max_input_len}
+    return result | {"provenance": origin | settings}
+
+
+def run_benchmark(
+    engine_dir: Path,
+    batch_size: int,
+    input_len: int,
+    output_len: int,
+    repeats: int,
+    runtime: str = "auto",
+    device: str = "auto",
+) -> dict:
+    """Speed of an engine, with provenance."""
+    opened = open_engine(engine_dir, runtime, device)
+    result = benchmark(opened.session, batch_size, input_len, output_len, repeats)
+    return result | {"provenance": provenance(opened)}
+
+
+def verify_engine(
+    engine_dir: Path,
+    checkpoint_dir: Path,
+    texts: list[str] | None,
+    max_output_len: int,
+    runtimes: list[str] | None = None,
+) -> list[Agreement]:
+    """Compares every runtime of an engine folder with the Hugging Face model in float32, on the same prompts."""
+    from trtbuild.engine.tensorrt_api import api, runs_here
+
+    if runtimes is None:
+        runtimes = ["portable"]
+        try:
+            api()
+            runtimes = ["interpreted", "portable"]
+        except UserError as error:
+            print(f"the TensorRT network is not compared: {error}")
+        if runs_here() and (Path(engine_dir) / "rank0.engine").exists():
+            runtimes.append("tensorrt")
+    tokenizer = Tokenizer(checkpoint_dir)
+    prompts = [tokenizer.encode(text) for text in texts or VERIFY_PROMPTS]
+    baseline = HuggingFaceModel(checkpoint_dir, "float32")
+    names = {
+        "interpreted": "TensorRT network, interpreted",
+        "portable": "portable engine",
+        "tensorrt": "TensorRT engine",
+    }
+    agreements = []
+    for runtime in runtimes:
+        opened = open_engine(engine_dir, runtime)
+        name = f"{names.get(runtime, runtime)} ({opened.dtype})"
+        agreements.append(verify(name, opened.session, opened.dtype, baseline, prompts, max_output_len))
+    return agreements

@@ -1,0 +1,81 @@
+"""Summaries of articles, one JSON object a line."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from trtbuild.errors import UserError
+from trtbuild.evaluation.datasets import Article
+from trtbuild.files import atomic, read_json, write_json
+from trtbuild.runtime.generation import Output
+from trtbuild.runtime.tokenizer import Tokenizer
+
+PLACEHOLDER = "{article}"
+
+
+def summarization_prompts(
+    articles: list[Article], tokenizer: Tokenizer, template: str, chat: bool, max_input_len: int
+) -> list[list[int]]:
+    """Token ids of `template` with each article in the place of `{article}`.
+
+    An article too long for `max_input_len` loses words at its end until the whole prompt fits.
+    """
+    if PLACEHOLDER not in template:
+        raise UserError(f"the summarization prompt {template!r} does not contain {PLACEHOLDER}")
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(template.replace(PLACEHOLDER, text), chat)
+
+    prompts = []
+    for article in articles:
+        words = article.article.split(" ")
+        while len(ids := encode(" ".join(words))) > max_input_len and words:
+            excess = len(ids) - max_input_len
+            words = words[: -max(1, excess // 4)]
+        if len(ids) > max_input_len:
+            raise UserError(f"the summarization prompt alone has {len(ids)} tokens; max_input_len is {max_input_len}")
+        prompts.append(ids)
+    return prompts
+
+
+def write_summaries(
+    path: Path,
+    articles: list[Article],
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    generate: Callable[[list[list[int]]], list[Output]],
+    provenance: dict,
+) -> None:
+    """Generates and writes `path` (id, reference, summary, token ids), and `provenance` beside it as .meta.json."""
+    outputs = generate(prompts)
+    with atomic(path) as temporary:
+        with open(temporary, "w", encoding="utf-8") as file:
+            for article, prompt, output in zip(articles, prompts, outputs, strict=True):
+                record = {
+                    "id": article.id,
+                    "summary": tokenizer.decode(output.output_ids).strip(),
+                    "reference": article.highlights,
+                    "input_tokens": len(prompt),
+                    "output_ids": output.output_ids,
+                    "finish_reason": output.finish_reason,
+                }
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        write_json(meta_path(path), provenance)
+
+
+def read_summaries(path: Path) -> tuple[list[dict], dict]:
+    """The records of a summaries file, and the provenance beside it."""
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; make it with 'trtbuild summarize'") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not a summaries file: {error}") from error
+    if not records or not {"summary", "reference"} <= records[0].keys():
+        raise UserError(f"{path} holds no summaries; each line needs the keys summary and reference")
+    return records, read_json(meta_path(path))
+
+
+def meta_path(path: Path) -> Path:
+    """Where the provenance of a summaries file lies."""
+    return path.with_suffix(".meta.json")

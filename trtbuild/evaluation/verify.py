@@ -1,0 +1,71 @@
+"""Whether an engine computes what the Hugging Face model does."""
+
+from dataclasses import dataclass
+
+import torch
+
+from trtbuild.evaluation.hugging_face import HuggingFaceModel
+from trtbuild.runtime.session import Session
+
+# Relative error (norm of the difference over norm) of all logits against the float32 Hugging Face model. 16-bit values:
+# twice what `transformers` itself shows in that dtype on SmolLM2-135M (BENCHMARKS.md), for two different roundings.
+TOLERANCE = {"float32": 2e-4, "float16": 8e-3, "bfloat16": 6e-2}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How one engine compares. `worst_gap`: how much less than its best logit the baseline gave a chosen token."""
+
+    name: str
+    relative_error: float
+    tolerance: float
+    tokens: int
+    equal_tokens: int
+    worst_gap: float
+    allowed_gap: float
+
+    @property
+    def agrees(self) -> bool:
+        return self.relative_error <= self.tolerance and self.worst_gap <= self.allowed_gap
+
+
+@torch.inference_mode()
+def verify(
+    name: str, session: Session, dtype: str, baseline: HuggingFaceModel, prompts: list[list[int]], output_len: int
+) -> Agreement:
+    """Runs the prompts as one ragged batch, greedily, and compares every logit with the baseline's on the same tokens.
+
+    A token that differs from the baseline's choice is accepted only if the baseline's own logits for the two lie within
+    the tolerance of each other.
+    """
+    packed = session.prefill(prompts, all_logits=True).float().cpu()
+    logits = [[rows] for rows in packed.split([len(prompt) for prompt in prompts])]
+    sequences = [list(prompt) for prompt in prompts]
+    for step in range(output_len):
+        tokens = torch.stack([rows[-1][-1] for rows in logits]).argmax(-1).int()
+        for sequence, token in zip(sequences, tokens.tolist(), strict=True):
+            sequence.append(token)
+        if step + 1 < output_len:
+            for rows, row in zip(logits, session.decode(tokens.to(session.device)).float().cpu(), strict=True):
+                rows.append(row[None].clone())
+    difference = scale = 0.0
+    equal, worst_gap, largest = 0, 0.0, 0.0
+    for prompt, sequence, rows in zip(prompts, sequences, logits, strict=True):
+        expected, actual = baseline.logits(sequence[:-1]), torch.cat(rows)
+        difference += (actual - expected).double().square().sum().item()
+        scale += expected.double().square().sum().item()
+        largest = max(largest, expected.abs().max().item())
+        choices = expected[len(prompt) - 1 :]
+        chosen = torch.tensor(sequence[len(prompt) :])
+        equal += int((choices.argmax(-1) == chosen).sum())
+        worst_gap = max(worst_gap, (choices.amax(-1) - choices.gather(1, chosen[:, None])[:, 0]).max().item())
+    tolerance = TOLERANCE[dtype]
+    return Agreement(
+        name,
+        (difference / scale) ** 0.5,
+        tolerance,
+        output_len * len(prompts),
+        equal,
+        worst_gap,
+        2 * tolerance * largest,
+    )

@@ -1,0 +1,52 @@
+"""Weights in the model's own floating-point dtype."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from trtbuild.network.network import Op, Tensor
+
+# Rows up to which oneDNN's float32 product beats MKL's on a CPU, and from which 16-bit weights are better widened:
+# torch's 16-bit product there is fast for one or two rows (it reads half the bytes) and slow for many.
+ONEDNN_MAX_ROWS = 64
+WIDEN_MIN_ROWS = 3
+
+
+@dataclass(frozen=True)
+class DenseLinear(Op):
+    """`x @ weight.T + bias`."""
+
+    def infer(self, x: Tensor, weight: Tensor, *bias: Tensor):
+        if x.shape[1] != weight.shape[1] or x.dtype != weight.dtype or any(b.shape != weight.shape[:1] for b in bias):
+            raise ValueError(f"linear of {x} with {weight} {bias}")
+        return [(x.dtype, (x.shape[0], weight.shape[0]))]
+
+    def reference(self, x: torch.Tensor, weight: torch.Tensor, *bias: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, weight, *bias)
+
+    def portable(self, step, x: torch.Tensor, weight: torch.Tensor, *bias: torch.Tensor) -> torch.Tensor:
+        if x.is_cuda or not torch.backends.mkldnn.is_available():
+            return F.linear(x, weight, *bias)
+        rows = x.shape[0]
+        if x.dtype == torch.float32:
+            return _onednn(x, weight, *bias) if rows <= ONEDNN_MAX_ROWS else F.linear(x, weight, *bias)
+        if rows < WIDEN_MIN_ROWS:
+            return F.linear(x, weight, *bias)
+        wide = self.portable(step, x.float(), weight.float(), *(b.float() for b in bias))
+        return wide.to(x.dtype)
+
+    def to_tensorrt(self, lowering, x, weight, *bias):
+        product = lowering.matmul(x, weight, transpose_b=True)
+        for b in bias:
+            product = lowering.elementwise("SUM", product, lowering.reshape(b, (1, -1)))
+        return product
+
+
+def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`[tokens, in]` with a `[out, in]` weight (Hugging Face layout) and an `[out]` bias to `[tokens, out]`."""
+    return x.network.add(DenseLinear(), x, weight, *(() if bias is None else (bias,)))

@@ -1,0 +1,1 @@
+"""One decoder for every family: the configuration, the weights' names, the network."""

@@ -1,0 +1,28 @@
+"""Residual addition."""
+
+from dataclasses import dataclass
+
+import torch
+
+from trtbuild.network.network import Op, Tensor
+
+
+@dataclass(frozen=True)
+class Add(Op):
+    """`a + b`, same shape and dtype."""
+
+    def infer(self, a: Tensor, b: Tensor):
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            raise ValueError(f"cannot add {a} and {b}")
+        return [(a.dtype, a.shape)]
+
+    def reference(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a + b
+
+    def to_tensorrt(self, lowering, a, b):
+        return lowering.elementwise("SUM", a, b)
+
+
+def add(a: Tensor, b: Tensor) -> Tensor:
+    """`[tokens, hidden]` + `[tokens, hidden]`."""
+    return a.network.add(Add(), a, b)

@@ -1,0 +1,26 @@
+"""Keeping only the tokens whose logits are wanted."""
+
+from dataclasses import dataclass
+
+import torch
+
+from trtbuild.network.network import Op, Tensor
+
+
+@dataclass(frozen=True)
+class SelectRows(Op):
+    """`x[indices]`."""
+
+    def infer(self, x: Tensor, indices: Tensor):
+        return [(x.dtype, (*indices.shape, *x.shape[1:]))]
+
+    def reference(self, x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        return x.index_select(0, indices)
+
+    def to_tensorrt(self, lowering, x, indices):
+        return lowering.gather(x, indices)
+
+
+def select_rows(x: Tensor, indices: Tensor) -> Tensor:
+    """`[tokens, hidden]` and `[rows]` int32 to `[rows, hidden]`."""
+    return x.network.add(SelectRows(), x, indices)

@@ -1,0 +1,28 @@
+"""The KV cache's memory."""
+
+import torch
+
+from trtbuild.network import Network
+
+
+class KVCache:
+    """One buffer a cache input of the network, `[max_batch, kv_heads, max_length, head_dim]`.
+
+    Zeroed once: attention multiplies what lies beyond a sequence's end by zero, which only works for finite numbers.
+    """
+
+    def __init__(self, network: Network, max_batch_size: int, device: torch.device) -> None:
+        self.buffers = {}
+        for name in network.inputs:
+            tensor = network.tensors[name]
+            if name.startswith(("key_cache.", "value_cache.")):
+                shape = (max_batch_size, *tensor.shape[1:])
+                self.buffers[name] = torch.zeros(shape, dtype=tensor.dtype, device=device)
+
+    def views(self, batch_size: int) -> dict[str, torch.Tensor]:
+        """The first `batch_size` sequences' caches by input name."""
+        return {name: buffer[:batch_size] for name, buffer in self.buffers.items()}
+
+    def bytes_per_position(self) -> int:
+        """Bytes of keys and values that one position of one sequence takes over all layers."""
+        return sum(buffer[0, :, 0].nbytes for buffer in self.buffers.values())

@@ -1,0 +1,80 @@
+"""Opening an engine folder: which engine, on which device."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from trtbuild.engine.config import BuildLimits, rank_file, read_config
+from trtbuild.engine.portable import PortableEngine, read_portable
+from trtbuild.errors import UserError
+from trtbuild.runtime.session import PortableSession, Session
+
+RUNTIMES = ("auto", "portable", "tensorrt", "interpreted")
+
+
+@dataclass(frozen=True)
+class OpenedEngine:
+    """A session and what it was opened from: the folder's `config.json` and the engine file that runs."""
+
+    session: Session
+    config: dict
+    file: str
+
+    @property
+    def sha256(self) -> str:
+        return self.config["outputs"][self.file]["sha256"]
+
+    @property
+    def dtype(self) -> str:
+        return self.config["recipe"]["dtype"]
+
+
+def open_engine(folder: Path | str, runtime: str = "auto", device: str = "auto") -> OpenedEngine:
+    """Opens rank 0 of an engine folder after checking its files.
+
+    `auto` takes TensorRT where the folder has its engine and this GPU can run it, else the portable engine;
+    `interpreted` runs the TensorRT network on the CPU. Raises `UserError` for a folder, runtime or device that cannot
+    be.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    limits = BuildLimits(**config["limits"])
+    portable, tensorrt = rank_file(0, "portable"), rank_file(0, "tensorrt")
+    if runtime not in RUNTIMES:
+        raise UserError(f"unknown runtime {runtime!r}; choose one of {', '.join(RUNTIMES)}")
+    if runtime == "auto":
+        from trtbuild.engine.tensorrt_api import runs_here
+
+        runtime = "tensorrt" if tensorrt in config["outputs"] and device != "cpu" and runs_here() else "portable"
+    file = tensorrt if runtime == "tensorrt" else portable
+    for needed in {file, portable}:  # the portable file also holds the network that a TensorRT engine was lowered from
+        if needed not in config["outputs"]:
+            raise UserError(
+                f"{folder} has no {needed}; build it with '--engine {'tensorrt' if needed == tensorrt else 'portable'}'"
+            )
+    packed = config["remove_input_padding"]
+    if runtime == "portable":
+        session = PortableSession(PortableEngine.load(folder / portable, pick_device(device)))
+    else:
+        from trtbuild.runtime.lowered_session import InterpretedSession, TensorRTSession
+
+        network, _ = read_portable(folder / portable)
+        if runtime == "interpreted":
+            session = InterpretedSession(network, limits, packed)
+        elif not torch.cuda.is_available():
+            raise UserError("runtime tensorrt needs a GPU and there is none; use --runtime portable or interpreted")
+        else:
+            session = TensorRTSession(folder / tensorrt, network, limits, packed)
+    return OpenedEngine(session, config, file)
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is the GPU where there is one. Raises `UserError` for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in ("cpu", "cuda"):
+        raise UserError(f"unknown device {device!r}; choose auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda was asked for but torch finds no GPU; use --device cpu")
+    return torch.device(device)

@@ -1,0 +1,107 @@
+"""What the Snakefile and its scripts need beyond the stages: validated configuration, and a rule's log."""
+
+import os
+import re
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from trtbuild.errors import UserError
+
+RESERVED = ("checkpoint", "hf")  # folders of results/{model}/ that are no recipes
+
+
+def validate(value: object, schema_path: Path, where: str) -> None:
+    """Checks a configuration against a JSON schema; the `UserError` names the key and what it expects."""
+    import jsonschema
+    import yaml
+
+    schema = yaml.safe_load(schema_path.read_text(encoding="utf-8"))
+    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(value))
+    if error:
+        key = ".".join(str(part) for part in error.absolute_path) or "the file"
+        raise UserError(f"{where}: {key}: {error.message}")
+
+
+def load_table(path: str, schema_path: Path) -> dict:
+    """Reads and checks `models.yaml` or `recipes.yaml`."""
+    import yaml
+
+    try:
+        table = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    validate(table, schema_path, path)
+    return table
+
+
+def matrix_targets(config: dict) -> list[str]:
+    """The files that `snakemake` alone makes."""
+    targets = []
+    for entry in config["matrix"]:
+        folder = f"results/{entry['model']}"
+        targets += [f"{folder}/hf/rouge.json", f"{folder}/hf/perplexity.json"]
+        for recipe in entry["recipes"]:
+            targets += [f"{folder}/{recipe}/{name}.json" for name in ("rouge", "perplexity", "benchmark")]
+    return targets
+
+
+def check_targets(targets: Iterable[str], models: dict, recipes: dict) -> None:
+    """Raises `UserError` for a target whose model or recipe is not declared, listing those that are."""
+    for target in targets:
+        if match := re.match(r"(?:\./)?results/([^/]+)/([^/]+)(/|$)", target):
+            model, recipe = match[1], match[2]
+            if model not in models:
+                raise UserError(f"{target}: unknown model {model!r}; known models: {', '.join(sorted(models))}")
+            if recipe not in recipes and recipe not in RESERVED:
+                raise UserError(f"{target}: unknown recipe {recipe!r}; known recipes: {', '.join(sorted(recipes))}")
+
+
+def check_limits(config: dict) -> None:
+    """Raises `UserError` where evaluation or benchmark ask for more than the engines are built for."""
+    build, benchmark = config["build"], config["benchmark"]
+    for key, value, limit in (
+        ("evaluation.max_output_len", config["evaluation"]["max_output_len"], "max_output_len"),
+        ("benchmark.batch_size", benchmark["batch_size"], "max_batch_size"),
+        ("benchmark.input_len", benchmark["input_len"], "max_input_len"),
+        ("benchmark.output_len", benchmark["output_len"], "max_output_len"),
+    ):
+        if value > build[limit]:
+            raise UserError(f"config/config.yaml: {key} is {value}, more than build.{limit} {build[limit]}")
+
+
+@contextmanager
+def rule_log(snakemake) -> Iterator[None]:
+    """Runs a rule's script with its output, C++ libraries' included, copied to the rule's log and the terminal.
+
+    Torch gets the rule's threads. A `UserError` ends the log as one line and the script with exit code 2; anything
+    else ends it with its traceback and exit code 1.
+    """
+    import torch
+
+    torch.set_num_threads(snakemake.threads)
+    log = Path(snakemake.log[0])
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with subprocess.Popen(["tee", str(log)], stdin=subprocess.PIPE, stdout=sys.stderr.fileno()) as tee:
+        for descriptor in (1, 2):
+            os.dup2(tee.stdin.fileno(), descriptor)
+        tee.stdin.close()
+        code = 0
+        try:
+            yield
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = 2
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for descriptor in (1, 2):
+            os.close(descriptor)
+    os._exit(code)  # the streams are gone, and with them what an orderly exit would write

@@ -1,0 +1,21 @@
+"""Rule engine."""
+
+from pathlib import Path
+
+from trtbuild.workflow import rule_log
+
+with rule_log(snakemake):
+    from trtbuild.engine.build import write_engine_config
+    from trtbuild.engine.config import BuildLimits
+    from trtbuild.models.mapping import Mapping
+
+    write_engine_config(
+        Path(snakemake.output[0]).parent,
+        Path(snakemake.input.checkpoint),
+        model=snakemake.wildcards.model,
+        recipe=snakemake.params.recipe,
+        limits=BuildLimits(**snakemake.params.limits),
+        mapping=Mapping(),
+        engines=snakemake.params.engines,
+        remove_input_padding=snakemake.params.remove_input_padding,
+    )

@@ -1,0 +1,18 @@
+"""Rules perplexity (an engine) and perplexity_hf (the Hugging Face model)."""
+
+from pathlib import Path
+
+from trtbuild.workflow import rule_log
+
+with rule_log(snakemake):
+    from trtbuild.evaluation.stages import measure_perplexity
+    from trtbuild.files import write_json
+
+    engine = snakemake.input.get("engine")
+    result = measure_perplexity(
+        model=snakemake.wildcards.model,
+        checkpoint_dir=Path(snakemake.input.checkpoint),
+        engine_dir=Path(engine).parent if engine else None,
+        **snakemake.params.options,
+    )
+    write_json(snakemake.output[0], result)

@@ -1,0 +1,17 @@
+"""Rules summarize (an engine) and summarize_hf (the Hugging Face model)."""
+
+from pathlib import Path
+
+from trtbuild.workflow import rule_log
+
+with rule_log(snakemake):
+    from trtbuild.evaluation.stages import summarize_articles
+
+    engine = snakemake.input.get("engine")
+    summarize_articles(
+        output=Path(snakemake.output.summaries),
+        model=snakemake.wildcards.model,
+        checkpoint_dir=Path(snakemake.input.checkpoint),
+        engine_dir=Path(engine).parent if engine else None,
+        **snakemake.params.options,
+    )
