@@ -1,0 +1,63 @@
+"""Models that many tests share: a tiny random LLaMA, made once a run."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may depend on a hub
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from trtbuild.checkpoint.sources import make_checkpoint
+
+torch.set_num_threads(2)
+
+TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "hidden_act": "silu",
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> dict:
+    """A Hugging Face LLaMA configuration: 2 layers, 4 heads, 2 KV heads, head size 16."""
+    return dict(TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    """A canonical checkpoint with float32 dummy weights and a byte-level tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    make_checkpoint({"dummy": {"config": TINY, "seed": 1}}, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tiny_checkpoint, tmp_path_factory) -> Path:
+    """A float32 portable engine folder of the tiny checkpoint: batch 4, 32 tokens in, 16 out."""
+    from trtbuild.engine.build import build_engine_dir
+    from trtbuild.engine.config import BuildLimits
+
+    folder = tmp_path_factory.mktemp("tiny-engine") / "engine"
+    build_engine_dir(
+        tiny_checkpoint,
+        folder,
+        model="tiny",
+        recipe={"dtype": "float32"},
+        limits=BuildLimits(max_batch_size=4, max_input_len=32, max_output_len=16),
+        engines=["portable"],
+    )
+    return folder
