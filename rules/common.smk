@@ -35,6 +35,14 @@ def build_limits():
     return {key: config["build"][key] for key in ("max_batch_size", "max_input_len", "max_output_len")}
 
 
+def tensorrt_options():
+    """How the network is lowered, and for which GPUs: the latter matters only where an engine is built."""
+    options = {"remove_input_padding": config["build"]["remove_input_padding"]}
+    if "tensorrt" in config["build"]["engines"]:
+        options["compute_capabilities"] = config["build"]["compute_capabilities"]
+    return options
+
+
 def engine_files(wildcards):
     """Every rank's file of every kind of engine that is asked for."""
     folder = f"results/{wildcards.model}/{wildcards.recipe}/engine"

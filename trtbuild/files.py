@@ -1,9 +1,11 @@
 """Files that are either complete or not there at all, and their checksums."""
 
+import glob
 import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,19 +17,37 @@ from trtbuild.errors import UserError
 def atomic(path: Path | str) -> Iterator[Path]:
     """Yields a temporary sibling of `path` (a file or a folder, the caller makes either) and renames it at the end.
 
-    On any exception the temporary is removed and `path` is left as it was. A full disk is reported as a `UserError`.
+    On any exception the temporary is removed and `path` is left as it was; what a killed process left is removed by
+    the next one that makes `path`. A full disk, a place that cannot be written to and a folder that is not one of our
+    own outputs (it holds files, but no config.json) are a `UserError`.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    _remove(temporary)
+    path = Path(path).absolute()
+    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").exists():
+        raise UserError(
+            f"{path} holds files that are no output of trtbuild; they would be lost. Choose another output."
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"cannot write {path}: its folder is not writable")
+    prefix = f".{path.name}.{socket.gethostname()}."
+    temporary = path.with_name(f"{prefix}{os.getpid()}.tmp")
+    for other in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):
+        if other == temporary or not _is_running(other.suffixes[-2][1:]):
+            _remove(other)
     try:
         yield temporary
-        if path.is_dir() and not path.is_symlink():
+        if path.exists() and path.is_dir() != temporary.is_dir():
+            there, new = ("folder", "file") if path.is_dir() else ("file", "folder")
+            raise UserError(f"{path} is a {there} and would be replaced by a {new}; choose another output")
+        if path.is_dir():
             _remove(path)
         temporary.replace(path)
-    except OSError as error:
-        if error.errno in (28, 122):  # ENOSPC, EDQUOT
+    except Exception as error:
+        full = getattr(error, "errno", None) in (28, 122)  # ENOSPC, EDQUOT
+        if full or str(error).endswith(("(os error 28)", "(os error 122)")):  # how libraries written in Rust say it
             free = shutil.disk_usage(path.parent).free
             raise UserError(
                 f"disk full while writing {path}: {free / 2**20:.0f} MiB are left there; "
@@ -36,6 +56,17 @@ def atomic(path: Path | str) -> Iterator[Path]:
         raise
     finally:
         _remove(temporary)
+
+
+def _is_running(pid: str) -> bool:
+    """Whether a process of this host runs; process numbers of other hosts mean nothing here."""
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, ValueError):  # another user's process; a name that is not one of ours
+        return True
+    return True
 
 
 def _remove(path: Path) -> None:
@@ -52,13 +83,18 @@ def write_json(path: Path | str, value: object) -> None:
 
 
 def read_json(path: Path | str) -> dict:
-    """Reads a JSON file; a missing or malformed one is a `UserError` that names it."""
+    """Reads a JSON object; a missing, malformed or other file is a `UserError` that names it."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a JSON {type(value).__name__}; an object is expected")
+    return value
 
 
 def sha256(path: Path | str) -> str:

@@ -23,7 +23,12 @@ def validate(value: object, schema_path: Path, where: str) -> None:
     error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(value))
     if error:
         key = ".".join(str(part) for part in error.absolute_path) or "the file"
-        raise UserError(f"{where}: {key}: {error.message}")
+        reason = error.message
+        if error.validator == "additionalProperties":
+            reason += f"; known keys: {', '.join(error.schema['properties'])}"
+        elif error.validator == "contains":
+            reason = f"{error.instance!r} lacks {error.validator_value['const']!r}"
+        raise UserError(f"{where}: {key}: {reason}")
 
 
 def load_table(path: str, schema_path: Path) -> dict:

@@ -17,5 +17,5 @@ with rule_log(snakemake):
         limits=BuildLimits(**snakemake.params.limits),
         mapping=Mapping(),
         engines=snakemake.params.engines,
-        remove_input_padding=snakemake.params.remove_input_padding,
+        **snakemake.params.options,
     )

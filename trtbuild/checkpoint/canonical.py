@@ -38,7 +38,10 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a Hugging Face folder, in index order; each must exist."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        files = [folder / name for name in dict.fromkeys(read_json(index)["weight_map"].values())]
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{index} has no weight_map; it is not a safetensors index")
+        files = [folder / name for name in dict.fromkeys(weight_map.values())]
     else:
         files = [folder / "model.safetensors"]
     for file in files:

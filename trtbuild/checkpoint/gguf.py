@@ -104,7 +104,9 @@ def _config(path: Path, fields: dict, tensor_names: set[str]) -> dict:
         kind = scaling if scaling not in ("none", "linear") else "rope_freqs.weight"
         raise UserError(f"{path}: RoPE scaling {kind!r} in GGUF is not supported; use the model's Hugging Face folder")
     if scaling == "linear":
-        config["rope_scaling"] = {"rope_type": "linear", "factor": float(fields["llama.rope.scaling.factor"])}
+        if (factor := fields.get("llama.rope.scaling.factor")) is None:
+            raise UserError(f"{path}: the metadata key 'llama.rope.scaling.factor' is missing")
+        config["rope_scaling"] = {"rope_type": "linear", "factor": float(factor)}
     for name in ("bos", "eos"):
         if (token := fields.get(f"tokenizer.ggml.{name}_token_id")) is not None:
             config[f"{name}_token_id"] = token

@@ -63,6 +63,7 @@ def write_file(
                     f"{name}: announced {tensor.dtype}{list(tensor.shape)}, got {value.dtype}{list(value.shape)}"
                 )
             file.write(value.reshape(-1).view(torch.uint8).numpy())
+            del value  # before the next one is loaded
             progress(tensor.nbytes)
 
 

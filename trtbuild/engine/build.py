@@ -33,11 +33,9 @@ def build_tensorrt(
 ) -> None:
     """Lowers one rank's portable engine and writes its serialized TensorRT engine to `path`."""
     from trtbuild.engine.tensorrt import LoweredNetwork
-    from trtbuild.engine.tensorrt_api import DEFAULT_COMPUTE_CAPABILITIES
 
     network, limits = read_portable(portable)
-    lowered = LoweredNetwork(network, remove_input_padding)
-    engine = lowered.build(limits, tuple(compute_capabilities or DEFAULT_COMPUTE_CAPABILITIES))
+    engine = LoweredNetwork(network, remove_input_padding).build(limits, compute_capabilities)
     with atomic(path) as temporary, open(temporary, "wb") as file:
         file.write(engine)
 
@@ -52,14 +50,15 @@ def write_engine_config(
     mapping: Mapping,
     engines: list[str],
     remove_input_padding: bool,
+    compute_capabilities: list[str] | None = None,
 ) -> None:
     """Writes `config.json`: model, recipe, mapping, limits, builders, and the sha256 of every input and output."""
     checkpoint = Checkpoint(checkpoint_dir)
     builders = {"portable": {"trtbuild": trtbuild.__version__, "torch": torch.__version__}}
     if "tensorrt" in engines:
-        from trtbuild.engine.tensorrt_api import version
+        from trtbuild.engine.tensorrt_api import describe_builder
 
-        builders["tensorrt"] = version()
+        builders["tensorrt"] = describe_builder(compute_capabilities)
     write_config(
         folder,
         [checkpoint.folder / "config.json", *checkpoint.files],
@@ -112,4 +111,5 @@ def build_engine_dir(
             mapping=mapping,
             engines=engines,
             remove_input_padding=remove_input_padding,
+            compute_capabilities=compute_capabilities,
         )

@@ -55,6 +55,8 @@ def read_config(folder: Path) -> dict:
     if not (folder / CONFIG_FILE).exists():
         raise UserError(f"{folder} is not an engine folder: it has no {CONFIG_FILE}; build one with 'trtbuild build'")
     config = read_json(folder / CONFIG_FILE)
+    if "outputs" not in config:  # a model's config.json has the same name
+        raise UserError(f"{folder} is not an engine folder: its {CONFIG_FILE} lists no engine files")
     for name, expected in config["outputs"].items():
         path = folder / name
         if not path.exists():

@@ -41,7 +41,10 @@ def read_portable(path: Path) -> tuple[Network, BuildLimits]:
         raise UserError(
             f"{path} has engine format {content['format_version']}, this version reads {FORMAT_VERSION}; build it again"
         )
-    return Network.from_json(content["network"], tensors), BuildLimits(**content["limits"])
+    try:
+        return Network.from_json(content["network"], tensors), BuildLimits(**content["limits"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} holds a network that this version cannot read ({error}); build it again") from error
 
 
 class StepContext:

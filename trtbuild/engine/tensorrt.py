@@ -59,7 +59,7 @@ class LoweredNetwork:
                     tensors[name] = lowering.reshape(tensors[name], (-1,))
         return tensors
 
-    def build(self, limits: BuildLimits, compute_capabilities: tuple[str, ...]) -> memoryview:
+    def build(self, limits: BuildLimits, compute_capabilities: list[str] | None) -> memoryview:
         """Compiles the engine with two profiles: 0 context, 1 generation. Raises `UserError` on failure."""
         trt = api()
         config = self.builder.create_builder_config()

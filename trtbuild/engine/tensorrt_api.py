@@ -31,9 +31,10 @@ def api() -> ModuleType:
     )
 
 
-def version() -> dict[str, str]:
-    """Name and version of the distribution, for result files."""
-    return {"distribution": api().__name__, "version": api().__version__}
+def describe_builder(compute_capabilities: list[str] | None) -> dict:
+    """Distribution, version and targets, for an engine's `config.json`."""
+    targets = list(compute_capabilities or DEFAULT_COMPUTE_CAPABILITIES) if is_rtx() else "the GPU it was built on"
+    return {"distribution": api().__name__, "version": api().__version__, "compute_capabilities": targets}
 
 
 def is_rtx() -> bool:
@@ -46,11 +47,15 @@ def logger():
     return api().Logger(api().Logger.WARNING)
 
 
-def set_target(config, compute_capabilities: tuple[str, ...]) -> None:
-    """Tells a builder configuration for which GPUs to compile. Raises `UserError` for an unknown compute capability."""
+def set_target(config, compute_capabilities: list[str] | None) -> None:
+    """Tells a builder configuration for which GPUs to compile (None: the default ones).
+
+    Raises `UserError` for a compute capability that the distribution does not build for.
+    """
     if not is_rtx():
         return
     trt = api()
+    compute_capabilities = compute_capabilities or DEFAULT_COMPUTE_CAPABILITIES
     config.num_compute_capabilities = len(compute_capabilities)
     for i, capability in enumerate(compute_capabilities):
         name = "SM" + capability.replace(".", "")

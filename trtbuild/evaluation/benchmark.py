@@ -31,6 +31,8 @@ def benchmark(
     ):
         if not 1 <= value <= limit:
             raise UserError(f"{name} {value} is outside the engine's limits; it must be 1 to {limit}")
+    if repeats < 1:
+        raise UserError(f"repeats is {repeats}; it must be at least 1")
     generator = torch.Generator().manual_seed(seed)
     prompts = torch.randint(1, 256, (batch_size, input_len), generator=generator).tolist()
     first, steps, totals = [], [], []

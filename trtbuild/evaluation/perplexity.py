@@ -14,6 +14,8 @@ def perplexity(texts: list[list[int]], logits: Callable[[list[int]], torch.Tenso
 
     `logits` gives `[tokens, vocab]` for one window. Returns perplexity, mean negative log-likelihood (nats), tokens.
     """
+    if max_input_len < 2:
+        raise UserError(f"max_input_len is {max_input_len}; a perplexity needs windows of at least 2 tokens")
     total, count = 0.0, 0
     windows = [text[i : i + max_input_len] for text in texts for i in range(0, len(text), max_input_len)]
     with item_bar(len(windows), "perplexity", "window") as bar:

@@ -44,10 +44,10 @@ def summarize_articles(
     """
     articles = load_articles(**dataset)
     tokenizer = Tokenizer(checkpoint_dir)
+    params = SamplingParams(max_output_len, eos_token_ids=tokenizer.eos_token_ids)
     if engine_dir:
         opened = open_engine(engine_dir, runtime, device)
         max_input_len = opened.session.limits.max_input_len
-        params = SamplingParams(max_output_len, eos_token_ids=tokenizer.eos_token_ids)
         run = _with_bar(
             lambda prompts, on_token: generate(opened.session, prompts, params, on_token=on_token), max_output_len
         )
@@ -139,6 +139,8 @@ def verify_engine(
     """Compares every runtime of an engine folder with the Hugging Face model in float32, on the same prompts."""
     from trtbuild.engine.tensorrt_api import api, runs_here
 
+    if max_output_len < 1:
+        raise UserError(f"max_output_len is {max_output_len}; it must be at least 1")
     if runtimes is None:
         runtimes = ["portable"]
         try:

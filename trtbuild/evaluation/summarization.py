@@ -1,6 +1,7 @@
 """Summaries of articles, one JSON object a line."""
 
 import json
+from bisect import bisect_right
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def summarization_prompts(
 ) -> list[list[int]]:
     """Token ids of `template` with each article in the place of `{article}`.
 
-    An article too long for `max_input_len` loses words at its end until the whole prompt fits.
+    An article too long for `max_input_len` keeps as many words of its beginning as let the whole prompt fit.
     """
     if PLACEHOLDER not in template:
         raise UserError(f"the summarization prompt {template!r} does not contain {PLACEHOLDER}")
@@ -28,12 +29,16 @@ def summarization_prompts(
 
     prompts = []
     for article in articles:
-        words = article.article.split(" ")
-        while len(ids := encode(" ".join(words))) > max_input_len and words:
-            excess = len(ids) - max_input_len
-            words = words[: -max(1, excess // 4)]
+        ids = encode(article.article)
         if len(ids) > max_input_len:
-            raise UserError(f"the summarization prompt alone has {len(ids)} tokens; max_input_len is {max_input_len}")
+            words = article.article.split(" ")
+            size = lambda count: len(encode(" ".join(words[:count])))  # noqa: B023, E731
+            fitting = bisect_right(range(len(words)), max_input_len, key=size) - 1
+            if fitting < 0:
+                raise UserError(
+                    f"the summarization prompt alone has {size(0)} tokens; max_input_len is {max_input_len}"
+                )
+            ids = encode(" ".join(words[:fitting]))
         prompts.append(ids)
     return prompts
 
@@ -66,10 +71,11 @@ def write_summaries(
 def read_summaries(path: Path) -> tuple[list[dict], dict]:
     """The records of a summaries file, and the provenance beside it."""
     try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        with open(path, encoding="utf-8") as file:  # splitlines() would also split at U+2028 and its like
+            records = [json.loads(line) for line in file]
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; make it with 'trtbuild summarize'") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a summaries file: {error}") from error
     if not records or not {"summary", "reference"} <= records[0].keys():
         raise UserError(f"{path} holds no summaries; each line needs the keys summary and reference")

@@ -28,19 +28,24 @@ class RopeConfig:
 
     @classmethod
     def from_hugging_face(cls, config: dict, where: Path | str) -> "RopeConfig":
-        """Reads both spellings: `rope_parameters` (transformers 5) and `rope_theta` with `rope_scaling`."""
+        """Reads both spellings: `rope_parameters` (transformers 5) and `rope_theta` with `rope_scaling`.
+
+        Raises `KeyError` for a missing key, `UserError` for a scaling that is not supported.
+        """
         parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
         kind = parameters.get("rope_type") or parameters.get("type") or "default"
         if kind not in ROPE_TYPES:
             raise UserError(f"{where}: RoPE scaling {kind!r} is not supported; supported are {', '.join(ROPE_TYPES)}")
-        original = parameters.get("original_max_position_embeddings") or config["max_position_embeddings"]
+        limit = config["max_position_embeddings"]
+        if kind == "llama3":  # the others, like transformers, know only the model's own limit
+            limit = parameters.get("original_max_position_embeddings") or limit
         return cls(
             theta=float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0),
             type=kind,
-            factor=float(parameters.get("factor") or 1.0),
+            factor=1.0 if kind == "default" else float(parameters["factor"]),
             low_freq_factor=float(parameters.get("low_freq_factor") or 1.0),
             high_freq_factor=float(parameters.get("high_freq_factor") or 4.0),
-            original_max_position_embeddings=int(original),
+            original_max_position_embeddings=int(limit),
         )
 
     def inverse_frequencies(self, head_dim: int) -> torch.Tensor:

@@ -90,7 +90,9 @@ class Network:
         return outputs[0] if len(outputs) == 1 else outputs
 
     def mark_output(self, tensor: Tensor, name: str) -> None:
-        """Makes the last-added producer's output a network output called `name`."""
+        """Makes the last-added producer's output a network output called `name`, which no other tensor may have."""
+        if name in self.tensors and name != tensor.name:
+            raise ValueError(f"two tensors are called {name}")
         self.tensors[name] = dataclasses.replace(self.tensors.pop(tensor.name), name=name)
         self.nodes = [
             dataclasses.replace(

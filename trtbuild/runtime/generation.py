@@ -7,7 +7,7 @@ import torch
 
 from trtbuild.errors import UserError
 from trtbuild.runtime.sampling import Sampler, SamplingParams
-from trtbuild.runtime.session import Session, check_prompt
+from trtbuild.runtime.session import Session
 
 
 @dataclass
@@ -41,7 +41,7 @@ def generate(
     if params.stop_words and decode is None:
         raise ValueError("stop words need a tokenizer's decode")
     for i, prompt in enumerate(prompts):
-        check_prompt(prompt, i, limits)
+        session.check_prompt(prompt, i)
     outputs = [Output() for _ in prompts]
     for first in range(0, len(prompts), limits.max_batch_size):
         batch = slice(first, first + limits.max_batch_size)

@@ -23,6 +23,7 @@ class LoweredSession(Session):
 
     def __init__(self, network: Network, limits: BuildLimits, device: torch.device, packed: bool) -> None:
         self.limits, self.device, self.packed = limits, device, packed
+        self.vocab_size = network.tensors["logits"].shape[1]
         self.cache = KVCache(network, limits.max_batch_size, device)
 
     @abstractmethod
@@ -104,7 +105,6 @@ class TensorRTSession(LoweredSession):
                 f"{path} was not accepted by {kind} {api().__version__} on {torch.cuda.get_device_name()}; "
                 "build it for this GPU and version"
             )
-        self.vocab_size = self.engine.get_tensor_shape("logits")[1]
         self.names = {self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)}
         self.contexts = []
         for profile in (CONTEXT, GENERATION):
@@ -116,7 +116,8 @@ class TensorRTSession(LoweredSession):
         context = self.contexts[profile]
         held = {name: value.contiguous() for name, value in inputs.items() if name in self.names}
         for name, value in held.items():
-            context.set_input_shape(name, tuple(value.shape))
+            if not context.set_input_shape(name, tuple(value.shape)):
+                raise UserError(f"the engine was not built for the shape {tuple(value.shape)} of its input {name}")
             context.set_tensor_address(name, value.data_ptr())
             if present(name) in self.names:
                 context.set_tensor_address(present(name), value.data_ptr())

@@ -18,6 +18,7 @@ class Session(ABC):
 
     kind: str
     limits: BuildLimits
+    vocab_size: int
     device: torch.device
 
     @torch.inference_mode()
@@ -32,9 +33,24 @@ class Session(ABC):
                 f"{len(prompts)} prompts in one batch; the engine's max_batch_size is {self.limits.max_batch_size}"
             )
         for i, prompt in enumerate(prompts):
-            check_prompt(prompt, i, self.limits)
+            self.check_prompt(prompt, i)
         self.lengths = [len(prompt) for prompt in prompts]
         return self._prefill(prompts, all_logits)
+
+    def check_prompt(self, prompt: list[int], index: int) -> None:
+        """Raises `UserError` for a prompt that the engine cannot take."""
+        if not prompt:
+            raise UserError(f"prompt {index} is empty; give at least one token of text")
+        if len(prompt) > self.limits.max_input_len:
+            raise UserError(
+                f"prompt {index} has {len(prompt)} tokens, the engine's max_input_len is {self.limits.max_input_len}; "
+                "shorten it or build with a larger --max-input-len"
+            )
+        if not 0 <= min(prompt) <= max(prompt) < self.vocab_size:
+            raise UserError(
+                f"prompt {index} has the token {max(prompt)}, the engine's vocabulary has {self.vocab_size}; "
+                "use the tokenizer of the engine's own checkpoint"
+            )
 
     @torch.inference_mode()
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -54,17 +70,6 @@ class Session(ABC):
 
     @abstractmethod
     def _decode(self, tokens: torch.Tensor) -> torch.Tensor: ...
-
-
-def check_prompt(prompt: list[int], index: int, limits: BuildLimits) -> None:
-    """Raises `UserError` for a prompt that the engine cannot take."""
-    if not prompt:
-        raise UserError(f"prompt {index} is empty; give at least one token of text")
-    if len(prompt) > limits.max_input_len:
-        raise UserError(
-            f"prompt {index} has {len(prompt)} tokens, the engine's max_input_len is {limits.max_input_len}; "
-            "shorten it or build with a larger --max-input-len"
-        )
 
 
 def packed_inputs(prompts: list[list[int]], all_logits: bool, device: torch.device) -> dict[str, torch.Tensor]:
@@ -90,6 +95,7 @@ class PortableSession(Session):
 
     def __init__(self, engine: PortableEngine) -> None:
         self.engine, self.limits, self.device = engine, engine.limits, engine.device
+        self.vocab_size = engine.network.tensors["logits"].shape[1]
         self.cache = KVCache(engine.network, self.limits.max_batch_size, self.device)
         self._batches: dict[int, dict[str, torch.Tensor]] = {}
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}

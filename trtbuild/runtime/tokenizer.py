@@ -18,6 +18,7 @@ class Tokenizer:
         self.folder = Path(folder)
         if not (self.folder / "tokenizer.json").exists():
             raise UserError(f"{self.folder} has no tokenizer.json; give the checkpoint's folder, or convert it again")
+        read_json(self.folder / "tokenizer.json")
         self._tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
         self.eos_token_ids = self._eos_token_ids()
 

@@ -1,9 +1,11 @@
-"""LLaMA-7B shapes on one GPU, dummy weights made there: the portable engine beside transformers, in one run.
+"""The portable engine on one GPU: SmolLM2's tokens against the CPU's, and LLaMA-7B's speed beside transformers'.
 
-    python tests/gpu/bench_llama7b.py --batch-sizes 1 16 --contexts 128 2048 [--peers eager compiled]
+    python tests/gpu/run.py --smollm2 SmolLM2-135M-Instruct.Q4_1.gguf     (also needs the package gguf)
+    python tests/gpu/run.py --batch-sizes 1 16 --contexts 128 2048 --peers eager compiled
 
-Needs torch, transformers, safetensors and numpy alone. Prints a table: time to first token, ms per generated token, the
-floor that the measured memory bandwidth sets for the bytes a token reads, and the ratios.
+Needs torch, triton, transformers, safetensors and numpy alone; LLaMA-7B's dummy weights are made on the GPU. The table:
+time to first token, ms per generated token, the floor that the measured memory bandwidth sets for the bytes a token
+reads, and the ratios to that floor and to the portable engine.
 """
 
 import argparse
@@ -11,6 +13,7 @@ import gc
 import json
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,12 +21,19 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
+import trtbuild
 from trtbuild.checkpoint.dummy import dummy_tensors
+from trtbuild.checkpoint.sources import make_checkpoint
+from trtbuild.engine.build import build_portable
 from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.portable import PortableEngine
 from trtbuild.models.decoder import decoder
 from trtbuild.models.families import config_from_hugging_face
+from trtbuild.models.mapping import Mapping
+from trtbuild.runtime.generation import generate
+from trtbuild.runtime.sampling import SamplingParams
 from trtbuild.runtime.session import PortableSession
+from trtbuild.runtime.tokenizer import Tokenizer
 
 LLAMA_7B = {
     "model_type": "llama",
@@ -99,14 +109,49 @@ def peer(model, prompts: list[list[int]], compiled: bool) -> tuple[float, float]
     return first, (long - short) / NEW_TOKENS
 
 
+def smollm2(gguf: Path, new_tokens: int = 100) -> None:
+    """Converts, builds in float32, and compares greedy tokens of the CPU and the GPU on articles, in ragged batches."""
+    articles = [
+        json.loads(line)["article"]
+        for line in (Path(trtbuild.__file__).parent / "evaluation/articles/evaluation.jsonl").read_text().splitlines()
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint, engine = Path(folder, "checkpoint"), Path(folder, "rank0.safetensors")
+        make_checkpoint({"gguf": {"path": str(gguf)}}, checkpoint)
+        limits = BuildLimits(8, 1024, 128)
+        build_portable(checkpoint, engine, {"dtype": "float32"}, limits, Mapping())
+        tokenizer = Tokenizer(checkpoint)
+        prompts = [tokenizer.encode(article, chat=True) for article in articles]
+        params = SamplingParams(new_tokens, eos_token_ids=tokenizer.eos_token_ids)
+        outputs, logits = {}, {}
+        for device in ("cpu", "cuda"):
+            session = PortableSession(PortableEngine.load(engine, device))
+            start = time.perf_counter()
+            outputs[device] = [output.output_ids for output in generate(session, prompts, params)]
+            seconds = time.perf_counter() - start
+            logits[device] = session.prefill(prompts[:8]).cpu()
+            print(f"SmolLM2-135M float32 on {device}: {sum(map(len, outputs[device]))} tokens in {seconds:.1f} s")
+    equal = sum(a == b for a, b in zip(outputs["cpu"], outputs["cuda"], strict=True))
+    error = ((logits["cpu"] - logits["cuda"]).norm() / logits["cpu"].norm()).item()
+    print(
+        f"greedy outputs equal on {equal} of {len(prompts)} articles ({new_tokens} tokens); logits differ by {error:.1e}"
+    )
+    if equal < len(prompts):
+        sys.exit("SmolLM2's tokens on the GPU differ from the CPU's")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smollm2", type=Path, metavar="GGUF", help="compare tokens of this model, and nothing else")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 2048])
     parser.add_argument("--peers", nargs="*", choices=["eager", "compiled"], default=["eager", "compiled"])
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
+    if args.smollm2:
+        smollm2(args.smollm2)
+        return
     bandwidth = copy_bandwidth()
     device = torch.cuda.get_device_name()
     print(f"{device}, torch {torch.__version__}, copy bandwidth {bandwidth / 1e12:.2f} TB/s")

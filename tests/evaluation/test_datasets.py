@@ -1,0 +1,92 @@
+"""The shipped articles, and data sets that cannot be used."""
+
+import hashlib
+import json
+
+import pytest
+
+from trtbuild.errors import UserError
+from trtbuild.evaluation.datasets import ARTICLES, load_articles
+
+COUNTS = {"evaluation": 16, "calibration": 8}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def records(split):
+    return [json.loads(line) for line in (ARTICLES / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("split", COUNTS)
+def test_articles_are_of_the_promised_form(split):
+    rows = records(split)
+    assert len(rows) == COUNTS[split]
+    for row in rows:
+        assert row.keys() == {"article", "highlights", "id"}
+        assert row["id"] == hashlib.sha1(row["article"].encode()).hexdigest()
+        assert 250 <= len(row["article"].split()) <= 500
+        highlights = row["highlights"].split("\n")
+        assert 2 <= len(highlights) <= 3
+        assert all(5 <= len(line.split()) <= 30 for line in highlights)
+
+
+def test_no_article_twice():
+    ids = [row["id"] for split in COUNTS for row in records(split)]
+    assert len(set(ids)) == 24
+
+
+@pytest.mark.parametrize(("split", "samples"), [("evaluation", 16), ("calibration", 8), ("evaluation", 3)])
+def test_loads_the_first_articles_in_order(split, samples):
+    articles = load_articles("trtbuild-news", split, samples)
+    assert [vars(article) for article in articles] == records(split)[:samples]
+
+
+@pytest.mark.parametrize(
+    ("split", "samples", "message"),
+    [
+        ("evaluation", 17, "trtbuild-news has 16 articles in its split 'evaluation'; 17 were asked for"),
+        ("calibration", 9, "has 8 articles in its split 'calibration'; 9 were asked for"),
+        ("train", 1, "has the splits evaluation and calibration, not 'train'"),
+    ],
+)
+def test_own_articles_refused(split, samples, message):
+    with pytest.raises(UserError, match=message):
+        load_articles("trtbuild-news", split, samples)
+
+
+@pytest.fixture
+def folder_dataset(tmp_path):
+    """A data set that `datasets` loads from a folder, as it would from the hub."""
+
+    def write(**row):
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "train.jsonl").write_text(json.dumps(row) + "\n")
+        return str(tmp_path / "data")
+
+    return write
+
+
+def test_another_data_set(folder_dataset):
+    name = folder_dataset(id="1", article="text", highlights="short", url="ignored")
+    assert vars(load_articles(name, "train", 1)[0]) == {"id": "1", "article": "text", "highlights": "short"}
+
+
+def test_wrong_columns(folder_dataset):
+    name = folder_dataset(document="text", id="1")
+    with pytest.raises(UserError, match=r"lacks the columns \['article', 'highlights'\]; it has \['document', 'id'\]"):
+        load_articles(name, "train", 1)
+
+
+def test_unknown_split_of_another_data_set(folder_dataset):
+    name = folder_dataset(id="1", article="text", highlights="short")
+    with pytest.raises(UserError, match=r"cannot load the data set .*data \(None, test\)"):
+        load_articles(name, "test", 1)
+
+
+def test_data_set_out_of_reach():
+    with pytest.raises(UserError, match=r"cannot load the data set nobody/none \(3\.0\.0, test\)") as caught:
+        load_articles("nobody/none", "test", 1, config="3.0.0")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,89 @@
+"""The baseline, and summaries made with it and with an engine."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from trtbuild.errors import UserError
+from trtbuild.evaluation import stages
+from trtbuild.evaluation.datasets import Article, load_articles
+from trtbuild.evaluation.hugging_face import HuggingFaceModel
+from trtbuild.evaluation.stages import measure_perplexity, rouge_table, score_summaries, summarize_articles
+from trtbuild.evaluation.summarization import read_summaries
+from trtbuild.files import sha256
+
+NEWS = {"name": "trtbuild-news", "split": "evaluation", "samples": 2}
+
+
+def test_logits_and_generation(tiny_checkpoint):
+    baseline, model = (
+        HuggingFaceModel(tiny_checkpoint, device="cpu"),
+        AutoModelForCausalLM.from_pretrained(tiny_checkpoint),
+    )
+    ids = torch.randint(2, 258, (9,)).tolist()
+    with torch.inference_mode():
+        assert baseline.logits(ids).equal(model(torch.tensor([ids])).logits[0])
+    (output,) = baseline.generate([ids], 5, ())
+    greedy = model.generate(torch.tensor([ids]), max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert output.output_ids == greedy[0, 9:].tolist()
+    assert output.finish_reason == "length"
+    (stopped,) = baseline.generate([ids], 5, (output.output_ids[2],))
+    assert stopped.output_ids == output.output_ids[: output.output_ids.index(output.output_ids[2]) + 1]
+    assert stopped.finish_reason == "eos"
+
+
+def test_empty_prompt(tiny_checkpoint):
+    with pytest.raises(UserError, match="prompt 1 is empty"):
+        HuggingFaceModel(tiny_checkpoint, device="cpu").generate([[5], []], 2, ())
+
+
+def test_baseline_and_engine_write_the_same_summaries(tiny_checkpoint, tiny_engine, tmp_path):
+    """Both cut the articles to 32 tokens and continue greedily; the files differ in their provenance alone."""
+    common = {"dataset": NEWS, "prompt": "{article} TL;DR:", "chat": False, "max_output_len": 6, "device": "cpu"}
+    for name, options in (("engine", {"engine_dir": tiny_engine}), ("hf", {"max_input_len": 32, "model": "tiny"})):
+        path = tmp_path / f"{name}.jsonl"
+        summarize_articles(output=path, checkpoint_dir=tiny_checkpoint, **common, **options)
+    engine, engine_origin = read_summaries(tmp_path / "engine.jsonl")
+    hf, hf_origin = read_summaries(tmp_path / "hf.jsonl")
+    assert engine == hf
+    assert all(20 <= record["input_tokens"] <= 32 and len(record["output_ids"]) <= 6 for record in engine)
+    assert engine_origin["engine_sha256"] == sha256(tiny_engine / "rank0.safetensors")
+    assert hf_origin["engine_sha256"] == sha256(tiny_checkpoint / "model.safetensors")
+    assert (engine_origin["engine"], hf_origin["engine"]) == ("portable", "transformers")
+    different = {key for key in engine_origin if engine_origin[key] != hf_origin[key]}
+    assert different == {"engine", "engine_sha256"}
+
+    scores = [score_summaries(tmp_path / f"{name}.jsonl") for name in ("engine", "hf")]
+    assert scores[0]["rouge1"] == scores[1]["rouge1"]
+    assert scores[0]["samples"] == 2
+    _, first, second = rouge_table(scores).splitlines()
+    assert first.startswith("portable float32")
+    assert second.startswith("transformers float32")
+    assert f"{scores[0]['rouge1']['mean']:.2f}" in first
+
+
+def test_baseline_and_engine_have_the_same_perplexity(tiny_checkpoint, tiny_engine, monkeypatch):
+    beginning = [Article(a.id, a.article[:300], a.highlights) for a in load_articles(**NEWS)]
+    monkeypatch.setattr(stages, "load_articles", lambda **dataset: beginning)
+    options = {"checkpoint_dir": tiny_checkpoint, "dataset": NEWS, "device": "cpu"}
+    engine = measure_perplexity(engine_dir=tiny_engine, **options)
+    hf = measure_perplexity(max_input_len=32, **options)
+    assert engine["tokens"] == hf["tokens"] > 500
+    assert engine["perplexity"] == pytest.approx(hf["perplexity"], rel=1e-5)
+    assert 250 < hf["perplexity"] < 500  # random weights know nothing of 320 tokens
+
+
+@pytest.mark.parametrize("engine", [True, False])
+def test_no_output_is_asked_for(tiny_checkpoint, tiny_engine, tmp_path, engine):
+    with pytest.raises(UserError, match="max_output_len is 0"):
+        summarize_articles(
+            output=tmp_path / "s.jsonl",
+            checkpoint_dir=tiny_checkpoint,
+            engine_dir=tiny_engine if engine else None,
+            dataset=NEWS,
+            prompt="{article}",
+            chat=False,
+            max_output_len=0,
+            max_input_len=32,
+        )
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,118 @@
+"""Prompts that fit, and the file of summaries."""
+
+import json
+
+import pytest
+
+from trtbuild.errors import UserError
+from trtbuild.evaluation.datasets import Article
+from trtbuild.evaluation.summarization import (
+    meta_path,
+    read_summaries,
+    summarization_prompts,
+    write_summaries,
+)
+from trtbuild.runtime.generation import Output
+from trtbuild.runtime.tokenizer import Tokenizer
+
+TEMPLATE = "Read: {article}\nTL;DR:"  # 13 bytes around the article
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_checkpoint):
+    return Tokenizer(tiny_checkpoint)
+
+
+def article(text, name="1"):
+    return Article(id=name, article=text, highlights="One line.\nAnother line.")
+
+
+def test_short_articles_are_whole(tokenizer):
+    prompts = summarization_prompts([article("a b"), article("{article} ü")], tokenizer, TEMPLATE, False, 64)
+    assert [tokenizer.decode(ids) for ids in prompts] == ["Read: a b\nTL;DR:", "Read: {article} ü\nTL;DR:"]
+
+
+@pytest.mark.parametrize("limit", [24, 57, 200, 399])
+def test_long_articles_lose_words_at_their_end(tokenizer, limit):
+    """What is left fits, ends at a word, and one word more would not fit."""
+    words = [f"word{i}" for i in range(60)]
+    (ids,) = summarization_prompts([article(" ".join(words))], tokenizer, TEMPLATE, False, limit)
+    assert len(ids) <= limit
+    kept = tokenizer.decode(ids).removeprefix("Read: ").removesuffix("\nTL;DR:").split()
+    assert kept == words[: len(kept)]
+    assert len(ids) == len(" ".join(kept)) + 13
+    assert len(" ".join(words[: len(kept) + 1])) + 13 > limit
+
+
+def test_an_exact_fit_is_kept(tokenizer):
+    text = "one two three"
+    (ids,) = summarization_prompts([article(text)], tokenizer, TEMPLATE, False, len(text) + 13)
+    assert tokenizer.decode(ids) == f"Read: {text}\nTL;DR:"
+
+
+@pytest.mark.parametrize(
+    ("template", "limit", "message"),
+    [
+        ("Summarize this.", 64, "the summarization prompt 'Summarize this.' does not contain {article}"),
+        (TEMPLATE, 12, "the summarization prompt alone has 13 tokens; max_input_len is 12"),
+    ],
+)
+def test_refused_templates(tokenizer, template, limit, message):
+    with pytest.raises(UserError, match=message):
+        summarization_prompts([article("some words of text")], tokenizer, template, False, limit)
+
+
+@pytest.mark.parametrize("text", ["plain", "two\nlines", "Z\u2028\u0085\x0b ü🚀 \"'"], ids=["plain", "lines", "odd"])
+def test_round_trip(tokenizer, tmp_path, text):
+    path = tmp_path / "folder" / "summaries.jsonl"
+    ids = tokenizer.encode(f" {text} ")
+    articles = [article("a", "x"), article("b", "y")]
+    outputs = [Output([*ids, 1], "eos"), Output(ids[:1], "length")]
+    write_summaries(path, articles, tokenizer, [[5] * 3, [5] * 4], lambda prompts: outputs, {"engine": "tëst"})
+    records, provenance = read_summaries(path)
+    assert provenance == {"engine": "tëst"}
+    assert records[0] == {
+        "id": "x",
+        "summary": text,
+        "reference": "One line.\nAnother line.",
+        "input_tokens": 3,
+        "output_ids": [*ids, 1],
+        "finish_reason": "eos",
+    }
+    assert (records[1]["id"], records[1]["summary"], records[1]["input_tokens"]) == ("y", "", 4)
+    assert sorted(p.name for p in path.parent.iterdir()) == ["summaries.jsonl", "summaries.meta.json"]
+
+
+def test_nothing_is_written_when_generation_fails(tokenizer, tmp_path):
+    def fail(prompts):
+        raise UserError("no")
+
+    with pytest.raises(UserError, match="no"):
+        write_summaries(tmp_path / "s.jsonl", [article("a")], tokenizer, [[5]], fail, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (None, "does not exist; make it with 'trtbuild summarize'"),
+        (b"", "holds no summaries"),
+        (b"text\n", "is not a summaries file"),
+        (b'{"summary": "a", "refe', "is not a summaries file"),
+        (b"\xff\xfe\n", "is not a summaries file"),
+        (json.dumps({"summary": "a"}).encode(), "each line needs the keys summary and reference"),
+        (json.dumps({"summary": "a", "reference": "b"}).encode(), "s.meta.json does not exist"),
+    ],
+    ids=["missing", "empty", "text", "truncated", "not-utf8", "keys", "no-provenance"],
+)
+def test_unreadable_summaries(tmp_path, data, message):
+    path = tmp_path / "s.jsonl"
+    if data is not None:
+        path.write_bytes(data)
+    with pytest.raises(UserError, match=message) as caught:
+        read_summaries(path)
+    assert str(path.with_suffix("")) in str(caught.value)
+
+
+def test_provenance_lies_beside(tmp_path):
+    assert meta_path(tmp_path / "a.b.jsonl") == tmp_path / "a.b.meta.json"

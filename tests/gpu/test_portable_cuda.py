@@ -1,0 +1,83 @@
+"""The portable engine on CUDA. Run by hand: `pytest -m gpu tests/gpu`."""
+
+import pytest
+import torch
+
+from trtbuild.checkpoint.dummy import dummy_tensors
+from trtbuild.engine.config import BuildLimits
+from trtbuild.engine.portable import PortableEngine, StepContext
+from trtbuild.models.decoder import decoder
+from trtbuild.models.families import config_from_hugging_face
+from trtbuild.runtime.generation import generate
+from trtbuild.runtime.sampling import SamplingParams
+from trtbuild.runtime.session import PortableSession
+
+pytestmark = pytest.mark.gpu
+
+LIMITS = BuildLimits(max_batch_size=4, max_input_len=300, max_output_len=300)
+PROMPTS = [list(range(2, 2 + n)) for n in (5, 1, 250, 93)]  # the third crosses a graph's bound of 256
+
+
+@pytest.fixture(
+    scope="module", params=[{}, {"num_key_value_heads": 4}, {"rope_scaling": {"type": "dynamic", "factor": 2}}]
+)
+def model(request, tiny_config):
+    config = config_from_hugging_face(tiny_config | request.param, "test")
+    return config, dummy_tensors(config, 3, torch.float32)
+
+
+def session(model, dtype: torch.dtype, device: str) -> PortableSession:
+    config, weights = model
+    network = decoder(config, weights.__getitem__, dtype, LIMITS.max_length)
+    return PortableSession(PortableEngine(network, LIMITS, torch.device(device)))
+
+
+def test_float32_greedy_tokens_equal_the_cpus(model):
+    params = SamplingParams(max_output_len=40)
+    cpu, cuda = (generate(session(model, torch.float32, device), PROMPTS, params) for device in ("cpu", "cuda"))
+    assert [output.output_ids for output in cpu] == [output.output_ids for output in cuda]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 1e-2), (torch.bfloat16, 6e-2)])
+def test_logits_of_both_phases(model, dtype, tolerance):
+    """Relative error against the float32 engine on the CPU, prefill and decode, tokens forced to be the same."""
+    reference, tested = session(model, torch.float32, "cpu"), session(model, dtype, "cuda")
+    pairs = [(reference.prefill(PROMPTS), tested.prefill(PROMPTS).clone())]
+    for _ in range(12):
+        tokens = pairs[-1][0].argmax(-1).int()
+        pairs.append((reference.decode(tokens), tested.decode(tokens.cuda()).clone()))
+    for expected, actual in pairs:
+        assert (actual.cpu() - expected).norm() / expected.norm() < tolerance
+
+
+@torch.inference_mode()
+def test_a_replayed_graph_equals_the_eager_step(model):
+    tested = session(model, torch.float16, "cuda")
+    tokens = tested.prefill(PROMPTS).argmax(-1).int()
+    graph = tested.decode(tokens).clone()
+    again = session(model, torch.float16, "cuda")
+    again.prefill(PROMPTS)
+    state = again._decode_state
+    state["input_ids"].copy_(tokens)
+    state["sequence_lengths"].copy_(state["position_ids"] + 1)
+    eager = again.engine.run(StepContext(state["batch_index"], None, 256), state)
+    assert torch.equal(graph, eager)
+
+
+def test_generation_steps_never_wait_for_the_host(model):
+    tested = session(model, torch.float16, "cuda")
+    tokens = tested.prefill(PROMPTS).argmax(-1).int()
+    tested.decode(tokens)  # captures
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(4):
+            tokens = tested.decode(tokens).argmax(-1).int()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert tokens.shape == (4,)
+
+
+def test_sampling_is_reproducible(model):
+    params = SamplingParams(max_output_len=20, temperature=0.8, top_k=40, top_p=0.9, seed=5)
+    runs = [generate(session(model, torch.float16, "cuda"), PROMPTS, params) for _ in range(2)]
+    assert [o.output_ids for o in runs[0]] == [o.output_ids for o in runs[1]]

@@ -1,0 +1,67 @@
+"""Dense linear layers against float64, over the row counts where the portable engine changes its method."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trtbuild.linear.dense import DenseLinear, linear
+from trtbuild.network import Network
+
+# Norm of the difference over the norm of the float64 result, for inputs that are already rounded to the dtype.
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+
+
+def case(rows: int, inner: int, outer: int, bias: bool, dtype: torch.dtype):
+    """Random inputs of the operation and `x @ weight.T + bias` of them in float64."""
+    inputs = [torch.randn(rows, inner).to(dtype), torch.randn(outer, inner).to(dtype)]
+    inputs += [torch.randn(outer).to(dtype)] if bias else []
+    x, weight, *b = (t.double().numpy() for t in inputs)
+    return inputs, x @ weight.T + (b[0] if bias else 0)
+
+
+def error(actual: torch.Tensor, expected: np.ndarray) -> float:
+    return np.linalg.norm(actual.double().numpy() - expected) / np.linalg.norm(expected)
+
+
+@dtypes
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 3, 16, 64, 65, 200])
+def test_reference_and_portable(rows, bias, dtype):
+    print("torch.manual_seed", torch.seed())
+    inputs, expected = case(rows, 96, 64, bias, dtype)
+    reference, portable = DenseLinear().reference(*inputs), DenseLinear().portable(None, *inputs)
+    assert reference.dtype == portable.dtype == dtype
+    assert error(reference, expected) < TOLERANCE[dtype]
+    assert error(portable, expected) < TOLERANCE[dtype]
+    assert error(portable, reference.double().numpy()) < TOLERANCE[dtype]
+
+
+@given(st.integers(1, 80), st.integers(1, 70), st.integers(1, 70), st.booleans(), st.sampled_from(list(TOLERANCE)))
+@settings(max_examples=40, deadline=None)
+def test_portable_of_any_shape(rows, inner, outer, bias, dtype):
+    """Odd sizes too: oneDNN and MKL pad and block in their own ways. The bound is absolute: a product may cancel."""
+    inputs, expected = case(rows, inner, outer, bias, dtype)
+    result = DenseLinear().portable(None, *inputs).double().numpy()
+    scale = np.linalg.norm(expected) + np.sqrt(expected.size * inner)
+    assert np.linalg.norm(result - expected) < TOLERANCE[dtype] * scale
+
+
+def test_inferred_shape():
+    network = Network()
+    x = network.input("x", torch.float16, ("tokens", 8))
+    y = linear(x, network.input("w", torch.float16, (5, 8)), network.input("b", torch.float16, (5,)))
+    assert (y.dtype, y.shape) == (torch.float16, ("tokens", 5))
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias"),
+    [(((5, 7), torch.float16), None), (((5, 8), torch.float32), None), (((5, 8), torch.float16), (8,))],
+)
+def test_refuses_another_width_dtype_or_bias(weight, bias):
+    network = Network()
+    x = network.input("x", torch.float16, ("tokens", 8))
+    with pytest.raises(ValueError, match="linear of"):
+        linear(x, network.input("w", weight[1], weight[0]), bias and network.input("b", torch.float16, bias))

@@ -1,0 +1,99 @@
+"""The network as a data structure: JSON and back, tied constants, names."""
+
+import json
+
+import pytest
+import torch
+
+from trtbuild.checkpoint.canonical import Checkpoint
+from trtbuild.checkpoint.lazy import from_tensor
+from trtbuild.engine.config import BuildLimits
+from trtbuild.engine.portable import PortableEngine
+from trtbuild.linear.dense import linear
+from trtbuild.models.decoder import decoder
+from trtbuild.models.families import config_from_hugging_face
+from trtbuild.network import Network, ops
+from trtbuild.runtime.session import PortableSession
+
+LIMITS = BuildLimits(max_batch_size=2, max_input_len=12, max_output_len=4)
+
+
+def logits(network: Network) -> torch.Tensor:
+    session = PortableSession(PortableEngine(network, LIMITS, torch.device("cpu")))
+    return session.prefill([[3, 1, 4], [1, 5, 9, 2, 6]], all_logits=True)
+
+
+@pytest.fixture
+def tiny_network(tiny_checkpoint) -> Network:
+    checkpoint = Checkpoint(tiny_checkpoint)
+    return decoder(checkpoint.config, checkpoint.__getitem__, torch.float32, LIMITS.max_length)
+
+
+def test_json_round_trip(tiny_network):
+    text = json.dumps(tiny_network.to_json())
+    read = Network.from_json(json.loads(text), tiny_network.constants)
+    assert json.dumps(read.to_json()) == text
+    assert read.nodes == tiny_network.nodes
+    assert {name: (t.dtype, t.shape) for name, t in read.tensors.items()} == {
+        name: (t.dtype, t.shape) for name, t in tiny_network.tensors.items()
+    }
+    assert torch.equal(logits(read), logits(tiny_network))
+
+
+def test_reading_checks_shapes_against_constants(tiny_network):
+    constants = tiny_network.constants | {"model.norm.weight": from_tensor(torch.ones(63))}
+    with pytest.raises(ValueError, match="rms_norm"):
+        Network.from_json(tiny_network.to_json(), constants)
+
+
+def test_decoder_constants_and_outputs(tiny_network):
+    assert tiny_network.outputs == ["logits", *(f"present_{x}.{i}" for i in range(2) for x in ("key", "value"))]
+    assert tiny_network.tensors["logits"].shape == ("rows", 320)
+    assert tiny_network.constants["model.layers.1.self_attn.qkv_proj.weight"].shape == (128, 64)
+    assert tiny_network.constants["model.layers.0.mlp.gate_up_proj.weight"].shape == (192, 64)
+
+
+def test_tied_head_is_the_embedding_table(tiny_config):
+    config = config_from_hugging_face(tiny_config | {"tie_word_embeddings": True}, "test")
+    shapes = config.tensor_shapes()
+    network = decoder(config, lambda name: from_tensor(torch.zeros(shapes[name])), torch.float16, 16)
+    tables = [name for name, constant in network.constants.items() if constant.shape == (320, 64)]
+    assert tables == ["model.embed_tokens.weight"]
+    assert [type(n.op).__name__ for n in network.nodes if tables[0] in n.inputs] == ["Embedding", "DenseLinear"]
+
+
+def test_a_constant_named_twice_is_one_tensor():
+    network = Network()
+    first = network.constant("w", from_tensor(torch.ones(4, 4)))
+    assert network.constant("w", from_tensor(torch.ones(4, 4))) is first
+    assert list(network.constants) == ["w"]
+
+
+def test_mark_output_renames_producer_and_consumers():
+    network = Network()
+    x = network.input("x", torch.float32, ("tokens", 4))
+    hidden = linear(x, network.constant("w", from_tensor(torch.eye(4) * 2)))
+    network.mark_output(ops.add(hidden, x), "sum")
+    network.mark_output(hidden, "hidden")
+    assert network.outputs == ["sum", "hidden"]
+    assert [node.outputs for node in network.nodes] == [("hidden",), ("sum",)]
+    assert network.nodes[1].inputs == ("hidden", "x")
+    assert set(network.tensors) == {"x", "w", "hidden", "sum"}
+    assert Network.from_json(network.to_json(), network.constants).to_json() == network.to_json()
+
+
+@pytest.mark.parametrize(
+    "declare",
+    [
+        lambda network, x: network.input("w", torch.float32, ("tokens", 4)),
+        lambda network, x: network.constant("x", from_tensor(torch.ones(4))),
+        lambda network, x: network.mark_output(ops.add(x, x), "w"),
+    ],
+    ids=["input", "constant", "output"],
+)
+def test_a_taken_name_is_refused(declare):
+    network = Network()
+    x = network.input("x", torch.float32, ("tokens", 4))
+    network.constant("w", from_tensor(torch.ones(4)))
+    with pytest.raises(ValueError, match=r"two tensors are called [wx]$"):
+        declare(network, x)

@@ -1,0 +1,326 @@
+"""Every operation's `reference` against a formula in float64 numpy, and `portable` against `reference`."""
+
+import numpy as np
+import pytest
+import torch
+
+from trtbuild.engine.portable import StepContext
+from trtbuild.network import Network, ops
+from trtbuild.network.ops.add import Add
+from trtbuild.network.ops.attention import Attention
+from trtbuild.network.ops.cast import Cast
+from trtbuild.network.ops.embedding import Embedding
+from trtbuild.network.ops.rms_norm import RmsNorm
+from trtbuild.network.ops.rotary_embedding import RotaryEmbedding
+from trtbuild.network.ops.select_rows import SelectRows
+from trtbuild.network.ops.swiglu import SwiGlu
+
+# Norm of the difference over the norm of the float64 result, for inputs that are already rounded to the dtype.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+WORKING_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+working_dtypes = pytest.mark.parametrize("dtype", WORKING_DTYPES, ids=str)
+row_counts = pytest.mark.parametrize("rows", [1, 2, 15, 16, 40])
+
+
+@pytest.fixture(autouse=True)
+def fresh_seed():
+    """New inputs every run; a failure shows the seed."""
+    print("torch.manual_seed", torch.seed())
+
+
+def wide(x: torch.Tensor) -> np.ndarray:
+    return x.double().numpy()
+
+
+def error(actual: torch.Tensor, expected: np.ndarray | torch.Tensor) -> float:
+    expected = wide(expected) if isinstance(expected, torch.Tensor) else expected
+    assert tuple(actual.shape) == expected.shape
+    return np.linalg.norm(wide(actual) - expected) / np.linalg.norm(expected)
+
+
+# Operations of one token
+
+
+@dtypes
+@row_counts
+def test_embedding(rows, dtype):
+    table, ids = torch.randn(50, 8, dtype=dtype), torch.randint(50, (rows,), dtype=torch.int32)
+    result = Embedding().reference(ids, table)
+    assert result.dtype == dtype
+    assert (wide(result) == wide(table)[ids.numpy()]).all()
+
+
+@dtypes
+def test_add(dtype):
+    a, b = torch.randn(2, 7, 33, dtype=dtype)
+    assert error(Add().reference(a, b), wide(a) + wide(b)) < TOLERANCE[dtype]
+
+
+def test_cast_rounds_to_nearest_even():
+    x = torch.cat((torch.randn(1000) * 100, torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11])))
+    assert (Cast("float16").reference(x).numpy() == x.numpy().astype(np.float16)).all()
+    bits = x.numpy().view(np.uint32).astype(np.uint64)
+    nearest = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    assert (Cast("bfloat16").reference(x).view(torch.int16).numpy().view(np.uint16) == nearest).all()
+    assert (wide(Cast("float32").reference(x.bfloat16())) == wide(x.bfloat16())).all()
+
+
+def test_cast_to_the_same_dtype_adds_nothing():
+    network = Network()
+    x = network.input("x", torch.float16, ("tokens", 4))
+    assert ops.cast(x, torch.float16) is x
+    assert ops.cast(x, torch.float32).dtype == torch.float32
+    assert len(network.nodes) == 1
+
+
+@dtypes
+@pytest.mark.parametrize("eps", [1e-6, 0.1])
+def test_rms_norm(dtype, eps):
+    x, weight = torch.randn(9, 48, dtype=dtype) * 0.3, torch.randn(48, dtype=dtype)
+    expected = wide(x) / np.sqrt((wide(x) ** 2).mean(-1, keepdims=True) + eps) * wide(weight)
+    assert error(RmsNorm(eps).reference(x, weight), expected) < TOLERANCE[dtype]
+
+
+def test_rms_norm_of_large_float16_does_not_overflow():
+    x = torch.full((2, 64), 3e4, dtype=torch.float16)  # the mean square is 9e8
+    assert error(RmsNorm(1e-6).reference(x, torch.ones(64, dtype=torch.float16)), np.ones((2, 64))) < 1e-3
+
+
+@dtypes
+def test_swiglu(dtype):
+    gate_up = torch.randn(5, 2 * 24, dtype=dtype) * 3
+    gate, up = np.split(wide(gate_up), 2, axis=1)
+    before = gate_up.clone()
+    assert error(SwiGlu().reference(gate_up), gate / (1 + np.exp(-gate)) * up) < TOLERANCE[dtype]
+    assert torch.equal(gate_up, before)
+
+
+@dtypes
+def test_select_rows(dtype):
+    x, indices = torch.randn(12, 6, dtype=dtype), torch.tensor([11, 0, 5, 5], dtype=torch.int32)
+    assert (wide(SelectRows().reference(x, indices)) == wide(x)[[11, 0, 5, 5]]).all()
+
+
+@working_dtypes
+@row_counts
+@pytest.mark.parametrize("case", ["embedding", "add", "rms_norm", "swiglu", "select_rows"])
+def test_portable_equals_reference(case, rows, dtype):
+    x = torch.randn(rows, 64).to(dtype)
+    ids = torch.randint(rows, (rows,), dtype=torch.int32)
+    op, inputs = {
+        "embedding": (Embedding(), (ids, x)),
+        "add": (Add(), (x, x.flip(1))),
+        "rms_norm": (RmsNorm(1e-5), (x, torch.randn(64).to(dtype))),
+        "swiglu": (SwiGlu(), (x,)),
+        "select_rows": (SelectRows(), (x, ids)),
+    }[case]
+    result = op.portable(None, *inputs)
+    assert result.dtype == dtype
+    assert error(result, op.reference(*inputs)) < TOLERANCE[dtype]
+
+
+# Rotary embedding
+
+
+def rotary_formula(positions: np.ndarray, theta: float, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos | cos and -sin | sin of position * theta^(-2i / d); theta may be one number a token."""
+    exponents = -2 * np.arange(head_dim // 2) / head_dim
+    angles = positions[:, None] * np.broadcast_to(theta, positions.shape)[:, None] ** exponents
+    cos, sin = np.cos(angles), np.sin(angles)
+    return np.concatenate((cos, cos), 1), np.concatenate((-sin, sin), 1)
+
+
+def inverse_frequencies(theta: float, head_dim: int) -> torch.Tensor:
+    return theta ** (-2 * torch.arange(head_dim // 2, dtype=torch.float64) / head_dim)
+
+
+# Angles are float32 also for 16-bit results: the error of an angle is 2^-24 of it, up to 300 radians here.
+ROTARY_TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def frequencies_for(dtype: torch.dtype, theta: float, head_dim: int) -> torch.Tensor:
+    return inverse_frequencies(theta, head_dim).to(torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@dtypes
+@pytest.mark.parametrize("theta", [1e4, 5e5])
+def test_rotary_embedding(dtype, theta):
+    positions = torch.randint(300, (20,), dtype=torch.int32)
+    op = RotaryEmbedding(str(dtype).removeprefix("torch."))
+    results = op.reference(positions, frequencies_for(dtype, theta, 16))
+    for result, expected in zip(results, rotary_formula(positions.numpy(), theta, 16), strict=True):
+        assert result.dtype == dtype
+        assert error(result, expected) < ROTARY_TOLERANCE[dtype]
+
+
+@dtypes
+def test_dynamic_ntk_grows_each_sequences_base(dtype):
+    """Base 10000 * (factor * length / limit - (factor - 1)) ^ (d / (d - 2)) beyond the limit, 10000 up to it."""
+    factor, limit, head_dim = 4.0, 64, 16
+    lengths = torch.tensor([5, 64, 65, 100, 300], dtype=torch.int32).repeat_interleave(3)
+    positions = torch.cat([torch.randint(int(n), (1,), dtype=torch.int32) for n in lengths])
+    growth = factor * np.maximum(lengths.numpy(), limit) / limit - (factor - 1)
+    theta = 1e4 * growth ** (head_dim / (head_dim - 2))
+    op = RotaryEmbedding(str(dtype).removeprefix("torch."), factor, limit)
+    results = op.reference(positions, frequencies_for(dtype, 1e4, head_dim), lengths)
+    for result, expected in zip(results, rotary_formula(positions.numpy(), theta, head_dim), strict=True):
+        assert error(result, expected) < ROTARY_TOLERANCE[dtype]
+
+
+# Attention
+
+
+def attention_inputs(dtype, lengths, past, heads, kv_heads, dim, max_length):
+    """Random inputs in the operation's order; what the caches hold beyond `past` is noise."""
+    tokens, batch = sum(lengths), len(lengths)
+    angles = torch.rand(tokens, dim // 2, dtype=torch.float64) * 6
+    cos, sin = angles.cos(), angles.sin()
+    cache = [torch.randn(batch, kv_heads, max_length, dim).to(dtype) for _ in range(2)]
+    positions = torch.cat([torch.arange(p, p + n, dtype=torch.int32) for n, p in zip(lengths, past, strict=True)])
+    return [
+        torch.randn(tokens, (heads + 2 * kv_heads) * dim).to(dtype),
+        torch.cat((cos, cos), 1).to(dtype),
+        torch.cat((-sin, sin), 1).to(dtype),
+        *cache,
+        positions,
+        torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
+        torch.tensor(past, dtype=torch.int32),
+    ]
+
+
+def attention_formula(inputs, lengths, past, heads, kv_heads, dim):
+    """One token, one head at a time: rotate, append to the cache, softmax over what is there."""
+    qkv, cos, sin, keys, values = (wide(x).copy() for x in inputs[:5])
+    half, group, output, row = dim // 2, heads // kv_heads, np.zeros((len(qkv), heads * dim)), 0
+
+    def rotate(x, c, s):
+        return np.concatenate((x[:half] * c[:half] - x[half:] * s[half:], x[half:] * c[half:] + x[:half] * s[half:]))
+
+    for b, (n, p) in enumerate(zip(lengths, past, strict=True)):
+        for position in range(p, p + n):
+            vectors = qkv[row].reshape(-1, dim)
+            for g in range(kv_heads):
+                keys[b, g, position] = rotate(vectors[heads + g], cos[row], sin[row])
+                values[b, g, position] = vectors[heads + kv_heads + g]
+            for h in range(heads):
+                scores = keys[b, h // group, : position + 1] @ rotate(vectors[h], cos[row], sin[row]) / np.sqrt(dim)
+                weights = np.exp(scores - scores.max())
+                mixed = weights @ values[b, h // group, : position + 1] / weights.sum()
+                output[row, h * dim : (h + 1) * dim] = mixed
+            row += 1
+    return output, keys, values
+
+
+HEADS = pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
+
+
+@dtypes
+@HEADS
+@pytest.mark.parametrize(
+    ("lengths", "past"),
+    [((1,), (0,)), ((1,), (7,)), ((9,), (0,)), ((5, 1, 8), (0, 0, 0)), ((5, 1, 3), (2, 10, 0)), ((1, 1, 1), (4, 0, 9))],
+)
+def test_attention(dtype, heads, kv_heads, lengths, past):
+    inputs = attention_inputs(dtype, lengths, past, heads, kv_heads, 8, max_length=14)
+    results = Attention(heads, kv_heads, 8).reference(*inputs)
+    for result, expected in zip(results, attention_formula(inputs, lengths, past, heads, kv_heads, 8), strict=True):
+        assert result.dtype == dtype
+        assert error(result, expected) < TOLERANCE[dtype]
+
+
+def check_portable_attention(dtype, step, lengths, past, heads, kv_heads):
+    inputs = attention_inputs(dtype, lengths, past, heads, kv_heads, 8, max_length=24)
+    op = Attention(heads, kv_heads, 8)
+    expected, *expected_caches = op.reference(*inputs)
+    result, *caches = op.portable(step, *inputs)
+    assert error(result, expected) < TOLERANCE[dtype]
+    formula, *_ = attention_formula(inputs, lengths, past, heads, kv_heads, 8)
+    assert error(result, formula) < TOLERANCE[dtype]
+    for cache, given, wanted in zip(caches, inputs[3:5], expected_caches, strict=True):
+        assert cache.data_ptr() == given.data_ptr()  # updated in place
+        assert torch.equal(cache, wanted)
+
+
+@working_dtypes
+@HEADS
+@pytest.mark.parametrize("lengths", [(1,), (9,), (6, 6, 6), (1, 1), (5, 1, 8), (7, 7, 2)])
+def test_portable_attention_context_phase(dtype, heads, kv_heads, lengths):
+    step = StepContext(torch.arange(len(lengths)), list(lengths), max(lengths))
+    check_portable_attention(dtype, step, lengths, (0,) * len(lengths), heads, kv_heads)
+
+
+@working_dtypes
+@HEADS
+@pytest.mark.parametrize(
+    ("past", "bound", "exact"),
+    [
+        ((6,), 7, True),
+        ((0,), 1, True),
+        ((5, 5, 5), 6, True),
+        ((6,), 20, False),
+        ((3, 0, 11), 12, False),
+        ((2, 9), 24, False),
+    ],
+)
+def test_portable_attention_generation_phase(dtype, heads, kv_heads, past, bound, exact):
+    """One token a sequence; `exact` needs no mask, a larger bound or ragged lengths do."""
+    step = StepContext(torch.arange(len(past)), None, bound, exact)
+    check_portable_attention(dtype, step, (1,) * len(past), past, heads, kv_heads)
+
+
+# Shape rules
+
+
+def attention_of(width=48, key=("batch", 2, 32, 8), value=("batch", 2, 32, 8), dtype=torch.float32):
+    network = Network()
+    x = network.input("x", dtype, ("tokens", width))
+    rotary = [network.input(name, dtype, ("tokens", 8)) for name in ("cos", "sin")]
+    cache = [network.input(name, dtype, shape) for name, shape in (("key", key), ("value", value))]
+    integers = [network.input(name, torch.int32, (dim,)) for name, dim in (("p", "tokens"), ("s", "s"), ("l", "batch"))]
+    return ops.attention(x, tuple(rotary), tuple(cache), *integers, 2, 2, 8)
+
+
+def test_attention_infers_its_outputs():
+    output, key, value = attention_of(dtype=torch.bfloat16)
+    assert (output.dtype, output.shape) == (torch.bfloat16, ("tokens", 16))
+    assert key.shape == value.shape == ("batch", 2, 32, 8)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"width": 40},
+        {"value": ("batch", 2, 31, 8)},
+        {"key": ("batch", 1, 32, 8), "value": ("batch", 1, 32, 8)},
+        {"key": ("batch", 2, 32, 4), "value": ("batch", 2, 32, 4)},
+    ],
+)
+def test_attention_refuses_shapes_that_do_not_fit(arguments):
+    with pytest.raises(ValueError, match="attention"):
+        attention_of(**arguments)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [(("tokens", 9), torch.float32), (("tokens", 8), torch.float16)])
+def test_add_refuses_another_shape_or_dtype(shape, dtype):
+    network = Network()
+    with pytest.raises(ValueError, match="cannot add"):
+        ops.add(network.input("a", torch.float32, ("tokens", 8)), network.input("b", dtype, shape))
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((9,), torch.float32), ((8,), torch.float16)])
+def test_rms_norm_refuses_another_width_or_dtype(shape, dtype):
+    network = Network()
+    with pytest.raises(ValueError, match="rms_norm"):
+        ops.rms_norm(network.input("x", torch.float32, ("tokens", 8)), network.input("w", dtype, shape), 1e-5)
+
+
+def test_inferred_shapes():
+    network = Network()
+    ids = network.input("ids", torch.int32, ("tokens",))
+    hidden = ops.embedding(ids, network.input("table", torch.float16, (50, 8)))
+    assert (hidden.dtype, hidden.shape) == (torch.float16, ("tokens", 8))
+    assert ops.swiglu(hidden).shape == ("tokens", 4)
+    assert ops.select_rows(hidden, network.input("indices", torch.int32, ("rows",))).shape == ("rows", 8)
+    cos, sin = ops.rotary_embedding(ids, network.input("f", torch.float32, (4,)), torch.float16)
+    assert (cos.dtype, cos.shape, sin.shape) == (torch.float16, ("tokens", 8), ("tokens", 8))

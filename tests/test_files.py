@@ -1,0 +1,233 @@
+"""Files are complete or not there: atomic writes, full disks, checksums."""
+
+import errno
+import hashlib
+import os
+import re
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+from trtbuild.checkpoint.canonical import Checkpoint
+from trtbuild.checkpoint.sources import make_checkpoint
+from trtbuild.engine.config import BuildLimits
+from trtbuild.engine.portable import read_portable, write_portable
+from trtbuild.errors import UserError
+from trtbuild.files import atomic, read_json, sha256, write_json
+from trtbuild.models.decoder import decoder
+from trtbuild.models.mapping import Mapping
+
+
+def make_file(path, text="new"):
+    path.write_text(text)
+
+
+def make_folder(path, text="new"):
+    path.mkdir()
+    (path / "config.json").write_text(text)
+
+
+def make_and_fail(target, make, error):
+    with atomic(target) as temporary:
+        make(temporary)
+        raise error
+
+
+def content(path):
+    return (path / "config.json").read_text() if path.is_dir() else path.read_text()
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """Mounts a memory file system of a given size at a folder; skips where that is not allowed."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = []
+
+    def mount(size):
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        try:
+            result = subprocess.run(command, capture_output=True, text=True)
+        except FileNotFoundError:
+            pytest.skip("there is no mount command")
+        if result.returncode:
+            pytest.skip(f"cannot mount a tmpfs: {result.stderr.strip()}")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for path in mounted:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+@pytest.mark.parametrize("make", [make_file, make_folder])
+@pytest.mark.parametrize("existing", ["nothing", "same kind", "link"])
+def test_atomic_makes_or_replaces(tmp_path, make, existing):
+    target = tmp_path / "missing" / "parent" / "target"
+    if existing != "nothing":
+        target.parent.mkdir(parents=True)
+        old = target if existing == "same kind" else tmp_path / "elsewhere"
+        make(old, "old")
+        if old != target:
+            target.symlink_to(old)
+    with atomic(target) as temporary:
+        assert temporary.parent == target.parent  # a rename must not cross file systems
+        make(temporary)
+        assert existing == "nothing" or content(target) == "old"
+    assert content(target) == "new"
+    assert not target.is_symlink()
+    assert list(target.parent.iterdir()) == [target]
+    if existing == "link":
+        assert content(old) == "old"
+
+
+@pytest.mark.parametrize(("old", "new"), [(make_file, make_folder), (make_folder, make_file)])
+def test_atomic_replaces_no_folder_by_a_file(tmp_path, old, new):
+    target = tmp_path / "target"
+    old(target, "old")
+    with pytest.raises(UserError, match=f"{target} is a (file|folder) and would be replaced"), atomic(target) as path:
+        new(path)
+    assert content(target) == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("make", [make_file, make_folder])
+@pytest.mark.parametrize("error", [RuntimeError("x"), KeyboardInterrupt(), PermissionError(errno.EACCES, "denied")])
+def test_atomic_leaves_the_old_one_on_an_exception(tmp_path, make, error):
+    target = tmp_path / "target"
+    target.write_text("old")
+    with pytest.raises(type(error)):
+        make_and_fail(target, make, error)
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_atomic_removes_what_an_interrupted_process_left(tmp_path):
+    target = tmp_path / "target"
+    with atomic(target) as left:
+        make_file(left, "old")
+    make_folder(left)  # the same name, as after a crash
+    with atomic(target) as temporary:
+        assert temporary == left
+        assert not temporary.exists()
+        make_file(temporary)
+    assert content(target) == "new"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_atomic_removes_what_a_killed_process_left(tmp_path, running):
+    """A process that still runs keeps its temporary."""
+    process = subprocess.Popen(["sleep", "60"])
+    target = tmp_path / "target"
+    with atomic(target) as own:
+        make_file(own)
+    other = own.with_name(own.name.replace(str(os.getpid()), str(process.pid)))
+    assert other != own
+    make_folder(other)
+    if not running:
+        process.kill()
+        process.wait()
+    try:
+        with atomic(target) as temporary:
+            assert other.exists() == running
+            make_file(temporary)
+    finally:
+        process.kill()
+        process.wait()
+    assert set(tmp_path.iterdir()) == ({target, other} if running else {target})
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        Exception("No space left on device (os error 28)"),  # tokenizers
+    ],
+    ids=["ENOSPC", "EDQUOT", "rust"],
+)
+def test_atomic_names_a_full_disk(tmp_path, error):
+    target = tmp_path / "target"
+    with pytest.raises(UserError, match=f"disk full while writing {re.escape(str(target))}"):
+        make_and_fail(target, make_file, error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_portable_engine_on_a_full_disk(full_disk, tiny_checkpoint):
+    folder = full_disk("256k")  # the weights take 401 KiB
+    checkpoint = Checkpoint(tiny_checkpoint)
+    network = decoder(checkpoint.config, checkpoint.__getitem__, torch.float32, 48, Mapping())
+    target = folder / "rank0.safetensors"
+    with pytest.raises(UserError, match=f"disk full while writing {re.escape(str(target))}"):
+        write_portable(target, network, BuildLimits(4, 32, 16))
+    assert list(folder.iterdir()) == []
+
+
+# Full within the configuration, the weights, the tokenizer (whose writer is not Python's), the tokenizer's settings.
+@pytest.mark.parametrize("size", ["4k", "64k", "408k", "412k"])
+def test_checkpoint_on_a_full_disk(full_disk, tiny_config, size):
+    folder = full_disk(size)
+    with pytest.raises(UserError, match=f"disk full while writing {re.escape(str(folder))}/") as caught:
+        make_checkpoint({"dummy": {"config": tiny_config}}, folder / "checkpoint")
+    assert "\n" not in str(caught.value)
+    assert list(folder.iterdir()) == []
+
+
+def test_portable_engine_when_a_write_fails(tmp_path, tiny_engine, monkeypatch):
+    """The same without a mount: the third weight hits the end of the disk; the old engine stays."""
+    network, limits = read_portable(tiny_engine / "rank0.safetensors")
+    target = tmp_path / "rank0.safetensors"
+    target.write_bytes(b"old")
+    written = []
+
+    def progress(nbytes):
+        written.append(nbytes)
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match="disk full"):
+        write_portable(target, network, limits, progress)
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_sha256_of_a_file_larger_than_a_buffer(tmp_path):
+    data = np.random.default_rng().bytes(3_000_001)
+    (tmp_path / "data").write_bytes(data)
+    assert sha256(tmp_path / "data") == hashlib.sha256(data).hexdigest()
+
+
+def test_json_round_trip(tmp_path):
+    value = {"a": [1, 2.5, None], "text": "zwölf 🚀"}
+    write_json(tmp_path / "x.json", value)
+    assert read_json(tmp_path / "x.json") == value
+    assert "zwölf 🚀" in (tmp_path / "x.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [(None, "does not exist"), (b'{"a": 1', "is not valid JSON"), (b'"\xff"', "is not valid JSON")],
+    ids=["missing", "truncated", "not-utf8"],
+)
+def test_read_json_names_the_file(tmp_path, data, message):
+    path = tmp_path / "x.json"
+    if data is not None:
+        path.write_bytes(data)
+    with pytest.raises(UserError, match=f"{re.escape(str(path))} {message}"):
+        read_json(path)
+
+
+def test_a_folder_with_foreign_files_is_not_replaced(tmp_path):
+    (tmp_path / "precious.txt").write_text("kept")
+    with pytest.raises(UserError, match="would be lost"):
+        make_and_fail(tmp_path, make_folder, AssertionError("reached"))
+    assert (tmp_path / "precious.txt").read_text() == "kept"
+
+
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*file/output"):
+        make_and_fail(tmp_path / "file" / "output", make_file, AssertionError("reached"))

@@ -1,0 +1,140 @@
+"""What a user gets wrong, and the one line that says so."""
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def set_to(*path):
+    """A change of `config`, `models` or `recipes`: the keys, then the value."""
+    name, *keys, last, value = path
+
+    def change(workspace):
+        part = getattr(workspace, name)
+        for key in keys:
+            part = part[key]
+        part[last] = value
+
+    return change
+
+
+def replace_by(name: str, text: str | None):
+    return lambda workspace: setattr(workspace, name, text)
+
+
+BAD_CONFIGURATION = {
+    "wrong type": (
+        set_to("config", "build", "max_batch_size", "four"),
+        "config/config.yaml: build.max_batch_size: 'four' is not of type 'integer'",
+    ),
+    "too small": (
+        set_to("config", "evaluation", "dataset", "samples", 0),
+        "config/config.yaml: evaluation.dataset.samples: 0 is less than the minimum of 1",
+    ),
+    "unknown key": (
+        set_to("config", "build", "max_batch", 4),
+        "config/config.yaml: build: Additional properties are not allowed ('max_batch' was unexpected); "
+        "known keys: engines, max_batch_size, max_input_len, max_output_len, remove_input_padding",
+    ),
+    "unknown engine": (
+        set_to("config", "build", "engines", ["portable", "onnx"]),
+        "config/config.yaml: build.engines.1: 'onnx' is not one of ['portable', 'tensorrt']",
+    ),
+    "more output than built for": (
+        set_to("config", "evaluation", "max_output_len", 9),
+        "config/config.yaml: evaluation.max_output_len is 9, more than build.max_output_len 8",
+    ),
+    "unknown model in the matrix": (
+        set_to("config", "matrix", [{"model": "tinny", "recipes": ["fp32"]}]),
+        "unknown model 'tinny'; known models: other, tiny",
+    ),
+    "unknown recipe in the matrix": (
+        set_to("config", "matrix", [{"model": "tiny", "recipes": ["int9"]}]),
+        "unknown recipe 'int9'; known recipes: bf16, fp32",
+    ),
+    "baseline as a recipe in the matrix": (
+        set_to("config", "matrix", [{"model": "tiny", "recipes": ["hf"]}]),
+        "results/tiny/hf/benchmark.json",
+    ),
+    "malformed models": (replace_by("models", "tiny: {source: [\n"), "config/models.yaml is not valid YAML: "),
+    "malformed config": (replace_by("config", "build: {engines: [\n"), "Config file is not valid JSON or YAML."),
+    "empty models": (replace_by("models", ""), "config/models.yaml: the file: None is not of type 'object'"),
+    "missing models": (replace_by("models", None), "cannot read config/models.yaml: No such file or directory"),
+    "two sources": (
+        set_to("models", "tiny", "source", "local", {"path": "there"}),
+        "config/models.yaml: tiny.source: ",
+    ),
+    "unknown source": (
+        set_to("models", "tiny", "source", {"ftp": {}}),
+        "config/models.yaml: tiny.source: Additional properties are not allowed ('ftp' was unexpected); "
+        "known keys: hub, local, gguf, pypi, dummy",
+    ),
+    "unknown dtype": (
+        set_to("recipes", "fp32", "dtype", "float8"),
+        "config/recipes.yaml: fp32.dtype: 'float8' is not one of ['float32', 'float16', 'bfloat16']",
+    ),
+    "reserved recipe name": (set_to("recipes", "hf", {"dtype": "float32"}), "config/recipes.yaml: the file: 'hf'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CONFIGURATION)
+def test_bad_configuration(empty, name):
+    change, line = BAD_CONFIGURATION[name]
+    change(empty)
+    output = empty.fail()
+    assert line in output
+    assert not empty.results.exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "line"),
+    [
+        ("results/tinny/fp32/rouge.json", "unknown model 'tinny'; known models: other, tiny"),
+        ("results/tiny/int9/rouge.json", "unknown recipe 'int9'; known recipes: bf16, fp32"),
+        ("results/tiny/fp32/rogue.json", "results/tiny/fp32/rogue.json"),
+    ],
+)
+def test_unknown_target(empty, target, line):
+    assert line in empty.fail(target)
+
+
+def failing_rule(workspace, target: str, log: str, line: str) -> None:
+    """The rule's log ends with `line`, and Snakemake shows it."""
+    output = workspace.fail(target)
+    assert (workspace.results / log).read_text().rstrip().splitlines()[-1] == line
+    assert line in output.splitlines()
+    assert not [path for path in workspace.results.rglob("*") if path.is_file() and path.suffix != ".log"]
+
+
+def test_missing_model_folder(empty, tmp_path):
+    empty.models["tiny"]["source"] = {"local": {"path": str(tmp_path / "nowhere")}}
+    line = f"error: the model folder {tmp_path / 'nowhere'} does not exist"
+    failing_rule(empty, "results/tiny/fp32/rouge.json", "tiny/logs/checkpoint.log", line)
+
+
+def test_damaged_gguf_file(empty, tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"")
+    empty.models["tiny"]["source"] = {"gguf": {"path": str(tmp_path / "model.gguf"), "sha256": "0" * 64}}
+    nothing = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    line = (
+        f"error: model.gguf has sha256 {nothing}, expected {'0' * 64}; it is damaged or another version"
+    )  # fmt: skip
+    failing_rule(empty, "results/tiny/hf/rouge.json", "tiny/logs/checkpoint.log", line)
+
+
+def test_more_samples_than_articles(finished):
+    finished.config["evaluation"]["dataset"]["samples"] = 10**6
+    output = finished.fail("results/tiny/fp32/summaries.jsonl")
+    line = (finished.results / "tiny/fp32/logs/summarize.log").read_text().rstrip().splitlines()[-1]
+    assert line.startswith("error: the data set trtbuild-news has ")
+    assert line.endswith("; 1000000 were asked for")
+    assert line in output.splitlines()
+    assert (finished.results / "tiny/fp32/engine/config.json").exists()
+
+
+def test_other_jobs_go_on_where_they_can(empty, tmp_path):
+    """With --keep-going, one model's failure leaves another's results."""
+    empty.models["tiny"]["source"] = {"local": {"path": str(tmp_path / "nowhere")}}
+    empty.fail("--keep-going", "results/tiny/hf/rouge.json", "results/other/fp32/engine/config.json")
+    assert (empty.results / "other/fp32/engine/config.json").exists()
+    assert not (empty.results / "tiny/checkpoint").exists()

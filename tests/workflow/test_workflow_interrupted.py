@@ -1,0 +1,147 @@
+"""A run that is killed at the worst moment: everything written, nothing renamed yet."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from trtbuild.files import sha256
+
+pytestmark = pytest.mark.slow
+
+# Python imports `sitecustomize` in every process. This one stops the job that is about to rename its output.
+HANG = """
+import os, pathlib, time
+
+rename = pathlib.Path.replace
+
+def replace(self, target):
+    if str(target) == os.environ.get("HANG_BEFORE"):
+        pathlib.Path(os.environ["HANG_MARK"]).touch()
+        time.sleep(600)
+    return rename(self, target)
+
+pathlib.Path.replace = replace
+"""
+
+
+@pytest.fixture
+def kill(tmp_path):
+    """Runs `snakemake` until it is about to rename `output`, then kills all of its processes."""
+    started = []
+
+    def run(workspace, output: str, *targets: str) -> None:
+        site, mark = tmp_path / "site", tmp_path / "mark"
+        site.mkdir()
+        (site / "sitecustomize.py").write_text(HANG, encoding="utf-8")
+        path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
+        environment = os.environ | {"PYTHONPATH": path, "HANG_BEFORE": output, "HANG_MARK": str(mark)}
+        with open(tmp_path / "killed.txt", "w", encoding="utf-8") as log:
+            process = subprocess.Popen(
+                workspace.command(*targets),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=workspace.folder,
+                env=environment,
+                start_new_session=True,
+            )
+        started.append(process)
+        deadline = time.monotonic() + 120
+        while not mark.exists():
+            assert process.poll() is None, (tmp_path / "killed.txt").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "killed.txt").read_text()
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+
+    yield run
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def hidden(workspace) -> list[Path]:
+    return [path for path in workspace.results.rglob(".*") if path.name != ".snakemake_timestamp"]
+
+
+def comparable(folder: Path) -> dict:
+    """All that has to be equal after a rerun: engine, summaries and scores, but not times and speeds."""
+    found = {name: (folder / name).read_text() for name in ("summaries.jsonl", "summaries.meta.json", "rouge.json")}
+    found["perplexity"] = json.loads((folder / "perplexity.json").read_text())
+    if (folder / "engine").exists():
+        found["engine"] = sha256(folder / "engine" / "rank0.safetensors")
+        found["config"] = (folder / "engine" / "config.json").read_text()
+    return found
+
+
+SUMMARIES = ("summaries.jsonl", "summaries.meta.json", "rouge.json")
+# Rule, the run, the output at whose renaming it is killed, the target, and what else is not there yet.
+CASES = {
+    "checkpoint": ("fp32", "../checkpoint", "engine/config.json", ("engine/rank0.safetensors",)),
+    "portable_engine": ("fp32", "engine/rank0.safetensors", "rouge.json", ("engine/config.json", *SUMMARIES)),
+    "engine": ("fp32", "engine/config.json", "perplexity.json", ()),
+    "summarize": ("fp32", "summaries.jsonl", "rouge.json", SUMMARIES),
+    "summarize_hf": ("hf", "summaries.jsonl", "rouge.json", SUMMARIES),
+    "rouge": ("fp32", "rouge.json", "rouge.json", ()),
+    "perplexity": ("fp32", "perplexity.json", "perplexity.json", ()),
+    "perplexity_hf": ("hf", "perplexity.json", "perplexity.json", ()),
+    "benchmark": ("fp32", "benchmark.json", "benchmark.json", ()),
+}
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("rule", CASES)
+def test_run_again_after_a_kill(finished, kill, rule):
+    folder, output, target, absent = CASES[rule]
+    run = finished.results / "other" / folder
+    undisturbed = comparable(run)
+    checkpoint = {path.name: sha256(path) for path in (finished.results / "other/checkpoint").glob("*.*")}
+    for name in (output, target, *absent):
+        remove(run / name)
+    output, target = (os.path.normpath(f"results/other/{folder}/{name}") for name in (output, target))
+
+    kill(finished, output, target)
+    assert not (finished.folder / output).exists()  # neither whole nor in part
+    assert hidden(finished)
+
+    finished.succeed(target)
+    assert finished.pending(target) == set()
+    assert comparable(run) == undisturbed
+    assert {path.name: sha256(path) for path in (finished.results / "other/checkpoint").glob("*.*")} == checkpoint
+    assert hidden(finished) == []
+
+
+def test_killed_tensorrt_engine_is_built_again(finished_with_tensorrt, kill):
+    output = "results/other/fp32/engine/rank0.engine"
+    engine = finished_with_tensorrt.folder / output
+    target = "results/other/fp32/engine/config.json"
+    engine.unlink()
+    (finished_with_tensorrt.folder / target).unlink()
+    kill(finished_with_tensorrt, output, target)
+    assert not engine.exists()
+    finished_with_tensorrt.succeed(target)
+    config = json.loads((finished_with_tensorrt.folder / target).read_text())
+    assert config["outputs"]["rank0.engine"]["sha256"] == sha256(engine)  # bytes of two builds may differ
+    assert hidden(finished_with_tensorrt) == []
+
+
+def test_kill_from_nothing(empty, kill, made):
+    """The first run ever dies while it makes the checkpoint; the next one needs no unlocking."""
+    kill(empty, "results/tiny/checkpoint", "results/tiny/hf/rouge.json")
+    assert not (empty.results / "tiny" / "checkpoint").exists()
+    empty.succeed("results/tiny/hf/rouge.json")
+    for name in ("summaries.jsonl", "rouge.json"):
+        assert (empty.results / "tiny/hf" / name).read_text() == (made[0].results / "tiny/hf" / name).read_text()
+    assert hidden(empty) == []
