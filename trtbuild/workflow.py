@@ -11,7 +11,7 @@ from pathlib import Path
 
 from trtbuild.errors import UserError
 
-RESERVED = ("checkpoint", "hf")  # folders of results/{model}/ that are no recipes
+RESERVED = ("checkpoint", "hf", "logs")  # folders of results/{model}/ that are no recipes
 
 
 def validate(value: object, schema_path: Path, where: str) -> None:

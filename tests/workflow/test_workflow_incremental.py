@@ -131,7 +131,6 @@ def test_compute_capabilities_are_part_of_a_tensorrt_engine(finished_with_tensor
     assert workspace.pending() == jobs(f"tensorrt_engine {AFTER_ENGINE}", ("other/fp32",))
 
 
-@pytest.mark.xfail(reason="write_config lists every rank file in the folder, stale ones included", strict=True)
 def test_an_engine_of_older_limits_is_not_served(finished_with_tensorrt):
     """A TensorRT engine that an earlier configuration left is no part of an engine without `tensorrt`."""
     workspace = finished_with_tensorrt

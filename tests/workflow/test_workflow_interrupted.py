@@ -21,7 +21,7 @@ import os, pathlib, time
 rename = pathlib.Path.replace
 
 def replace(self, target):
-    if str(target) == os.environ.get("HANG_BEFORE"):
+    if os.path.abspath(target) == os.environ.get("HANG_BEFORE"):
         pathlib.Path(os.environ["HANG_MARK"]).touch()
         time.sleep(600)
     return rename(self, target)
@@ -40,7 +40,11 @@ def kill(tmp_path):
         site.mkdir()
         (site / "sitecustomize.py").write_text(HANG, encoding="utf-8")
         path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
-        environment = os.environ | {"PYTHONPATH": path, "HANG_BEFORE": output, "HANG_MARK": str(mark)}
+        environment = os.environ | {
+            "PYTHONPATH": path,
+            "HANG_BEFORE": str(workspace.folder / output),
+            "HANG_MARK": str(mark),
+        }
         with open(tmp_path / "killed.txt", "w", encoding="utf-8") as log:
             process = subprocess.Popen(
                 workspace.command(*targets),

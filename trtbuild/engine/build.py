@@ -62,6 +62,7 @@ def write_engine_config(
     write_config(
         folder,
         [checkpoint.folder / "config.json", *checkpoint.files],
+        [rank_file(rank, kind) for rank in range(mapping.world_size) for kind in engines],
         model=model,
         recipe=recipe,
         model_config=dataclasses.asdict(checkpoint.config),

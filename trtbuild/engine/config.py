@@ -34,9 +34,9 @@ def rank_file(rank: int, kind: str) -> str:
     return f"rank{rank}.{ {'portable': 'safetensors', 'tensorrt': 'engine'}[kind] }"
 
 
-def write_config(folder: Path, inputs: list[Path], **content: object) -> None:
-    """Writes `config.json` beside the rank files, with size and sha256 of every input and every engine file."""
-    files = sorted([*folder.glob("rank*.safetensors"), *folder.glob("rank*.engine")])
+def write_config(folder: Path, inputs: list[Path], outputs: list[str], **content: object) -> None:
+    """Writes `config.json` with the sha256 of every input and, with its size, of every engine file `outputs` names."""
+    files = [folder / name for name in outputs]
     write_json(
         folder / CONFIG_FILE,
         content

@@ -110,7 +110,7 @@ def measure_perplexity(
         origin, logits = baseline.provenance(model or checkpoint_dir.resolve().name), baseline.logits
     with torch.inference_mode():
         result = perplexity(texts, logits, max_input_len)
-    settings = {"dataset": dataset, "samples": len(texts), "max_input_len": max_input_len}
+    settings = {"dataset": dataset, "samples": len(texts), "max_input_len": max_input_len, "seed": 0}
     return result | {"provenance": origin | settings}
 
 
@@ -126,7 +126,7 @@ def run_benchmark(
     """Speed of an engine, with provenance."""
     opened = open_engine(engine_dir, runtime, device)
     result = benchmark(opened.session, batch_size, input_len, output_len, repeats)
-    return result | {"provenance": provenance(opened)}
+    return result | {"provenance": provenance(opened) | {"samples": repeats, "seed": 0}}
 
 
 def verify_engine(
