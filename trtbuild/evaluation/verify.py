@@ -9,7 +9,7 @@ from trtbuild.runtime.session import Session
 
 # Relative error (norm of the difference over norm) of all logits against the float32 Hugging Face model. 16-bit values:
 # twice what `transformers` itself shows in that dtype on SmolLM2-135M (BENCHMARKS.md), for two different roundings.
-TOLERANCE = {"float32": 2e-4, "float16": 8e-3, "bfloat16": 6e-2}
+TOLERANCE = {"float32": 2e-4, "float16": 5e-3, "bfloat16": 7.5e-2}
 
 
 @dataclass(frozen=True)
