@@ -14,7 +14,7 @@ DEMO := results/smollm2-135m
 
 demo: .venv/installed
 	$(BIN)/snakemake $(DEMO)/fp16/rouge.json $(DEMO)/hf/rouge.json
-	$(BIN)/trtbuild score --summaries $(DEMO)/fp16/summaries.jsonl --output $(DEMO)/fp16/rouge.json --baseline $(DEMO)/hf/rouge.json
+	$(BIN)/trtbuild score --summaries $(DEMO)/fp16/summaries.jsonl --baseline $(DEMO)/hf/rouge.json
 
 test: .venv/installed
 	$(BIN)/pytest

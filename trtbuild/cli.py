@@ -243,7 +243,7 @@ def summarize(
 def score(
     summaries: Annotated[Path, typer.Option(help="File written by 'summarize'.")],
     output: Annotated[Path | None, typer.Option(help="Where rouge.json goes; default: print it.")] = None,
-    baseline: Annotated[Path | None, typer.Option(help="Another rouge.json to print beside it.")] = None,
+    baseline: Annotated[Path | None, typer.Option(help="Another rouge.json, to print a table of both.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
 ) -> None:
     """ROUGE of summaries: mean F1 in per cent and its 95% bootstrap interval.
@@ -256,6 +256,7 @@ def score(
     result = score_summaries(summaries, seed)
     if output:
         write_json(output, result)
+    if output or baseline:
         print(rouge_table([result, *([read_json(baseline)] if baseline else [])]))
     else:
         print(json.dumps(result, indent=2))
