@@ -10,6 +10,8 @@ from trtbuild import workflow as trtbuild_workflow
 from trtbuild.engine.config import rank_file
 from trtbuild.errors import UserError
 
+trtbuild_workflow.export_package(workflow.basedir)
+
 SCHEMAS = Path(workflow.basedir, "config", "schemas")
 
 try:

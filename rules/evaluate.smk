@@ -13,6 +13,8 @@ rule summarize:
     params:
         options=evaluation("runtime", "device", "dataset", "prompt", "chat", "max_output_len"),
     threads: 16
+    resources:
+        gpu=1,
     conda:
         "../config/environment.yaml"
     script:
@@ -30,6 +32,8 @@ rule summarize_hf:
     params:
         options=evaluation("baseline_dtype", "device", "dataset", "prompt", "chat", "max_output_len") | baseline_limits(),
     threads: 16
+    resources:
+        gpu=1,
     conda:
         "../config/environment.yaml"
     script:
@@ -61,6 +65,8 @@ rule perplexity:
     params:
         options=evaluation("runtime", "device", "dataset"),
     threads: 16
+    resources:
+        gpu=1,
     conda:
         "../config/environment.yaml"
     script:
@@ -77,12 +83,15 @@ rule perplexity_hf:
     params:
         options=evaluation("baseline_dtype", "device", "dataset") | baseline_limits(),
     threads: 16
+    resources:
+        gpu=1,
     conda:
         "../config/environment.yaml"
     script:
         "../workflow_scripts/perplexity.py"
 
 
+# On a CPU, nothing must run beside it either: it takes every core.
 rule benchmark:
     input:
         engine="results/{model}/{recipe}/engine/config.json",
@@ -93,7 +102,9 @@ rule benchmark:
     params:
         sizes=config["benchmark"],
         options=evaluation("runtime", "device"),
-    threads: 16
+    threads: workflow.cores or 16
+    resources:
+        gpu=1,
     conda:
         "../config/environment.yaml"
     script:

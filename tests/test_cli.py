@@ -220,7 +220,7 @@ def test_process_without_tensorrt(made, tmp_path):
     """Said before any work is done, and nothing is left."""
     arguments = ["--checkpoint-dir", made.checkpoint, "--engine-dir", tmp_path / "x", "--engine", "tensorrt"]
     result = process("build", *arguments, TRTBUILD_TENSORRT="nonexistent_module")
-    one_line(result, "no TensorRT distribution is installed; 'pip install tensorrt-rtx-cu13'")
+    one_line(result, "TRTBUILD_TENSORRT names 'nonexistent_module', which cannot be imported")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -312,3 +312,14 @@ def test_inspect_wants_one_folder(made, both):
 @pytest.mark.parametrize("command", ["inspect", "benchmark"])
 def test_a_checkpoint_is_no_engine(made, command):
     refused("is not an engine folder: its config.json lists no engine files", command, "--engine-dir", made.checkpoint)
+
+
+def test_process_does_not_replace_its_own_input(made):
+    """A model's folder given as the output of its own conversion or build stays as it is."""
+    before = sorted(path.name for path in made.checkpoint.iterdir())
+    for command in (
+        ("convert", "--local", made.checkpoint, "--output-dir", made.checkpoint),
+        ("build", "--checkpoint-dir", made.checkpoint, "--engine-dir", made.checkpoint),
+    ):
+        one_line(process(*command), "would replace its own input")
+    assert sorted(path.name for path in made.checkpoint.iterdir()) == before

@@ -15,7 +15,7 @@ from trtbuild.checkpoint.sources import make_checkpoint
 from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.portable import read_portable, write_portable
 from trtbuild.errors import UserError
-from trtbuild.files import atomic, read_json, sha256, write_json
+from trtbuild.files import MARKER, atomic, read_json, refuse_output_over_input, sha256, write_json
 from trtbuild.models.decoder import decoder
 from trtbuild.models.mapping import Mapping
 
@@ -27,6 +27,7 @@ def make_file(path, text="new"):
 def make_folder(path, text="new"):
     path.mkdir()
     (path / "config.json").write_text(text)
+    (path / MARKER).touch()
 
 
 def make_and_fail(target, make, error):
@@ -231,3 +232,20 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write .*file/output"):
         make_and_fail(tmp_path / "file" / "output", make_file, AssertionError("reached"))
+
+
+def test_a_folder_of_a_model_is_not_taken_for_an_output(tmp_path):
+    """A `config.json` alone is what every published model has."""
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="would be lost"):
+        make_and_fail(tmp_path, make_folder, AssertionError("reached"))
+
+
+@pytest.mark.parametrize("output", [".", "..", "../.."])
+def test_an_output_never_replaces_its_own_input(tmp_path, output):
+    source = tmp_path / "a" / "b" / "model"
+    source.mkdir(parents=True)
+    with pytest.raises(UserError, match="would replace its own input"):
+        refuse_output_over_input(source / output, source)
+    refuse_output_over_input(source / "inside", source)
+    refuse_output_over_input(tmp_path / "beside", source)

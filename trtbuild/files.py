@@ -12,20 +12,20 @@ from pathlib import Path
 
 from trtbuild.errors import UserError
 
+MARKER = "made-by-trtbuild"
+
 
 @contextmanager
 def atomic(path: Path | str) -> Iterator[Path]:
     """Yields a temporary sibling of `path` (a file or a folder, the caller makes either) and renames it at the end.
 
     On any exception the temporary is removed and `path` is left as it was; what a killed process left is removed by
-    the next one that makes `path`. A full disk, a place that cannot be written to and a folder that is not one of our
-    own outputs (it holds files, but no config.json) are a `UserError`.
+    the next one that makes `path`. Folders made here carry the file `MARKER`, and only such folders are replaced. A
+    full disk, a place that cannot be written to and a folder with anybody else's files are a `UserError`.
     """
     path = Path(path).absolute()
-    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").exists():
-        raise UserError(
-            f"{path} holds files that are no output of trtbuild; they would be lost. Choose another output."
-        )
+    if path.is_dir() and not path.is_symlink() and any(path.iterdir()) and not (path / MARKER).exists():
+        raise UserError(f"{path} holds files that trtbuild did not make; they would be lost. Choose another output.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -42,6 +42,8 @@ def atomic(path: Path | str) -> Iterator[Path]:
         if path.exists() and path.is_dir() != temporary.is_dir():
             there, new = ("folder", "file") if path.is_dir() else ("file", "folder")
             raise UserError(f"{path} is a {there} and would be replaced by a {new}; choose another output")
+        if temporary.is_dir():
+            (temporary / MARKER).touch()
         if path.is_dir():
             _remove(path)
         temporary.replace(path)
@@ -56,6 +58,13 @@ def atomic(path: Path | str) -> Iterator[Path]:
         raise
     finally:
         _remove(temporary)
+
+
+def refuse_output_over_input(output: Path, source: Path) -> None:
+    """Raises `UserError` if writing the folder `output` would replace `source`, or a folder that `source` lies in."""
+    output, source = output.resolve(), source.resolve()
+    if output == source or output in source.parents:
+        raise UserError(f"the output {output} would replace its own input {source}; choose another output")
 
 
 def _is_running(pid: str) -> bool:

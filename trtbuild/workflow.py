@@ -80,6 +80,11 @@ def check_limits(config: dict) -> None:
             raise UserError(f"config/config.yaml: {key} is {value}, more than build.{limit} {build[limit]}")
 
 
+def export_package(folder: str) -> None:
+    """Makes this package importable for the rules' scripts, in whatever environment they run."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
+
+
 @contextmanager
 def rule_log(snakemake) -> Iterator[None]:
     """Runs a rule's script with its output, C++ libraries' included, copied to the rule's log and the terminal.

@@ -101,3 +101,13 @@ def test_no_configuration(copy):
     (copy / "config.json").unlink()
     with pytest.raises(UserError, match=f"{copy}/config.json does not exist"):
         Checkpoint(copy)
+
+
+def test_a_tensor_that_the_configuration_does_not_know_is_refused(tiny_checkpoint, tmp_path):
+    """A bias that would silently be left out, say."""
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "x")
+    name = "model.layers.0.self_attn.q_proj.bias"
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {name: torch.ones(64)}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=f"the tensor {name} is no part of the model"):
+        Checkpoint(folder)

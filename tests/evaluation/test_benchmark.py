@@ -40,7 +40,7 @@ def test_bytes_of_a_step(session):
     attention, mlp, norms = 64 * 64 * 2 + 64 * 32 * 2, 3 * 64 * 96, 2 * 64
     weights = 4 * (2 * (attention + mlp + norms) + 64 + 320 * 64)
     cache = 4 * 2 * 2 * (2 * 16)  # float32, layers, keys and values, heads
-    tables = session.engine.weight_bytes - weights  # rotary angles, which a step reads a row of
+    tables = session.weight_bytes - weights  # rotary angles, which a step reads a row of
     assert 0 <= tables <= 2 * 48 * 16 * 4
     assert result["bytes_per_step"] == int(weights + tables + 3 * 24.5 * cache)
     assert result["bytes_per_token"] == result["bytes_per_step"] // 3

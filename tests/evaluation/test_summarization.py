@@ -95,7 +95,7 @@ def test_nothing_is_written_when_generation_fails(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (None, "does not exist; make it with 'trtbuild summarize'"),
+        (None, r"\(No such file or directory\); make it with 'trtbuild summarize'"),
         (b"", "holds no summaries"),
         (b"text\n", "is not a summaries file"),
         (b'{"summary": "a", "refe', "is not a summaries file"),

@@ -87,10 +87,15 @@ def test_verify_engine(tiny_engine, tiny_checkpoint):
     assert (result.name, result.agrees, result.tokens) == ("portable engine (float32)", True, 8)
 
 
+def test_more_prompts_than_a_batch_are_split(tiny_engine, tiny_checkpoint):
+    (agreement,) = verify_engine(tiny_engine, tiny_checkpoint, ["a", "bc", "def", "g", "hi", "j"], 4, ["portable"])
+    assert agreement.agrees
+    assert agreement.tokens == 24
+
+
 @pytest.mark.parametrize(
     ("texts", "length", "message"),
     [
-        (["a"] * 5, 4, "5 prompts in one batch; the engine's max_batch_size is 4"),
         (["a" * 33], 4, "prompt 0 has 33 tokens"),
         (["a" * 32], 18, "a sequence has reached max_length 48"),
         (["a"], 0, "max_output_len is 0"),

@@ -165,7 +165,7 @@ def main() -> None:
     for batch, context in cases:
         first, (step, synced) = ours(session, prompts[batch, context])
         length = context + NEW_TOKENS / 2
-        read = session.engine.weight_bytes + batch * length * session.cache.bytes_per_position()
+        read = session.weight_bytes + batch * length * session.cache.bytes_per_position()
         floor = read / bandwidth
         rows.append(["portable", batch, context, first * 1e3, step * 1e3, floor * 1e3, step / floor])
         print(rows[-1], f"synchronized every step: {synced * 1e3:.2f}", flush=True)

@@ -61,6 +61,8 @@ def test_tensorrt_needs_a_gpu(copy):
     (copy / "rank0.engine").write_bytes(b"")
     empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
     edit_config(copy, lambda config: config["outputs"].update({"rank0.engine": {"bytes": 0, "sha256": empty}}))
+    builder = {"distribution": "tensorrt_rtx", "compute_capabilities": ["8.9"]}
+    edit_config(copy, lambda config: config["builders"].update({"tensorrt": builder}))
     with pytest.raises(UserError, match="runtime tensorrt needs a GPU and there is none"):
         open_engine(copy, "tensorrt")
     assert open_engine(copy, "auto").session.kind == "portable"

@@ -22,7 +22,12 @@ class Checkpoint:
         self.tensors: dict[str, LazyTensor] = {}
         for file in self.files:
             self.tensors |= open_file(file)[0]
-        for name, shape in self.config.tensor_shapes().items():
+        shapes = self.config.tensor_shapes()
+        for name in self.tensors.keys() - shapes.keys():
+            # Old checkpoints store the rotary frequencies, and tied ones may store their head twice: both are derived.
+            if not name.endswith("rotary_emb.inv_freq") and name != "lm_head.weight":
+                raise UserError(f"{self.folder}: the tensor {name} is no part of the model that config.json describes")
+        for name, shape in shapes.items():
             if name not in self.tensors:
                 raise UserError(f"{self.folder}: tensor {name} is missing; config.json asks for it with shape {shape}")
             if self.tensors[name].shape != shape:

@@ -12,6 +12,7 @@ import torch
 from trtbuild.checkpoint.lazy import LazyTensor
 from trtbuild.errors import UserError
 
+PRE_TOKENIZER = "tokenizer.ggml.pre"
 NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -93,8 +94,8 @@ def _config(path: Path, fields: dict, tensor_names: set[str]) -> dict:
             "rms_norm_eps": float(str(np.float32(get("attention.layer_norm_rms_epsilon")))),
             "rope_theta": float(fields.get("llama.rope.freq_base") or 10000.0),
             "tie_word_embeddings": "output.weight" not in tensor_names,
-            "attention_bias": False,
-            "mlp_bias": False,
+            "attention_bias": "blk.0.attn_q.bias" in tensor_names,
+            "mlp_bias": "blk.0.ffn_gate.bias" in tensor_names,
             "dtype": "float32",
         }
     except KeyError as error:
@@ -116,18 +117,24 @@ def _config(path: Path, fields: dict, tensor_names: set[str]) -> dict:
 def save_tokenizer(path: Path, folder: Path) -> None:
     """Reads a GGUF file's tokenizer with `transformers` and saves it as `tokenizer.json` and its configuration.
 
-    `transformers` builds every byte-level BPE with GPT-2's splitting; SmolLM's also keeps digits apart
-    (`tokenizer.ggml.pre` is `smollm`), which is put back here.
+    `transformers` gives every byte-level BPE the splitting of GPT-2, whatever `tokenizer.ggml.pre` says. SmolLM's also
+    keeps digits apart, which is put back here; another splitting is a `UserError`, since it would give wrong tokens.
     """
     import gguf
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
+    fields = gguf.GGUFReader(path).fields
+    model, pre = (fields[key].contents() if key in fields else "" for key in ("tokenizer.ggml.model", PRE_TOKENIZER))
+    if model == "gpt2" and pre not in ("gpt-2", "smollm"):
+        raise UserError(
+            f"{path}: the tokenizer's splitting {pre!r} is not supported from GGUF (gpt-2 and smollm are); "
+            "use the model's Hugging Face folder"
+        )
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    pre = gguf.GGUFReader(path).get_field("tokenizer.ggml.pre")
-    if pre is not None and pre.contents() == "smollm":
+    if pre == "smollm":
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )

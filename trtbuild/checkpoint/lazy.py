@@ -31,4 +31,16 @@ def from_tensor(tensor: torch.Tensor) -> LazyTensor:
 def concatenate(parts: Sequence[LazyTensor]) -> LazyTensor:
     """The parts joined along the first dimension: `[out_0 + out_1 + ..., in]` for projection weights."""
     shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-    return LazyTensor(parts[0].dtype, shape, lambda: torch.cat([part.load() for part in parts]))
+
+    def load() -> torch.Tensor:
+        """Fills the result part by part, so that no more than one part is held beside it."""
+        result, row = None, 0
+        for part in parts:
+            value = part.load()
+            if result is None:
+                result = torch.empty(shape, dtype=value.dtype, device=value.device)
+            result[row : row + part.shape[0]] = value
+            row += part.shape[0]
+        return result
+
+    return LazyTensor(parts[0].dtype, shape, load)

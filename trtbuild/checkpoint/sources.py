@@ -13,7 +13,7 @@ from trtbuild.checkpoint.dummy import BYTES, SPECIAL_TOKENS, dummy_tensors, save
 from trtbuild.checkpoint.gguf import read_gguf, save_tokenizer
 from trtbuild.checkpoint.safetensors_stream import write_sharded
 from trtbuild.errors import UserError
-from trtbuild.files import atomic, read_json, sha256, write_json
+from trtbuild.files import atomic, read_json, refuse_output_over_input, sha256, write_json
 from trtbuild.models.families import config_from_hugging_face
 from trtbuild.progress import byte_bar
 
@@ -29,6 +29,8 @@ def make_checkpoint(source: dict, folder: Path | str) -> None:
     complete and its tensors have been checked. Raises `UserError` for anything that is wrong with the source.
     """
     ((kind, options),) = source.items()
+    if "path" in options:
+        refuse_output_over_input(Path(folder), Path(options["path"]).expanduser())
     with atomic(folder) as temporary:
         temporary.mkdir()
         MAKERS[kind](temporary, **options)
@@ -42,7 +44,7 @@ def _from_hub(folder: Path, repo: str, revision: str, allow_patterns: list[str] 
     try:
         snapshot = snapshot_download(repo, revision=revision, allow_patterns=allow_patterns or HUB_PATTERNS)
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"cannot fetch {repo} at revision {revision} from the hub ({type(error).__name__}: {reason}); "
             "check the name, the network and, for gated models, HF_TOKEN"
@@ -55,6 +57,8 @@ def _from_local(folder: Path, path: str) -> None:
     source = Path(path).expanduser().resolve()
     if not source.is_dir():
         raise UserError(f"the model folder {source} does not exist")
+    if not (source / "tokenizer.json").exists():
+        raise UserError(f"{source} has no tokenizer.json; save its tokenizer with transformers' save_pretrained first")
     Checkpoint(source)
     for pattern in LINKED:
         for file in source.glob(pattern):

@@ -10,12 +10,10 @@ from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.engine.config import BuildLimits, rank_file, write_config
 from trtbuild.engine.portable import read_portable, write_portable
 from trtbuild.errors import UserError
-from trtbuild.files import atomic
+from trtbuild.files import atomic, refuse_output_over_input
 from trtbuild.models.decoder import decoder
 from trtbuild.models.mapping import Mapping
 from trtbuild.progress import byte_bar
-
-ENGINES = ("portable", "tensorrt")
 
 
 def build_portable(checkpoint_dir: Path, path: Path, recipe: dict, limits: BuildLimits, mapping: Mapping) -> None:
@@ -29,7 +27,7 @@ def build_portable(checkpoint_dir: Path, path: Path, recipe: dict, limits: Build
 
 
 def build_tensorrt(
-    portable: Path, path: Path, remove_input_padding: bool, compute_capabilities: list[str] | None
+    portable: Path, path: Path, remove_input_padding: bool, compute_capabilities: list[str] | None = None
 ) -> None:
     """Lowers one rank's portable engine and writes its serialized TensorRT engine to `path`."""
     from trtbuild.engine.tensorrt import LoweredNetwork
@@ -93,6 +91,7 @@ def build_engine_dir(
         raise UserError(
             "a TensorRT engine is lowered from the portable one; build with --engine portable --engine tensorrt"
         )
+    refuse_output_over_input(folder, checkpoint_dir)
     world = Mapping().world_size
     with atomic(folder) as temporary:
         temporary.mkdir()

@@ -7,7 +7,6 @@ from pathlib import Path
 from trtbuild.errors import UserError
 from trtbuild.files import read_json, sha256, write_json
 
-DTYPES = ("float32", "float16", "bfloat16")
 CONFIG_FILE = "config.json"
 
 

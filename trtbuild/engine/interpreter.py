@@ -31,14 +31,22 @@ class Interpreter:
             self._prepare(definition.get_layer(i), layers)
         # A definition lists layers in any order: a slice may precede the layer that computes its size.
         order = TopologicalSorter({target: sources for target, (sources, _) in layers.items()}).static_order()
-        self._steps = [(target, *layers[target]) for target in order if target in layers]
+        steps = [(target, *layers[target]) for target in order if target in layers]
+        last_use = {name: i for i, (_, sources, _) in enumerate(steps) for name in sources}
+        dead = [[] for _ in steps]  # what no later layer reads
+        for name, i in last_use.items():
+            if name in layers and name not in self.outputs:
+                dead[i].append(name)
+        self._steps = [(*step, names) for step, names in zip(steps, dead, strict=True)]
 
     @torch.inference_mode()
     def run(self, inputs: Values) -> Values:
         """Values by engine input name to values by engine output name. Inputs are not modified."""
         values = self._constants | {name: inputs[name] for name in self.inputs}
-        for target, sources, compute in self._steps:
+        for target, sources, compute, dead in self._steps:
             values[target] = compute(*(values[name] for name in sources))
+            for name in dead:
+                del values[name]
         return {name: values[name] for name in self.outputs}
 
     def _prepare(self, layer, layers: dict[str, tuple[list[str], Callable]]) -> None:

@@ -114,12 +114,6 @@ class PortableEngine:
         """Opens an engine file; raises `UserError` if it is missing, truncated, or no engine."""
         return cls(*read_portable(path), torch.device(device))
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of weights that one generation step reads: everything but an embedding table that is only indexed."""
-        read = {name for node in self.network.nodes for name in node.inputs if type(node.op).__name__ != "Embedding"}
-        return sum(constant.nbytes for name, constant in self.network.constants.items() if name in read)
-
     @torch.inference_mode()
     def run(self, step: StepContext, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """One step: logits, `[rows, vocab]` float32. The KV caches among `inputs` are updated in place."""

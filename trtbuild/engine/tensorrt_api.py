@@ -19,8 +19,12 @@ DEFAULT_COMPUTE_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
 @cache
 def api() -> ModuleType:
     """The distribution's Python module; raises `UserError` naming the package to install if there is none."""
-    chosen = os.environ.get("TRTBUILD_TENSORRT")
-    for name in (chosen,) if chosen else DISTRIBUTIONS:
+    if chosen := os.environ.get("TRTBUILD_TENSORRT"):
+        try:
+            return importlib.import_module(chosen)
+        except ImportError as error:
+            raise UserError(f"TRTBUILD_TENSORRT names {chosen!r}, which cannot be imported: {error}") from error
+    for name in DISTRIBUTIONS:
         try:
             return importlib.import_module(name)
         except ImportError:
@@ -67,15 +71,14 @@ def set_target(config, compute_capabilities: list[str] | None) -> None:
         config.set_compute_capability(trt.ComputeCapability.__members__[name], i)
 
 
-def runs_here() -> bool:
-    """Whether the installed distribution, if any, can execute engines on the GPU at hand, if any."""
+def runs_here(builder: dict) -> bool:
+    """Whether an engine by `builder` (as in its `config.json`) can run on the GPU at hand with what is installed."""
     import torch
 
     try:
-        api()
+        if api().__name__ != builder["distribution"] or not torch.cuda.is_available():
+            return False
     except UserError:
         return False
-    if not torch.cuda.is_available():
-        return False
     major, minor = torch.cuda.get_device_capability()
-    return not is_rtx() or (major, minor) in ((8, 0), (8, 6), (8, 9)) or major == 12
+    return not is_rtx() or f"{major}.{minor}" in builder["compute_capabilities"]

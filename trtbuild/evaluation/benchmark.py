@@ -9,7 +9,7 @@ import torch
 
 from trtbuild.errors import UserError
 from trtbuild.progress import item_bar
-from trtbuild.runtime.session import PortableSession, Session
+from trtbuild.runtime.session import Session
 
 BANDWIDTH_BYTES = 1 << 29
 
@@ -60,9 +60,9 @@ def benchmark(
     if steps:
         result["time_per_output_token_s"] = statistics.median(steps)
         result["time_per_output_token_p90_s"] = sorted(steps)[int(0.9 * (len(steps) - 1))]
-    if steps and isinstance(session, PortableSession):
+    if steps:
         filled = input_len + output_len / 2
-        read = session.engine.weight_bytes + batch_size * filled * session.cache.bytes_per_position()
+        read = session.weight_bytes + batch_size * filled * session.cache.bytes_per_position()
         bandwidth = measure_bandwidth(session.device)
         result["bytes_per_step"] = int(read)
         result["bytes_per_token"] = int(read / batch_size)

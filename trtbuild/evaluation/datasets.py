@@ -39,7 +39,7 @@ def load_articles(
         try:
             data = datasets.load_dataset(name, config, split=split, revision=revision)
         except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = " ".join(str(error).split())[:200]
             raise UserError(f"cannot load the data set {name} ({config}, {split}): {reason}") from error
     if missing := set(COLUMNS) - set(data.column_names):
         raise UserError(f"the data set {name} lacks the columns {sorted(missing)}; it has {data.column_names}")

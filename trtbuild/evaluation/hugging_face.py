@@ -17,13 +17,14 @@ class HuggingFaceModel:
     """`transformers`' model in a dtype. One prompt at a time: its batches pad, and padding moves its last bits."""
 
     def __init__(self, folder: Path | str, dtype: str = "float32", device: str = "auto") -> None:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, GenerationConfig
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         self.checkpoint = Checkpoint(folder)
         self.dtype, self.device = dtype, pick_device(device)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
+        model.generation_config = GenerationConfig()  # greedy means greedy, whatever penalties the checkpoint suggests
         self.model = model.to(self.device).eval()
 
     @torch.inference_mode()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from trtbuild.engine.config import read_config
 from trtbuild.errors import UserError
 from trtbuild.evaluation.benchmark import benchmark
 from trtbuild.evaluation.datasets import load_articles
@@ -81,6 +82,8 @@ def rouge_table(results: list[dict]) -> str:
     """Scores side by side, a line an engine."""
     lines = [f"{'':34}" + "".join(f"{metric:>24}" for metric in METRICS)]
     for result in results:
+        if not {"provenance", *METRICS} <= result.keys():
+            raise UserError("the baseline is not a rouge.json; make one with 'trtbuild score'")
         origin = result["provenance"]
         cells = (f"{m['mean']:.2f} [{m['low']:.2f}, {m['high']:.2f}]" for m in (result[metric] for metric in METRICS))
         lines.append(f"{origin['engine'] + ' ' + origin['dtype']:34}" + "".join(f"{cell:>24}" for cell in cells))
@@ -148,7 +151,8 @@ def verify_engine(
             runtimes = ["interpreted", "portable"]
         except UserError as error:
             print(f"the TensorRT network is not compared: {error}")
-        if runs_here() and (Path(engine_dir) / "rank0.engine").exists():
+        builder = read_config(Path(engine_dir))["builders"].get("tensorrt")
+        if builder and runs_here(builder):
             runtimes.append("tensorrt")
     tokenizer = Tokenizer(checkpoint_dir)
     prompts = [tokenizer.encode(text) for text in texts or VERIFY_PROMPTS]

@@ -73,11 +73,11 @@ def read_summaries(path: Path) -> tuple[list[dict], dict]:
     try:
         with open(path, encoding="utf-8") as file:  # splitlines() would also split at U+2028 and its like
             records = [json.loads(line) for line in file]
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; make it with 'trtbuild summarize'") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); make it with 'trtbuild summarize'") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a summaries file: {error}") from error
-    if not records or not {"summary", "reference"} <= records[0].keys():
+    if not records or not all({"summary", "reference"} <= record.keys() for record in records):
         raise UserError(f"{path} holds no summaries; each line needs the keys summary and reference")
     return records, read_json(meta_path(path))
 

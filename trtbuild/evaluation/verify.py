@@ -33,32 +33,24 @@ class Agreement:
 def verify(
     name: str, session: Session, dtype: str, baseline: HuggingFaceModel, prompts: list[list[int]], output_len: int
 ) -> Agreement:
-    """Runs the prompts as one ragged batch, greedily, and compares every logit with the baseline's on the same tokens.
+    """Runs the prompts in ragged batches, greedily, and compares every logit with the baseline's on the same tokens.
 
     A token that differs from the baseline's choice is accepted only if the baseline's own logits for the two lie within
     the tolerance of each other.
     """
-    packed = session.prefill(prompts, all_logits=True).float().cpu()
-    logits = [[rows] for rows in packed.split([len(prompt) for prompt in prompts])]
-    sequences = [list(prompt) for prompt in prompts]
-    for step in range(output_len):
-        tokens = torch.stack([rows[-1][-1] for rows in logits]).argmax(-1).int()
-        for sequence, token in zip(sequences, tokens.tolist(), strict=True):
-            sequence.append(token)
-        if step + 1 < output_len:
-            for rows, row in zip(logits, session.decode(tokens.to(session.device)).float().cpu(), strict=True):
-                rows.append(row[None].clone())
     difference = scale = 0.0
     equal, worst_gap, largest = 0, 0.0, 0.0
-    for prompt, sequence, rows in zip(prompts, sequences, logits, strict=True):
-        expected, actual = baseline.logits(sequence[:-1]), torch.cat(rows)
-        difference += (actual - expected).double().square().sum().item()
-        scale += expected.double().square().sum().item()
-        largest = max(largest, expected.abs().max().item())
-        choices = expected[len(prompt) - 1 :]
-        chosen = torch.tensor(sequence[len(prompt) :])
-        equal += int((choices.argmax(-1) == chosen).sum())
-        worst_gap = max(worst_gap, (choices.amax(-1) - choices.gather(1, chosen[:, None])[:, 0]).max().item())
+    for first in range(0, len(prompts), session.limits.max_batch_size):
+        batch = prompts[first : first + session.limits.max_batch_size]
+        for prompt, (sequence, actual) in zip(batch, _greedy(session, batch, output_len), strict=True):
+            expected = baseline.logits(sequence[:-1])
+            difference += (actual - expected).double().square().sum().item()
+            scale += expected.double().square().sum().item()
+            largest = max(largest, expected.abs().max().item())
+            choices = expected[len(prompt) - 1 :]
+            chosen = torch.tensor(sequence[len(prompt) :])
+            equal += int((choices.argmax(-1) == chosen).sum())
+            worst_gap = max(worst_gap, (choices.amax(-1) - choices.gather(1, chosen[:, None])[:, 0]).max().item())
     tolerance = TOLERANCE[dtype]
     return Agreement(
         name,
@@ -69,3 +61,18 @@ def verify(
         worst_gap,
         2 * tolerance * largest,
     )
+
+
+def _greedy(session: Session, prompts: list[list[int]], output_len: int) -> list[tuple[list[int], torch.Tensor]]:
+    """Each prompt with its greedy continuation, and the float32 logits of every position but the last."""
+    packed = session.prefill(prompts, all_logits=True).float().cpu()
+    logits = [[rows] for rows in packed.split([len(prompt) for prompt in prompts])]
+    sequences = [list(prompt) for prompt in prompts]
+    for step in range(output_len):
+        tokens = torch.stack([rows[-1][-1] for rows in logits]).argmax(-1).int()
+        for sequence, token in zip(sequences, tokens.tolist(), strict=True):
+            sequence.append(token)
+        if step + 1 < output_len:
+            for rows, row in zip(logits, session.decode(tokens.to(session.device)).float().cpu(), strict=True):
+                rows.append(row[None].clone())
+    return [(sequence, torch.cat(rows)) for sequence, rows in zip(sequences, logits, strict=True)]

@@ -18,3 +18,5 @@ def config_from_hugging_face(config: dict, where: Path | str) -> ModelConfig:
         return FAMILIES[model_type].model_config(config, where)
     except KeyError as error:
         raise UserError(f"{where}: the key {error} is missing") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: a value has the wrong type ({error})") from error

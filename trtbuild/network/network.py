@@ -104,6 +104,12 @@ class Network:
         ]
         self.outputs.append(name)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that one generation step reads: everything but an embedding table that is only indexed."""
+        read = {name for node in self.nodes for name in node.inputs if type(node.op).__name__ != "Embedding"}
+        return sum(constant.nbytes for name, constant in self.constants.items() if name in read)
+
     def to_json(self) -> dict:
         """All but the constants' values."""
 

@@ -74,8 +74,11 @@ def _generate_batch(session, prompts, outputs, first, params, decode, on_token) 
 def _finish_reason(output_ids: list[int], params: SamplingParams, decode: Callable[[list[int]], str] | None) -> str:
     if output_ids[-1] in params.eos_token_ids:
         return "eos"
-    if params.stop_words and any(word in decode(output_ids) for word in params.stop_words):
-        return "stop"
+    if params.stop_words:
+        # A token is at least a byte, so a word that ends now lies within as many tokens as the longest has bytes.
+        tail = decode(output_ids[-max(len(word.encode()) for word in params.stop_words) - 1 :])
+        if any(word in tail for word in params.stop_words):
+            return "stop"
     return "length" if len(output_ids) == params.max_output_len else ""
 
 

@@ -12,7 +12,6 @@ from trtbuild.engine.tensorrt import LoweredNetwork
 from trtbuild.engine.tensorrt_api import api, is_rtx, logger
 from trtbuild.errors import UserError
 from trtbuild.network import Network
-from trtbuild.runtime.kv_cache import KVCache
 from trtbuild.runtime.session import Session, packed_inputs
 
 CONTEXT, GENERATION = 0, 1  # optimization profiles
@@ -22,9 +21,8 @@ class LoweredSession(Session):
     """Prepares the inputs that a lowered network has, packed or padded; `_execute` runs one step."""
 
     def __init__(self, network: Network, limits: BuildLimits, device: torch.device, packed: bool) -> None:
-        self.limits, self.device, self.packed = limits, device, packed
-        self.vocab_size = network.tensors["logits"].shape[1]
-        self.cache = KVCache(network, limits.max_batch_size, device)
+        super().__init__(network, limits, device)
+        self.packed = packed
 
     @abstractmethod
     def _execute(self, inputs: dict[str, torch.Tensor], profile: int) -> torch.Tensor:

@@ -46,7 +46,8 @@ def open_engine(folder: Path | str, runtime: str = "auto", device: str = "auto")
     if runtime == "auto":
         from trtbuild.engine.tensorrt_api import runs_here
 
-        runtime = "tensorrt" if tensorrt in config["outputs"] and device != "cpu" and runs_here() else "portable"
+        usable = tensorrt in config["outputs"] and device != "cpu" and runs_here(config["builders"]["tensorrt"])
+        runtime = "tensorrt" if usable else "portable"
     file = tensorrt if runtime == "tensorrt" else portable
     for needed in {file, portable}:  # the portable file also holds the network that a TensorRT engine was lowered from
         if needed not in config["outputs"]:

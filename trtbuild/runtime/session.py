@@ -8,6 +8,7 @@ import torch
 from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.portable import PortableEngine, StepContext
 from trtbuild.errors import UserError
+from trtbuild.network import Network
 from trtbuild.runtime.kv_cache import KVCache
 
 MIN_KV_STEP = 256
@@ -17,9 +18,12 @@ class Session(ABC):
     """Runs one batch at a time: `prefill` starts its sequences, every `decode` appends one token to each."""
 
     kind: str
-    limits: BuildLimits
-    vocab_size: int
-    device: torch.device
+
+    def __init__(self, network: Network, limits: BuildLimits, device: torch.device) -> None:
+        self.limits, self.device = limits, device
+        self.vocab_size = network.tensors["logits"].shape[1]
+        self.weight_bytes = network.weight_bytes
+        self.cache = KVCache(network, limits.max_batch_size, device)
 
     @torch.inference_mode()
     def prefill(self, prompts: list[list[int]], all_logits: bool = False) -> torch.Tensor:
@@ -94,9 +98,8 @@ class PortableSession(Session):
     kind = "portable"
 
     def __init__(self, engine: PortableEngine) -> None:
-        self.engine, self.limits, self.device = engine, engine.limits, engine.device
-        self.vocab_size = engine.network.tensors["logits"].shape[1]
-        self.cache = KVCache(engine.network, self.limits.max_batch_size, self.device)
+        super().__init__(engine.network, engine.limits, engine.device)
+        self.engine = engine
         self._batches: dict[int, dict[str, torch.Tensor]] = {}
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
@@ -164,6 +167,6 @@ class PortableSession(Session):
 
 
 def kv_bound(length: int, max_length: int) -> int:
-    """Cache positions a captured step reads: `length` rounded up (by an eighth at most), so that few graphs do."""
-    step = max(MIN_KV_STEP, 1 << max(0, length.bit_length() - 3))
+    """Cache positions a captured step reads: `length` rounded up, by 256 or an eighth, so that few graphs do."""
+    step = max(MIN_KV_STEP, 1 << max(0, length.bit_length() - 4))
     return min(-(-length // step) * step, max_length)

@@ -13,13 +13,13 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path | str) -> None:
-        from transformers import AutoTokenizer
+        from transformers import PreTrainedTokenizerFast
 
         self.folder = Path(folder)
         if not (self.folder / "tokenizer.json").exists():
             raise UserError(f"{self.folder} has no tokenizer.json; give the checkpoint's folder, or convert it again")
         read_json(self.folder / "tokenizer.json")
-        self._tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        self._tokenizer = PreTrainedTokenizerFast.from_pretrained(self.folder, local_files_only=True)
         self.eos_token_ids = self._eos_token_ids()
 
     def _eos_token_ids(self) -> tuple[int, ...]:
@@ -42,6 +42,11 @@ class Tokenizer:
         return self._tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=False
         )
+
+    def special_token_ids(self, words: tuple[str, ...]) -> tuple[int, ...]:
+        """Ids of those words that are special tokens, which `decode` leaves out."""
+        special = {*self._tokenizer.all_special_tokens, *self._tokenizer.get_added_vocab()}
+        return tuple(self._tokenizer.convert_tokens_to_ids(word) for word in words if word in special)
 
     def decode(self, ids: list[int]) -> str:
         """Text of token ids without special tokens."""
