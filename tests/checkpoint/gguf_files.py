@@ -1,6 +1,7 @@
 """Writes GGUF files of LLaMA models, as llama.cpp's converter would."""
 
 import gguf
+import numpy as np
 from tokenizers.pre_tokenizers import ByteLevel
 
 NAMES = {  # the format's names, as llama.cpp's converter gives them
@@ -25,12 +26,11 @@ def gguf_name(name):
 
 
 def permute(weights, n_head):
-    """`LlamaModel.permute` of llama.cpp's convert_hf_to_gguf.py, word for word."""
-    return (
-        weights.reshape(n_head, 2, weights.shape[0] // n_head // 2, *weights.shape[1:])
-        .swapaxes(1, 2)
-        .reshape(weights.shape)
-    )
+    """Rotary rows as GGUF has them: the halves of each head interleaved, pair after pair."""
+    halves = weights.reshape(n_head, 2, -1, *weights.shape[1:])
+    pairs = np.empty_like(weights).reshape(n_head, -1, *weights.shape[1:])
+    pairs[:, 0::2], pairs[:, 1::2] = halves[:, 0], halves[:, 1]
+    return pairs.reshape(weights.shape)
 
 
 def is_rotary(name):
@@ -41,7 +41,9 @@ def heads_of(name):
     return 4 if "q_proj" in name else 2
 
 
-def write_gguf(path, config, tensors, kind=gguf.GGMLQuantizationType.F32, architecture="llama", leave_out=(), more=()):
+def write_gguf(
+    path, config, tensors, kind=gguf.GGMLQuantizationType.F32, architecture="llama", leave_out=(), more=(), pre="smollm"
+):
     """Norms stay float32, rotary rows are interleaved."""
     writer = gguf.GGUFWriter(path, architecture)
     for key, add, value in [
@@ -60,7 +62,7 @@ def write_gguf(path, config, tensors, kind=gguf.GGMLQuantizationType.F32, archit
     for add, value in more:
         getattr(writer, add)(value)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(byte_tokens())
     writer.add_token_types([3, 3, *[1] * (config.vocab_size - 2)])
     writer.add_token_merges(["h e", "1 2"])

@@ -193,3 +193,11 @@ def test_truncated_anywhere(written, tmp_path):
 def test_missing_file(tmp_path):
     with pytest.raises(UserError, match=r"/none\.gguf does not exist"):
         read_gguf(Path(tmp_path / "none.gguf"))
+
+
+def test_an_unknown_splitting_is_refused(written, tmp_path):
+    """transformers would split it as GPT-2 does, and every score would be of the wrong tokens."""
+    path = written(pre="llama-bpe")
+    with pytest.raises(UserError, match="splitting 'llama-bpe' is not supported from GGUF"):
+        make_checkpoint({"gguf": {"path": str(path)}}, tmp_path / "x")
+    assert not (tmp_path / "x").exists()

@@ -1,5 +1,8 @@
 """The baseline, and summaries made with it and with an engine."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -87,3 +90,13 @@ def test_no_output_is_asked_for(tiny_checkpoint, tiny_engine, tmp_path, engine):
             max_input_len=32,
         )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_baseline_is_greedy_whatever_the_checkpoint_suggests(tiny_checkpoint, tmp_path):
+    """Penalties of a generation_config.json would make the baseline another decoding than the engine's."""
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    prompt = [5, 6, 7, 8]
+    (plain,) = HuggingFaceModel(folder, device="cpu").generate([prompt], 8, ())
+    suggestion = {"repetition_penalty": 5.0, "suppress_tokens": plain.output_ids[:2]}
+    (folder / "generation_config.json").write_text(json.dumps(suggestion))
+    assert HuggingFaceModel(folder, device="cpu").generate([prompt], 8, ()) == [plain]

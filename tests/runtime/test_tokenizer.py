@@ -144,3 +144,9 @@ def test_stream_never_prints_a_stop_word(tokenizer, text, stop_words, expected):
 def test_stream_holds_back_no_more_than_a_stop_word(tokenizer):
     pieces, held = stream(tokenizer, tokenizer.encode("abcdefgh"), ("xyz",))
     assert "".join(pieces[:held]) == "abcdef"  # two more could begin the three letters
+
+
+def test_special_tokens_among_stop_words(tiny_checkpoint):
+    """`decode` leaves special tokens out, so as stop words they are ids."""
+    tokenizer = Tokenizer(tiny_checkpoint)
+    assert tokenizer.special_token_ids(("</s>", "x")) == tokenizer.eos_token_ids
