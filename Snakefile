@@ -11,8 +11,11 @@ configfile: "config/config.yaml"
 
 include: "rules/common.smk"
 include: "rules/checkpoint.smk"
+include: "rules/calibrate.smk"
+include: "rules/quantize.smk"
 include: "rules/engine.smk"
 include: "rules/evaluate.smk"
+include: "rules/report.smk"
 
 
 rule all:

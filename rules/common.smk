@@ -9,16 +9,19 @@ from snakemake.exceptions import WorkflowError
 from trtbuild import workflow as trtbuild_workflow
 from trtbuild.engine.config import rank_file
 from trtbuild.errors import UserError
+from trtbuild.quantization.recipe import engine_recipe, gate_limits, needs_ranges
 
 trtbuild_workflow.export_package(workflow.basedir)
 
-SCHEMAS = Path(workflow.basedir, "config", "schemas")
+SCHEMAS = trtbuild_workflow.SCHEMAS
 
 try:
     trtbuild_workflow.validate(config, SCHEMAS / "config.schema.yaml", "config/config.yaml")
     trtbuild_workflow.check_limits(config)
     MODELS = trtbuild_workflow.load_table(config["models"], SCHEMAS / "models.schema.yaml")
     RECIPES = trtbuild_workflow.load_table(config["recipes"], SCHEMAS / "recipes.schema.yaml")
+    QUANTIZATIONS = trtbuild_workflow.quantizations(RECIPES)
+    CALIBRATIONS = trtbuild_workflow.calibrations(RECIPES)
     TARGETS = trtbuild_workflow.matrix_targets(config)
     # Targets are only known from the command line here; a wrong name would else end as "missing input files".
     trtbuild_workflow.check_targets([*sys.argv[1:], *TARGETS], MODELS, RECIPES)
@@ -31,6 +34,9 @@ wildcard_constraints:
     recipe="|".join(map(re.escape, RECIPES)),
     run="|".join(map(re.escape, [*RECIPES, "hf"])),
     rank=r"\d+",
+    quantization="|".join(map(re.escape, QUANTIZATIONS)) or "none",
+    judged="|".join(map(re.escape, filter(lambda name: gate_limits(RECIPES[name]), RECIPES))) or "none",
+    calibration="|".join(map(re.escape, CALIBRATIONS)) or "none",
 
 
 def build_limits():
@@ -40,7 +46,7 @@ def build_limits():
 def tensorrt_options():
     """How the network is lowered, and for which GPUs: the latter matters only where an engine is built."""
     options = {"remove_input_padding": config["build"]["remove_input_padding"]}
-    if "tensorrt" in config["build"]["engines"]:
+    if "tensorrt" in config["build"]["engines"] and config["build"]["compute_capabilities"] != "auto":
         options["compute_capabilities"] = config["build"]["compute_capabilities"]
     return options
 
@@ -49,6 +55,36 @@ def engine_files(wildcards):
     """Every rank's file of every kind of engine that is asked for."""
     folder = f"results/{wildcards.model}/{wildcards.recipe}/engine"
     return [f"{folder}/{rank_file(0, kind)}" for kind in config["build"]["engines"]]
+
+
+def weights_of_recipe(wildcards):
+    return f"results/{wildcards.model}/{trtbuild_workflow.weights_folder(RECIPES[wildcards.recipe])}"
+
+
+def ranges_of_cache(wildcards):
+    """The calibration file of a recipe with a quantized KV cache."""
+    recipe = RECIPES[wildcards.recipe]
+    name = trtbuild_workflow.calibration_name(recipe)
+    return f"results/{wildcards.model}/calibration/{name}.npz" if "kv_cache" in recipe else []
+
+
+def ranges_of_quantization(wildcards):
+    """The calibration file of quantized activations."""
+    quantization = QUANTIZATIONS[wildcards.quantization].get("quantization")
+    if not needs_ranges(quantization):
+        return []
+    name = trtbuild_workflow.calibration_id(quantization["calibration"])
+    return f"results/{wildcards.model}/calibration/{name}.npz"
+
+
+def gate_of_run(wildcards):
+    """What stands between a quantized engine and its scores."""
+    gated = wildcards.run != "hf" and gate_limits(RECIPES[wildcards.run])
+    return f"results/{wildcards.model}/{wildcards.run}/gate.json" if gated else []
+
+
+def recipes_of_matrix(model):
+    return [recipe for entry in config["matrix"] if entry["model"] == model for recipe in entry["recipes"]]
 
 
 def evaluation(*keys):

@@ -1,15 +1,18 @@
-# Canonical checkpoint -> one engine file per rank and kind -> config.json.
+# Weights, quantized or not -> one engine file per rank and kind -> config.json.
 
 
 rule portable_engine:
     input:
-        checkpoint="results/{model}/checkpoint",
+        weights=weights_of_recipe,
+        cache=ranges_of_cache,
     output:
         "results/{model}/{recipe}/engine/rank{rank}.safetensors",
     log:
         "results/{model}/{recipe}/logs/portable_engine.rank{rank}.log",
+    benchmark:
+        "results/{model}/{recipe}/logs/portable_engine.rank{rank}.tsv"
     params:
-        recipe=lambda wildcards: RECIPES[wildcards.recipe],
+        recipe=lambda wildcards: engine_recipe(RECIPES[wildcards.recipe]),
         limits=build_limits(),
     threads: 4
     conda:
@@ -25,6 +28,8 @@ rule tensorrt_engine:
         "results/{model}/{recipe}/engine/rank{rank}.engine",
     log:
         "results/{model}/{recipe}/logs/tensorrt_engine.rank{rank}.log",
+    benchmark:
+        "results/{model}/{recipe}/logs/tensorrt_engine.rank{rank}.tsv"
     params:
         options=tensorrt_options(),
     threads: 4
@@ -36,14 +41,15 @@ rule tensorrt_engine:
 
 rule engine:
     input:
-        checkpoint="results/{model}/checkpoint",
+        weights=weights_of_recipe,
+        cache=ranges_of_cache,
         files=engine_files,
     output:
         "results/{model}/{recipe}/engine/config.json",
     log:
         "results/{model}/{recipe}/logs/engine.log",
     params:
-        recipe=lambda wildcards: RECIPES[wildcards.recipe],
+        recipe=lambda wildcards: engine_recipe(RECIPES[wildcards.recipe]),
         limits=build_limits(),
         engines=config["build"]["engines"],
         options=tensorrt_options(),

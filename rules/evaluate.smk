@@ -1,4 +1,4 @@
-# Engine, or Hugging Face model -> summaries -> ROUGE; perplexity; speed.
+# Engine, or Hugging Face model -> perplexity -> quality gate; summaries -> ROUGE; speed.
 
 
 rule summarize:
@@ -44,6 +44,7 @@ rule rouge:
     input:
         summaries="results/{model}/{run}/summaries.jsonl",
         meta="results/{model}/{run}/summaries.meta.json",
+        gate=gate_of_run,
     output:
         "results/{model}/{run}/rouge.json",
     log:
@@ -89,6 +90,22 @@ rule perplexity_hf:
         "../config/environment.yaml"
     script:
         "../workflow_scripts/perplexity.py"
+
+
+rule gate:
+    input:
+        perplexity="results/{model}/{judged}/perplexity.json",
+        baseline="results/{model}/hf/perplexity.json",
+    output:
+        "results/{model}/{judged}/gate.json",
+    log:
+        "results/{model}/{judged}/logs/gate.log",
+    params:
+        limits=lambda wildcards: gate_limits(RECIPES[wildcards.judged]),
+    conda:
+        "../config/environment.yaml"
+    script:
+        "../workflow_scripts/gate.py"
 
 
 # On a CPU, nothing must run beside it either: it takes every core.

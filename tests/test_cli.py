@@ -7,15 +7,35 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import yaml
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from trtbuild.cli import app
 from trtbuild.errors import UserError
 from trtbuild.evaluation import benchmark as benchmark_module
+from trtbuild.files import sha256
 
-COMMANDS = ("convert", "build", "run", "summarize", "score", "perplexity", "benchmark", "verify", "inspect")
+COMMANDS = (
+    *("convert", "calibrate", "quantize", "build", "run", "summarize", "score", "perplexity", "benchmark", "verify"),
+    "inspect",
+)
+SIZES = ("--max-batch-size", 4, "--max-input-len", 32, "--max-output-len", 16)
+RECIPES = """
+gptq: {dtype: float32, weights: {dtype: int4, method: gptq, group_size: 32}, calibration: {samples: 32, length: 32}}
+sq-int8kv:
+  dtype: float32
+  weights: {dtype: int8}
+  activations: {dtype: int8, smoothquant: 0.5}
+  kv_cache: {dtype: int8}
+  max_perplexity_increase: 3
+fp32: {dtype: float32}
+fp32-int8kv: {dtype: float32, kv_cache: {dtype: int8}}
+wide: {dtype: float32, weights: {dtype: int4, group_size: 64}}
+published: {dtype: float32, quant_checkpoint: {local: {path: somewhere}}}
+"""
 
 
 def invoke(*arguments):
@@ -43,9 +63,27 @@ def made(tiny_config, tmp_path_factory):
     (folder / "config.json").write_text(json.dumps(tiny_config))
     paths = SimpleNamespace(folder=folder, checkpoint=folder / "checkpoint", engine=folder / "engine")
     invoke("convert", "--dummy", folder / "config.json", "--seed", 1, "--output-dir", paths.checkpoint)
-    sizes = ["--max-batch-size", 4, "--max-input-len", 32, "--max-output-len", 16]
-    invoke("build", "--checkpoint-dir", paths.checkpoint, "--engine-dir", paths.engine, "--dtype", "float32", *sizes)
+    invoke("build", "--checkpoint-dir", paths.checkpoint, "--engine-dir", paths.engine, "--dtype", "float32", *SIZES)
     paths.run = ["run", "--engine-dir", paths.engine, "--tokenizer-dir", paths.checkpoint, "--max-output-len", 8]
+    return paths
+
+
+@pytest.fixture(scope="module")
+def quantized(made):
+    """What `calibrate`, `quantize` and `build` make of two recipes."""
+    folder = made.folder / "quantized"
+    folder.mkdir()
+    paths = SimpleNamespace(checkpoint=made.checkpoint, recipes=folder / "recipes.yaml", ranges=folder / "ranges.npz")
+    paths.recipes.write_text(RECIPES)
+    text = ["--samples", 32, "--length", 32, "--device", "cpu"]
+    invoke("calibrate", "--checkpoint-dir", made.checkpoint, "--output", paths.ranges, *text)
+    paths.weights, paths.engines = {}, {}
+    for name, ranges in (("gptq", []), ("sq-int8kv", ["--calibration", paths.ranges])):
+        recipe = ["--recipes", paths.recipes, "--recipe", name, *ranges]
+        paths.weights[name], paths.engines[name] = folder / name, folder / f"{name}-engine"
+        invoke("quantize", "--checkpoint-dir", made.checkpoint, "--output-dir", paths.weights[name], *recipe)
+        folders = ["--checkpoint-dir", paths.weights[name], "--engine-dir", paths.engines[name]]
+        invoke("build", *folders, *recipe, *SIZES)
     return paths
 
 
@@ -189,6 +227,76 @@ def test_benchmark(made, monkeypatch):
     assert {line.split()[0] for line in table.splitlines()} == result.keys()
 
 
+# Quantized weights
+
+
+def test_calibrate_writes_what_it_measured(quantized):
+    with np.load(quantized.ranges) as content:
+        origin = json.loads(str(content["origin"]))
+        assert content["model.layers.1.self_attn.key"].shape == (2 * 16,)
+        assert content["model.layers.0.mlp.down_proj.input"].shape == (96,)
+    assert origin["samples"] == 32
+    assert origin["tokens"] == 32 * 32
+    dataset = {"name": "trtbuild-news", "split": "calibration", "seed": 0, "length": 32}
+    assert origin["dataset"].items() >= dataset.items()
+
+
+@pytest.mark.parametrize("recipe", ["gptq", "sq-int8kv"])
+def test_quantized_engine_records_its_recipe(quantized, recipe):
+    config = json.loads((quantized.engines[recipe] / "config.json").read_text())
+    declared = yaml.safe_load(RECIPES)[recipe]
+    declared.pop("max_perplexity_increase", None)
+    assert config["recipe"] == declared
+    ranges = {quantized.ranges.name} if recipe == "sq-int8kv" else set()
+    assert config["inputs"].keys() == {"config.json", "model.safetensors"} | ranges
+    assert config["inputs"]["model.safetensors"] == sha256(quantized.weights[recipe] / "model.safetensors")
+
+
+@pytest.mark.parametrize(("recipe", "operation"), [("gptq", "8 Int4Linear"), ("sq-int8kv", "8 W8A8Linear")])
+def test_inspect_quantized(quantized, recipe, operation):
+    assert operation in invoke("inspect", "--engine-dir", quantized.engines[recipe])
+    assert "parameters" in invoke("inspect", "--checkpoint-dir", quantized.weights[recipe])
+
+
+@pytest.mark.parametrize("recipe", ["gptq", "sq-int8kv"])
+def test_run_and_verify_quantized(quantized, recipe):
+    engine, weights = quantized.engines[recipe], quantized.weights[recipe]
+    prompt = ["--input-text", "Wind", "--max-output-len", 8]
+    answer = json.loads(invoke("run", "--engine-dir", engine, "--tokenizer-dir", weights, *prompt, "--json"))
+    assert len(answer["output_ids"]) == 8
+    text = invoke("verify", "--engine-dir", engine, "--checkpoint-dir", weights, *prompt, "--runtime", "portable")
+    line = text.splitlines()[1]
+    assert line.split()[-1] == "agrees"
+    assert line.split()[-2] == "8/8"
+    assert float(line.split()[3]) < 1e-5  # it computes what the numbers mean
+
+
+def test_calibrate_and_quantize_write_the_same_again(made, quantized, tmp_path):
+    text = ["--samples", 32, "--length", 32, "--device", "cpu"]
+    invoke("calibrate", "--checkpoint-dir", made.checkpoint, "--output", tmp_path / "again.npz", *text)
+    assert (tmp_path / "again.npz").read_bytes() == quantized.ranges.read_bytes()
+    recipe = ["--recipes", quantized.recipes, "--recipe", "sq-int8kv", "--calibration", tmp_path / "again.npz"]
+    invoke("quantize", "--checkpoint-dir", made.checkpoint, "--output-dir", tmp_path / "again", *recipe)
+    for name in ("model.safetensors", "config.json", "smoothing.npz"):
+        assert (tmp_path / "again" / name).read_bytes() == (quantized.weights["sq-int8kv"] / name).read_bytes()
+
+
+def test_build_a_quantized_cache_for_plain_weights(made, quantized, tmp_path):
+    """A recipe without weights needs no `quantize`."""
+    recipe = ["--recipes", quantized.recipes, "--recipe", "fp32-int8kv", "--calibration", quantized.ranges]
+    invoke("build", "--checkpoint-dir", made.checkpoint, "--engine-dir", tmp_path / "engine", *recipe, *SIZES)
+    folders = ["--engine-dir", tmp_path / "engine", "--checkpoint-dir", made.checkpoint]
+    text = invoke("verify", *folders, "--input-text", "Wind", "--runtime", "portable")
+    assert text.splitlines()[1].split()[-1] == "agrees"
+
+
+def test_a_calibration_file_is_an_input_only_where_it_is_read(made, quantized, tmp_path):
+    folders = ["--checkpoint-dir", made.checkpoint, "--engine-dir", tmp_path / "engine"]
+    invoke("build", *folders, "--calibration", quantized.ranges, *SIZES)
+    config = json.loads((tmp_path / "engine" / "config.json").read_text())
+    assert config["inputs"].keys() == {"config.json", "model.safetensors"}
+
+
 # Errors
 
 
@@ -288,6 +396,83 @@ def test_build_refuses(made, tmp_path, arguments, message):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--samples", 99], "has 64 articles in its split 'calibration'; 99 were asked for"),
+        (["--samples", 0], "samples"),
+        (["--samples", -1], "samples"),
+        (["--length", 1], "length"),
+        (["--length", -5], "length"),
+        (["--split", "test"], "has the splits evaluation and calibration, not 'test'"),
+        (["--checkpoint-dir", "no/where"], "no/where/config.json does not exist"),
+    ],
+    ids=str,
+)
+def test_calibrate_refuses(made, tmp_path, arguments, message):
+    refused(message, "calibrate", "--checkpoint-dir", made.checkpoint, "--output", tmp_path / "x.npz", *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arguments", "message"),
+    [
+        ("fp32", [], "the recipe fp32 has no weights to quantize"),
+        ("int9", [], "has no recipe 'int9'; it has fp32, fp32-int8kv, gptq, published, sq-int8kv, wide"),
+        ("gptq", ["--recipes", "none.yaml"], "cannot read none.yaml: No such file or directory"),
+        ("wide", [], "group_size 64 does not divide the 96 input channels .* fit this model: 32"),
+        ("sq-int8kv", [], "this recipe quantizes activations by their ranges; give the calibration file"),
+        ("sq-int8kv", ["--calibration", "none.npz"], "the calibration file none.npz does not exist"),
+        ("sq-int8kv", ["--calibration", "{recipes}"], "recipes.yaml is no calibration file; .*'trtbuild calibrate'"),
+        ("gptq", ["--checkpoint-dir", "{gptq}"], "is quantized already .gptq.; start from the original model"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "+".join(value),
+)
+def test_quantize_refuses(made, quantized, tmp_path, recipe, arguments, message):
+    known = {"recipes": quantized.recipes, "gptq": quantized.weights["gptq"]}
+    arguments = [argument.format_map(known) for argument in arguments]
+    folders = ["--checkpoint-dir", made.checkpoint, "--output-dir", tmp_path / "x", "--recipes", quantized.recipes]
+    refused(message, "quantize", *folders, "--recipe", recipe, *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("recipe", "weights", "arguments", "message"),
+    [
+        ("gptq", "gptq", ["--dtype", "float32"], "--dtype and --recipe contradict each other"),
+        ("int9", "gptq", [], "has no recipe 'int9'; it has fp32, fp32-int8kv, gptq, published, sq-int8kv, wide"),
+        ("gptq", None, [], "checkpoint is not quantized; make the recipe's weights with 'trtbuild quantize'"),
+        ("gptq", "sq-int8kv", [], "sq-int8kv was quantized by another recipe; make the recipe's weights"),
+        ("published", None, [], "checkpoint is not quantized"),
+        ("sq-int8kv", "sq-int8kv", [], "a quantized KV cache needs the ranges .*; give the calibration file"),
+        ("fp32-int8kv", None, [], "a quantized KV cache needs the ranges .*; give the calibration file"),
+        ("fp32-int8kv", None, ["--calibration", "none.npz"], "the calibration file none.npz does not exist"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "+".join(value or []),
+)
+def test_build_refuses_a_recipe(made, quantized, tmp_path, recipe, weights, arguments, message):
+    checkpoint = quantized.weights[weights] if weights else made.checkpoint
+    folders = ["--checkpoint-dir", checkpoint, "--engine-dir", tmp_path / "x", "--recipes", quantized.recipes]
+    refused(message, "build", *folders, "--recipe", recipe, *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_calibration_of_another_model(made, tiny_config, quantized, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config | {"num_hidden_layers": 1}))
+    other = tmp_path / "other"
+    invoke("convert", "--dummy", tmp_path / "config.json", "--output-dir", other)
+    recipe = ["--recipes", quantized.recipes, "--calibration", quantized.ranges, "--recipe"]
+    message = "ranges.npz was measured on another model .*'num_hidden_layers': 2.* 'num_hidden_layers': 1"
+    refused(message, "quantize", "--checkpoint-dir", other, "--output-dir", tmp_path / "x", *recipe, "sq-int8kv")
+    refused(message, "build", "--checkpoint-dir", other, "--engine-dir", tmp_path / "x", *recipe, "fp32-int8kv")
+    assert not (tmp_path / "x").exists()
+
+
+def test_verify_wants_the_quantized_checkpoint(made, quantized):
+    folders = ["--engine-dir", quantized.engines["gptq"], "--checkpoint-dir", made.checkpoint]
+    refused("was not built from .*; give the checkpoint that it was built from", "verify", *folders)
+
+
+@pytest.mark.parametrize(
     ("command", "arguments", "message"),
     [
         ("summarize", ["--samples", 17], "has 16 articles in its split 'evaluation'; 17 were asked for"),
@@ -314,7 +499,7 @@ def test_a_checkpoint_is_no_engine(made, command):
     refused("is not an engine folder: its config.json lists no engine files", command, "--engine-dir", made.checkpoint)
 
 
-def test_process_does_not_replace_its_own_input(made):
+def test_process_does_not_replace_its_own_input(made, quantized):
     """A model's folder given as the output of its own conversion or build stays as it is."""
     before = sorted(path.name for path in made.checkpoint.iterdir())
     for command in (
@@ -322,4 +507,7 @@ def test_process_does_not_replace_its_own_input(made):
         ("build", "--checkpoint-dir", made.checkpoint, "--engine-dir", made.checkpoint),
     ):
         one_line(process(*command), "would replace its own input")
+    message, recipe = "would replace its own input", ["--recipes", quantized.recipes, "--recipe", "gptq"]
+    refused(message, "calibrate", "--checkpoint-dir", made.checkpoint, "--output", made.checkpoint)
+    refused(message, "quantize", "--checkpoint-dir", made.checkpoint, "--output-dir", made.checkpoint, *recipe)
     assert sorted(path.name for path in made.checkpoint.iterdir()) == before

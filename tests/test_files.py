@@ -17,7 +17,6 @@ from trtbuild.engine.portable import read_portable, write_portable
 from trtbuild.errors import UserError
 from trtbuild.files import MARKER, atomic, read_json, refuse_output_over_input, sha256, write_json
 from trtbuild.models.decoder import decoder
-from trtbuild.models.mapping import Mapping
 
 
 def make_file(path, text="new"):
@@ -160,7 +159,7 @@ def test_atomic_names_a_full_disk(tmp_path, error):
 def test_portable_engine_on_a_full_disk(full_disk, tiny_checkpoint):
     folder = full_disk("256k")  # the weights take 401 KiB
     checkpoint = Checkpoint(tiny_checkpoint)
-    network = decoder(checkpoint.config, checkpoint.__getitem__, torch.float32, 48, Mapping())
+    network = decoder(checkpoint.config, checkpoint.__getitem__, torch.float32, 48)
     target = folder / "rank0.safetensors"
     with pytest.raises(UserError, match=f"disk full while writing {re.escape(str(target))}"):
         write_portable(target, network, BuildLimits(4, 32, 16))

@@ -9,9 +9,9 @@ import yaml
 
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.checkpoint.sources import make_checkpoint
+from trtbuild.datasets import load_articles
 from trtbuild.engine.build import build_engine_dir
 from trtbuild.engine.config import BuildLimits
-from trtbuild.evaluation.datasets import load_articles
 from trtbuild.evaluation.hugging_face import HuggingFaceModel
 from trtbuild.evaluation.stages import verify_engine
 from trtbuild.files import sha256

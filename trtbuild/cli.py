@@ -53,6 +53,11 @@ DatasetConfig = Annotated[str | None, typer.Option(help="Configuration of a hub 
 DatasetRevision = Annotated[str | None, typer.Option(help="Revision of a hub data set.")]
 Split = Annotated[str, typer.Option(help="Split of the data set: evaluation or calibration of trtbuild-news.")]
 
+Recipes = Annotated[Path, typer.Option(help="File that holds the recipe.")]
+Calibration = Annotated[
+    Path | None, typer.Option(help="File of 'calibrate'; for recipes with quantized activations or KV cache.")
+]
+
 
 @app.command()
 def convert(
@@ -99,10 +104,61 @@ def convert(
 
 
 @app.command()
+def calibrate(
+    checkpoint_dir: CheckpointDir,
+    output: Annotated[Path, typer.Option(help="Where the ranges go; .npz.")],
+    dataset: Dataset = "trtbuild-news",
+    dataset_config: DatasetConfig = None,
+    dataset_revision: DatasetRevision = None,
+    split: Split = "calibration",
+    samples: Annotated[int, typer.Option(help="How many articles, drawn with --seed.")] = 64,
+    length: Annotated[int, typer.Option(help="Tokens of an article at most.")] = 512,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    device: DeviceOption = Device.auto,
+) -> None:
+    """Measure the ranges of a model's activations, keys and values over some text.
+
+    Example: trtbuild calibrate --checkpoint-dir checkpoint --output calibration.npz
+    """
+    from trtbuild.quantization.calibration import calibrate
+
+    source = {"name": dataset, "config": dataset_config, "revision": dataset_revision, "split": split}
+    source = {key: value for key, value in source.items() if value is not None}
+    calibrate(checkpoint_dir, output, dataset=source, samples=samples, length=length, seed=seed, device=device.value)
+
+
+@app.command()
+def quantize(
+    checkpoint_dir: CheckpointDir,
+    output_dir: Annotated[Path, typer.Option(help="Where the quantized checkpoint goes.")],
+    recipe: Annotated[str, typer.Option(help="Name of a recipe with weights, such as int8wo, gptq, awq, fp8.")],
+    recipes: Recipes = Path("config/recipes.yaml"),
+    calibration: Calibration = None,
+    device: DeviceOption = Device.auto,
+) -> None:
+    """Quantize a checkpoint's weights as a recipe says.
+
+    Example: trtbuild quantize --checkpoint-dir checkpoint --recipe gptq --output-dir quantized
+    """
+    from trtbuild.quantization.quantize import quantize
+    from trtbuild.quantization.recipe import quantization_of
+
+    quantization = quantization_of(_recipe(recipe, recipes))
+    if quantization is None:
+        raise UserError(f"the recipe {recipe} has no weights to quantize; build it from the checkpoint as it is")
+    quantize(checkpoint_dir, output_dir, quantization, calibration, device.value)
+
+
+@app.command()
 def build(
     checkpoint_dir: CheckpointDir,
     engine_dir: Annotated[Path, typer.Option(help="Where the engine folder goes.")],
-    dtype: Annotated[Dtype, typer.Option(help="Dtype of weights, activations and KV cache.")] = Dtype.float16,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Dtype of what is not quantized; default: the recipe's, or float16.")
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="Name of a recipe; its weights come from 'quantize'.")] = None,
+    recipes: Recipes = Path("config/recipes.yaml"),
+    calibration: Calibration = None,
     engine: Annotated[
         list[Engine], typer.Option(help="Which engines; repeat for both. TensorRT needs the portable one.")
     ] = [  # noqa: B006
@@ -122,16 +178,25 @@ def build(
     Example: trtbuild build --checkpoint-dir checkpoint --engine-dir engine --engine portable --engine tensorrt
     """
     from trtbuild.engine.build import build_engine_dir
+    from trtbuild.quantization.kv_cache import cache_of
+    from trtbuild.quantization.quantize import check_weights
+    from trtbuild.quantization.recipe import engine_recipe
 
+    if recipe and dtype:
+        raise UserError("--dtype and --recipe contradict each other; the recipe has a dtype")
+    content = engine_recipe(_recipe(recipe, recipes)) if recipe else {"dtype": dtype or Dtype.float16.value}
+    check_weights(content, checkpoint_dir)
     build_engine_dir(
         checkpoint_dir,
         engine_dir,
         model=model or checkpoint_dir.resolve().name,
-        recipe={"dtype": dtype.value},
+        recipe=content,
         limits=BuildLimits(max_batch_size, max_input_len, max_output_len),
         engines=[e.value for e in engine],
         remove_input_padding=remove_input_padding,
         compute_capabilities=compute_capability,
+        cache=cache_of(content, checkpoint_dir, calibration),
+        calibration=calibration if "kv_cache" in content else None,
     )
 
 
@@ -364,6 +429,15 @@ def inspect(
 
 def _dataset(name: str, config: str | None, revision: str | None, split: str, samples: int) -> dict:
     return {"name": name, "config": config, "revision": revision, "split": split, "samples": samples}
+
+
+def _recipe(name: str, path: Path) -> dict:
+    from trtbuild.workflow import RECIPES_SCHEMA, load_table
+
+    table = load_table(str(path), RECIPES_SCHEMA)
+    if name not in table:
+        raise UserError(f"{path} has no recipe {name!r}; it has {', '.join(sorted(table))}")
+    return table[name]
 
 
 def _read_lines(path: Path) -> list[str]:

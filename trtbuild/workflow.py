@@ -1,5 +1,6 @@
 """What the Snakefile and its scripts need beyond the stages: validated configuration, and a rule's log."""
 
+import functools
 import os
 import re
 import subprocess
@@ -10,8 +11,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trtbuild.errors import UserError
+from trtbuild.quantization.recipe import (
+    calibration_id,
+    calibration_of,
+    identity,
+    needs_ranges,
+    quantization_id,
+    quantization_of,
+)
 
-RESERVED = ("checkpoint", "hf", "logs")  # folders of results/{model}/ that are no recipes
+SCHEMAS = Path(__file__).parents[1] / "config" / "schemas"
+RECIPES_SCHEMA = SCHEMAS / "recipes.schema.yaml"
+TABLE = "recipes.md"
+RESERVED = ("calibration", "checkpoint", "hf", "logs", "quantized")  # folders of results/{model}/ that are no recipes
 
 
 def validate(value: object, schema_path: Path, where: str) -> None:
@@ -20,11 +32,17 @@ def validate(value: object, schema_path: Path, where: str) -> None:
     import yaml
 
     schema = yaml.safe_load(schema_path.read_text(encoding="utf-8"))
-    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(value))
+    errors = list(jsonschema.Draft202012Validator(schema).iter_errors(value))
+    shapes = [error for error in errors if "allOf" not in error.absolute_schema_path]  # said before contradictions
+    error = jsonschema.exceptions.best_match(shapes or errors)
     if error:
         key = ".".join(str(part) for part in error.absolute_path) or "the file"
         reason = error.message
-        if error.validator == "additionalProperties":
+        path = list(error.absolute_schema_path)
+        if "allOf" in path:  # a contradiction; the clause says which
+            clause = functools.reduce(lambda part, key: part[key], path[: path.index("allOf") + 2], schema)
+            reason = clause["description"]
+        elif error.validator == "additionalProperties":
             reason += f"; known keys: {', '.join(error.schema['properties'])}"
         elif error.validator == "contains":
             reason = f"{error.instance!r} lacks {error.validator_value['const']!r}"
@@ -50,10 +68,49 @@ def matrix_targets(config: dict) -> list[str]:
     targets = []
     for entry in config["matrix"]:
         folder = f"results/{entry['model']}"
-        targets += [f"{folder}/hf/rouge.json", f"{folder}/hf/perplexity.json"]
+        targets += [f"{folder}/hf/rouge.json", f"{folder}/hf/perplexity.json", f"{folder}/{TABLE}"]
         for recipe in entry["recipes"]:
             targets += [f"{folder}/{recipe}/{name}.json" for name in ("rouge", "perplexity", "benchmark")]
     return targets
+
+
+def quantizations(recipes: dict) -> dict[str, dict]:
+    """What `results/{model}/quantized/` can hold, by folder name: `quantization` to make or `source` to take."""
+    found = {}
+    for recipe in recipes.values():
+        if quantization := quantization_of(recipe):
+            found[quantization_id(quantization)] = {"quantization": quantization}
+        elif source := recipe.get("quant_checkpoint"):
+            found[f"published-{identity(source)}"] = {"source": source}
+    return found
+
+
+def calibrations(recipes: dict) -> dict[str, dict]:
+    """What `results/{model}/calibration/` can hold, by file name without suffix: `settings`, and which `weights`."""
+    found = {}
+    for recipe in recipes.values():
+        if "kv_cache" in recipe or needs_ranges(quantization_of(recipe)):
+            found[calibration_name(recipe)] = {"settings": calibration_of(recipe), "weights": published(recipe)}
+    return found
+
+
+def weights_folder(recipe: dict) -> str:
+    """Where a recipe's weights are, in `results/{model}/`."""
+    if quantization := quantization_of(recipe):
+        return f"quantized/{quantization_id(quantization)}"
+    return published(recipe) or "checkpoint"
+
+
+def published(recipe: dict) -> str | None:
+    """The folder of a recipe's `quant_checkpoint`, if it has one."""
+    source = recipe.get("quant_checkpoint")
+    return f"quantized/published-{identity(source)}" if source else None
+
+
+def calibration_name(recipe: dict) -> str:
+    """Name of the calibration file that a recipe needs: of the original model, or of its published weights."""
+    name = calibration_id(calibration_of(recipe))
+    return f"{name}-{identity(recipe['quant_checkpoint'])}" if "quant_checkpoint" in recipe else name
 
 
 def check_targets(targets: Iterable[str], models: dict, recipes: dict) -> None:
@@ -63,7 +120,7 @@ def check_targets(targets: Iterable[str], models: dict, recipes: dict) -> None:
             model, recipe = match[1], match[2]
             if model not in models:
                 raise UserError(f"{target}: unknown model {model!r}; known models: {', '.join(sorted(models))}")
-            if recipe not in recipes and recipe not in RESERVED:
+            if recipe not in recipes and recipe not in (*RESERVED, TABLE):
                 raise UserError(f"{target}: unknown recipe {recipe!r}; known recipes: {', '.join(sorted(recipes))}")
 
 

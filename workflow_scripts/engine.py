@@ -9,13 +9,15 @@ with rule_log(snakemake):
     from trtbuild.engine.config import BuildLimits
     from trtbuild.models.mapping import Mapping
 
+    calibration = snakemake.input.get("cache")
     write_engine_config(
         Path(snakemake.output[0]).parent,
-        Path(snakemake.input.checkpoint),
+        Path(snakemake.input.weights),
         model=snakemake.wildcards.model,
         recipe=snakemake.params.recipe,
         limits=BuildLimits(**snakemake.params.limits),
         mapping=Mapping(),
         engines=snakemake.params.engines,
+        calibration=Path(calibration) if calibration else None,
         **snakemake.params.options,
     )

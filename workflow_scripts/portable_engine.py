@@ -8,7 +8,9 @@ with rule_log(snakemake):
     from trtbuild.engine.build import build_portable
     from trtbuild.engine.config import BuildLimits
     from trtbuild.models.mapping import Mapping
+    from trtbuild.quantization.kv_cache import cache_of
 
     limits, mapping = BuildLimits(**snakemake.params.limits), Mapping(rank=int(snakemake.wildcards.rank))
-    target = Path(snakemake.output[0])
-    build_portable(Path(snakemake.input.checkpoint), target, snakemake.params.recipe, limits, mapping)
+    weights, recipe, calibration = Path(snakemake.input.weights), snakemake.params.recipe, snakemake.input.get("cache")
+    cache = cache_of(recipe, weights, Path(calibration) if calibration else None)
+    build_portable(weights, Path(snakemake.output[0]), recipe, limits, mapping, cache)

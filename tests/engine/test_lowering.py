@@ -16,7 +16,7 @@ from trtbuild.engine.interpreter import Interpreter
 from trtbuild.engine.portable import PortableEngine, read_portable
 from trtbuild.engine.tensorrt import LoweredNetwork, profile_shapes
 from trtbuild.errors import UserError
-from trtbuild.linear.dense import linear
+from trtbuild.linear.dense import DenseLinear
 from trtbuild.models.decoder import decoder
 from trtbuild.models.families import config_from_hugging_face
 from trtbuild.network import Network, ops
@@ -52,7 +52,8 @@ def weight(network: Network, *shape: int, dtype: torch.dtype):
 
 def dense(network, dtype, bias):
     b = network.constant("b", from_tensor(torch.randn(40).to(dtype))) if bias else None
-    return linear(tokens_by(network, 48, dtype), weight(network, 40, 48, dtype=dtype), b)
+    x, w = tokens_by(network, 48, dtype), weight(network, 40, 48, dtype=dtype)
+    return network.add(DenseLinear(), x, w, *(() if b is None else (b,)))
 
 
 def rotary(network, dtype, *dynamic):

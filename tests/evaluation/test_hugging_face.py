@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from trtbuild.datasets import Article, load_articles
 from trtbuild.errors import UserError
 from trtbuild.evaluation import stages
-from trtbuild.evaluation.datasets import Article, load_articles
 from trtbuild.evaluation.hugging_face import HuggingFaceModel
 from trtbuild.evaluation.stages import measure_perplexity, rouge_table, score_summaries, summarize_articles
 from trtbuild.evaluation.summarization import read_summaries

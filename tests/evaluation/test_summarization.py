@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from trtbuild.datasets import Article
 from trtbuild.errors import UserError
-from trtbuild.evaluation.datasets import Article
 from trtbuild.evaluation.summarization import (
     meta_path,
     read_summaries,

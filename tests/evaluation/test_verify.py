@@ -8,7 +8,7 @@ import torch
 from trtbuild.errors import UserError
 from trtbuild.evaluation.hugging_face import HuggingFaceModel
 from trtbuild.evaluation.stages import verify_engine
-from trtbuild.evaluation.verify import verify
+from trtbuild.evaluation.verify import TOLERANCE, verify
 from trtbuild.runtime.open import open_engine
 
 
@@ -36,7 +36,7 @@ def slot_of(session, fragment):
 
 
 def test_a_right_engine_agrees(session, baseline, prompts):
-    result = verify("x", session, "float32", baseline, prompts, 6)
+    result = verify("x", session, TOLERANCE["float32"], baseline, prompts, 6)
     assert result.agrees
     assert 0 < result.relative_error < 1e-5
     assert result.tokens == 18
@@ -47,7 +47,7 @@ def test_a_right_engine_agrees(session, baseline, prompts):
 def test_relative_error_is_that_of_the_logits(session, baseline, prompts):
     """A head that is 1% too large: every logit is, and no choice changes."""
     slot_of(session, "lm_head").mul_(1.01)
-    result = verify("x", session, "float32", baseline, prompts, 4)
+    result = verify("x", session, TOLERANCE["float32"], baseline, prompts, 4)
     assert result.relative_error == pytest.approx(0.01, rel=1e-3)
     assert not result.agrees
     assert result.worst_gap < 1e-5
@@ -57,7 +57,7 @@ def test_relative_error_is_that_of_the_logits(session, baseline, prompts):
 def test_a_disturbed_weight_differs(session, baseline, prompts, fragment):
     weight = slot_of(session, fragment)
     weight += 0.1 * weight.std().clamp(min=0.02) * torch.randn(weight.shape)
-    result = verify("x", session, "float32", baseline, prompts, 4)
+    result = verify("x", session, TOLERANCE["float32"], baseline, prompts, 4)
     assert not result.agrees
     assert result.relative_error > result.tolerance == 2e-4
 
@@ -73,13 +73,13 @@ def test_a_fault_in_generation_alone_differs(session, baseline, prompts):
         return logits
 
     session._decode = faulty
-    assert verify("x", session, "float32", baseline, prompts, 1).agrees
-    assert not verify("x", session, "float32", baseline, prompts, 5).agrees
+    assert verify("x", session, TOLERANCE["float32"], baseline, prompts, 1).agrees
+    assert not verify("x", session, TOLERANCE["float32"], baseline, prompts, 5).agrees
 
 
 def test_nan_never_agrees(session, baseline, prompts):
     slot_of(session, "model.norm.weight")[0] = math.nan
-    assert not verify("x", session, "float32", baseline, prompts, 2).agrees
+    assert not verify("x", session, TOLERANCE["float32"], baseline, prompts, 2).agrees
 
 
 def test_verify_engine(tiny_engine, tiny_checkpoint):

@@ -2,10 +2,12 @@
 
     python tests/gpu/run.py --smollm2 SmolLM2-135M-Instruct.Q4_1.gguf     (also needs the package gguf)
     python tests/gpu/run.py --batch-sizes 1 16 --contexts 128 2048 --peers eager compiled
+    python tests/gpu/run.py --batch-sizes 1 16 --contexts 128 2048 --recipes fp16 int8wo int4 int8kv fp8 sq --peers
 
-Needs torch, triton, transformers, safetensors and numpy alone; LLaMA-7B's dummy weights are made on the GPU. The table:
-time to first token, ms per generated token, the floor that the measured memory bandwidth sets for the bytes a token
-reads, and the ratios to that floor and to the portable engine.
+Needs torch, triton, transformers, safetensors and numpy alone; LLaMA-7B's dummy weights are made on the GPU, and there
+rounded to nearest; scales of activations and caches are constants. The table: time to first token, ms per generated
+token, the floor that the measured memory bandwidth sets for the bytes a token reads, and the ratios to that floor and
+to the first engine.
 """
 
 import argparse
@@ -23,13 +25,17 @@ import torch
 
 import trtbuild
 from trtbuild.checkpoint.dummy import dummy_tensors
+from trtbuild.checkpoint.lazy import LazyTensor, from_tensor
+from trtbuild.checkpoint.quantized_weight import QuantizedWeight
 from trtbuild.checkpoint.sources import make_checkpoint
 from trtbuild.engine.build import build_portable
 from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.portable import PortableEngine
-from trtbuild.models.decoder import decoder
+from trtbuild.models.config import ModelConfig
+from trtbuild.models.decoder import QuantizedCache, decoder
 from trtbuild.models.families import config_from_hugging_face
 from trtbuild.models.mapping import Mapping
+from trtbuild.quantization.grid import Int4Grid, round_8bit
 from trtbuild.runtime.generation import generate
 from trtbuild.runtime.sampling import SamplingParams
 from trtbuild.runtime.session import PortableSession
@@ -49,6 +55,15 @@ LLAMA_7B = {
     "tie_word_embeddings": False,
 }
 NEW_TOKENS = 64
+RECIPES = {  # formats of the weights, of activations, and of the cache
+    "fp16": (None, None, None),
+    "int8wo": ("int8", "16bit", None),
+    "int4": ("int4", "16bit", None),
+    "int8kv": ("int8", "16bit", torch.int8),
+    "fp16-int8kv": (None, None, torch.int8),
+    "fp8": ("fp8", "static", torch.float8_e4m3fn),
+    "sq": ("int8", "static", None),
+}
 
 
 def copy_bandwidth() -> float:
@@ -69,10 +84,9 @@ def timed(call):
 
 def ours(session: PortableSession, prompts: list[list[int]]) -> tuple[float, list[float]]:
     """Time to first token, and the times of generation steps, each waited for."""
-    for _ in range(2):  # captures the graphs, loads the kernels
-        tokens = session.prefill(prompts).argmax(-1).int()
-        for _ in range(NEW_TOKENS):
-            tokens = session.decode(tokens).argmax(-1).int()
+    tokens = session.prefill(prompts).argmax(-1).int()
+    for _ in range(NEW_TOKENS):  # captures the graphs, loads the kernels
+        tokens = session.decode(tokens).argmax(-1).int()
     first = statistics.median(timed(lambda: session.prefill(prompts).argmax(-1).int().tolist())[0] for _ in range(3))
     tokens = session.prefill(prompts).argmax(-1).int()
     steps = []
@@ -87,6 +101,38 @@ def ours(session: PortableSession, prompts: list[list[int]]) -> tuple[float, lis
             current = session.decode(current).argmax(-1).int()
 
     return first, [timed(run)[0] / NEW_TOKENS, statistics.median(steps)]
+
+
+def round_to_nearest(weight: LazyTensor, format: str, activations: str) -> QuantizedWeight:
+    """`[out, in]`: INT4 in groups of 128, INT8 with a scale an output channel, FP8 with one scale."""
+    dtype = torch.float8_e4m3fn if format == "fp8" else torch.int8
+    scales_dtype, groups = (torch.float16, weight.shape[1] // 128) if format == "int4" else (torch.float32, 1)
+
+    def rounded() -> tuple[torch.Tensor, torch.Tensor]:
+        if format == "int4":
+            values, scales, _ = Int4Grid(128, True, scales_dtype).round(weight.load().float())
+            return values.to(dtype), scales.to(scales_dtype)
+        return round_8bit(weight.load(), dtype, per_tensor=format == "fp8")
+
+    values = LazyTensor(dtype, weight.shape, lambda: rounded()[0])
+    scales = LazyTensor(scales_dtype, (weight.shape[0], groups), lambda: rounded()[1])
+    input_scale = from_tensor(torch.full((1,), 0.02)) if activations == "static" else None
+    return QuantizedWeight(format, values, scales, None, activations, input_scale)
+
+
+def recipe_session(config: ModelConfig, recipe: str, limits: BuildLimits, device: str = "cuda") -> PortableSession:
+    """A float16 engine of dummy weights, those of the layers' projections and the cache as the recipe says."""
+    tensors = dummy_tensors(config, 0, torch.float16, device)
+    format, activations, cache_dtype = RECIPES[recipe]
+
+    def weights(name: str) -> LazyTensor | QuantizedWeight:
+        quantized = format and name.endswith("_proj.weight")
+        return round_to_nearest(tensors[name], format, activations) if quantized else tensors[name]
+
+    scales = torch.full((config.num_hidden_layers, config.num_key_value_heads), 0.02)
+    cache = QuantizedCache(cache_dtype, scales, scales) if cache_dtype else None
+    network = decoder(config, weights, torch.float16, limits.max_length, cache)
+    return PortableSession(PortableEngine(network, limits, torch.device(device)))
 
 
 def peer(model, prompts: list[list[int]], compiled: bool) -> tuple[float, float]:
@@ -113,7 +159,7 @@ def smollm2(gguf: Path, new_tokens: int = 100) -> None:
     """Converts, builds in float32, and compares greedy tokens of the CPU and the GPU on articles, in ragged batches."""
     articles = [
         json.loads(line)["article"]
-        for line in (Path(trtbuild.__file__).parent / "evaluation/articles/evaluation.jsonl").read_text().splitlines()
+        for line in (Path(trtbuild.__file__).parent / "articles/evaluation.jsonl").read_text().splitlines()
     ]
     with tempfile.TemporaryDirectory() as folder:
         checkpoint, engine = Path(folder, "checkpoint"), Path(folder, "rank0.safetensors")
@@ -143,6 +189,7 @@ def main() -> None:
     parser.add_argument("--smollm2", type=Path, metavar="GGUF", help="compare tokens of this model, and nothing else")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 2048])
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["fp16"])
     parser.add_argument("--peers", nargs="*", choices=["eager", "compiled"], default=["eager", "compiled"])
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     args = parser.parse_args()
@@ -157,21 +204,24 @@ def main() -> None:
     config = config_from_hugging_face(LLAMA_7B, "LLaMA-7B")
     rows = []
     limits = BuildLimits(max(args.batch_sizes), max(args.contexts), NEW_TOKENS + 16)
-    weights = dummy_tensors(config, 0, torch.float16, "cuda")
-    network = decoder(config, weights.__getitem__, torch.float16, limits.max_length)
-    session = PortableSession(PortableEngine(network, limits, torch.device("cuda")))
     cases = [(b, c) for b in args.batch_sizes for c in args.contexts]
-    prompts = {(b, c): torch.randint(0, 32000, (b, c)).tolist() for b, c in cases}
-    for batch, context in cases:
-        first, (step, synced) = ours(session, prompts[batch, context])
-        length = context + NEW_TOKENS / 2
-        read = session.weight_bytes + batch * length * session.cache.bytes_per_position()
-        floor = read / bandwidth
-        rows.append(["portable", batch, context, first * 1e3, step * 1e3, floor * 1e3, step / floor])
-        print(rows[-1], f"synchronized every step: {synced * 1e3:.2f}", flush=True)
-    del session, network, weights
-    gc.collect()
-    torch.cuda.empty_cache()
+    prompts = {(b, c): torch.randint(0, config.vocab_size, (b, c)).tolist() for b, c in cases}
+    for recipe in args.recipes:
+        start = time.perf_counter()
+        session = recipe_session(config, recipe, limits)
+        torch.cuda.synchronize()
+        gigabytes, seconds = session.weight_bytes / 1e9, time.perf_counter() - start
+        print(f"{recipe}: {gigabytes:.2f} GB of weights, made in {seconds:.1f} s", flush=True)
+        for batch, context in cases:
+            first, (step, synced) = ours(session, prompts[batch, context])
+            length = context + NEW_TOKENS / 2
+            read = session.weight_bytes + batch * length * session.cache.bytes_per_position()
+            floor = read / bandwidth
+            rows.append([recipe, batch, context, first * 1e3, step * 1e3, floor * 1e3, step / floor])
+            print(rows[-1], f"synchronized every step: {synced * 1e3:.2f}", flush=True)
+        del session
+        gc.collect()
+        torch.cuda.empty_cache()
 
     if args.peers:
         from transformers import AutoModelForCausalLM, LlamaConfig
@@ -194,12 +244,11 @@ def main() -> None:
                 print(rows[-1], flush=True)
                 torch.cuda.empty_cache()
 
-    print(f"\n| {'engine':24} | batch | context | first token ms | ms/token | floor ms | x floor | vs portable |")
-    mine = {tuple(r[1:3]): r for r in rows if r[0] == "portable"}
+    print(f"\n| {'engine':24} | batch | context | first token ms | ms/token | floor ms | x floor | vs first |")
     for name, batch, context, first, step, floor, ratio in rows:
-        versus = step / mine[batch, context][4]
+        versus = step / next(r[4] for r in rows if r[1:3] == [batch, context])
         sizes, times = f"{batch:5} | {context:7}", f"{first:14.1f} | {step:8.2f} | {floor:8.2f}"
-        print(f"| {name:24} | {sizes} | {times} | {ratio:7.2f} | {versus:11.2f} |")
+        print(f"| {name:24} | {sizes} | {times} | {ratio:7.2f} | {versus:8.2f} |")
     if args.json:
         args.json.write_text(json.dumps({"device": device, "bandwidth": bandwidth, "rows": rows}))
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trtbuild.linear.dense import DenseLinear, linear
+from trtbuild.linear.dense import DenseLinear
 from trtbuild.network import Network
 
 # Norm of the difference over the norm of the float64 result, for inputs that are already rounded to the dtype.
@@ -52,7 +52,8 @@ def test_portable_of_any_shape(rows, inner, outer, bias, dtype):
 def test_inferred_shape():
     network = Network()
     x = network.input("x", torch.float16, ("tokens", 8))
-    y = linear(x, network.input("w", torch.float16, (5, 8)), network.input("b", torch.float16, (5,)))
+    w, b = network.input("w", torch.float16, (5, 8)), network.input("b", torch.float16, (5,))
+    y = network.add(DenseLinear(), x, w, b)
     assert (y.dtype, y.shape) == (torch.float16, ("tokens", 5))
 
 
@@ -63,5 +64,7 @@ def test_inferred_shape():
 def test_refuses_another_width_dtype_or_bias(weight, bias):
     network = Network()
     x = network.input("x", torch.float16, ("tokens", 8))
+    biases = [network.input("b", torch.float16, bias)] if bias else []
+    w = network.input("w", weight[1], weight[0])
     with pytest.raises(ValueError, match="linear of"):
-        linear(x, network.input("w", weight[1], weight[0]), bias and network.input("b", torch.float16, bias))
+        network.add(DenseLinear(), x, w, *biases)

@@ -9,7 +9,7 @@ from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.checkpoint.lazy import from_tensor
 from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.portable import PortableEngine
-from trtbuild.linear.dense import linear
+from trtbuild.linear.dense import DenseLinear
 from trtbuild.models.decoder import decoder
 from trtbuild.models.families import config_from_hugging_face
 from trtbuild.network import Network, ops
@@ -72,7 +72,7 @@ def test_a_constant_named_twice_is_one_tensor():
 def test_mark_output_renames_producer_and_consumers():
     network = Network()
     x = network.input("x", torch.float32, ("tokens", 4))
-    hidden = linear(x, network.constant("w", from_tensor(torch.eye(4) * 2)))
+    hidden = network.add(DenseLinear(), x, network.constant("w", from_tensor(torch.eye(4) * 2)))
     network.mark_output(ops.add(hidden, x), "sum")
     network.mark_output(hidden, "hidden")
     assert network.outputs == ["sum", "hidden"]

@@ -1,7 +1,7 @@
 """Folders in which Snakemake runs for real, with tiny dummy models; a finished one is made once and copied."""
 
-import copy
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -12,9 +12,16 @@ from pathlib import Path
 import pytest
 import yaml
 
+from trtbuild.checkpoint.sources import make_checkpoint
+from trtbuild.quantization.quantize import quantize
+from trtbuild.quantization.recipe import quantization_of
+
 REPOSITORY = Path(__file__).parents[2]
 # Every job computes in one thread, so that two run at a time and results are equal to the last bit.
-ONE_THREAD = ("summarize", "summarize_hf", "perplexity", "perplexity_hf", "benchmark", "portable_engine")
+ONE_THREAD = (
+    *("calibration", "quantize", "portable_engine", "benchmark"),
+    *("summarize", "summarize_hf", "perplexity", "perplexity_hf"),
+)
 
 CONFIG = {
     "models": "config/models.yaml",
@@ -41,13 +48,29 @@ CONFIG = {
 }
 RECIPES = {"fp32": {"dtype": "float32"}, "bf16": {"dtype": "bfloat16"}}
 
+INT4 = {"dtype": "int4", "group_size": 32}  # the dummy models have 64 and 96 input channels
+CALIBRATED = {"calibration": {"samples": 32, "length": 32}}
+LENIENT = {"max_perplexity_increase": 1000}  # the perplexity of random weights means nothing
+FLOAT16 = {"dtype": "float16"} | LENIENT
+W8A8 = {"weights": {"dtype": "int8"}, "activations": {"dtype": "int8", "per": "tensor", "smoothquant": 0.5}}
+FP8 = {"weights": {"dtype": "fp8"}, "activations": {"dtype": "fp8"}, "kv_cache": {"dtype": "fp8"}}
+QUANTIZED_RECIPES = {
+    "int8kv": FLOAT16 | CALIBRATED | {"weights": {"dtype": "int8"}, "kv_cache": {"dtype": "int8"}},
+    "gptq": FLOAT16 | CALIBRATED | {"weights": INT4 | {"method": "gptq"}},
+    "awq": FLOAT16 | CALIBRATED | {"weights": INT4 | {"method": "awq"}},
+    "awq-int8kv": FLOAT16 | CALIBRATED | {"weights": INT4 | {"method": "awq"}, "kv_cache": {"dtype": "int8"}},
+    "sq": FLOAT16 | CALIBRATED | W8A8,
+    "fp8": FLOAT16 | CALIBRATED | FP8,
+}
+
 
 class Workspace:
     """A working folder of the workflow: `config`, `models` and `recipes` are written before every run."""
 
     def __init__(self, folder: Path, config: dict, models: dict, recipes: dict) -> None:
         self.folder = folder
-        self.config, self.models, self.recipes = (copy.deepcopy(part) for part in (config, models, recipes))
+        # Copies that share no part among themselves either, so that a test can change one recipe.
+        self.config, self.models, self.recipes = (json.loads(json.dumps(part)) for part in (config, models, recipes))
 
     @property
     def results(self) -> Path:
@@ -96,15 +119,15 @@ class Workspace:
         return result.stdout
 
     def pending(self, *arguments: str) -> set[str]:
-        """What a run would do: `rule model/recipe` of every job, from a dry run."""
+        """What a run would do, from a dry run: `rule model/recipe` of every job, or `rule model/name` of its output."""
         output = self.succeed("--dry-run", *arguments)
         jobs = set()
         for block in re.split(r"^(?=(?:local)?rule \w+:$)", output, flags=re.MULTILINE)[1:]:
             rule = re.match(r"(?:local)?rule (\w+):", block)[1]
             if wildcards := re.search(r"^    wildcards: (.*)$", block, re.MULTILINE):
                 values = dict(item.split("=", 1) for item in wildcards[1].split(", "))
-                folder = values.get("recipe") or values.get("run")
-                jobs.add(" ".join([rule, "/".join(filter(None, (values["model"], folder)))]))
+                names = [values[key] for key in ("recipe", "run", "quantization", "calibration") if key in values]
+                jobs.add(" ".join([rule, "/".join([values["model"], *names])]))
         assert jobs or "Nothing to be done" in output, output
         return jobs
 
@@ -151,6 +174,44 @@ def made_with_tensorrt(made, tmp_path_factory) -> Workspace:
 def finished_with_tensorrt(made_with_tensorrt, tmp_path) -> Workspace:
     """A copy of the folder in which a TensorRT engine has been made too."""
     return made_with_tensorrt.copy(tmp_path / "finished")
+
+
+@pytest.fixture(scope="session")
+def published_weights(tmp_path_factory, dummy_models) -> dict[str, Path]:
+    """Folders of quantized weights as others publish them: of model `tiny`, and of a model with one layer."""
+    folder = tmp_path_factory.mktemp("published")
+    quantization = quantization_of(FLOAT16 | {"weights": INT4})
+    config = dummy_models["tiny"]["source"]["dummy"]["config"]
+    for name, layers in (("tiny", config["num_hidden_layers"]), ("shallow", 1)):
+        make_checkpoint({"dummy": {"config": config | {"num_hidden_layers": layers}, "seed": 1}}, folder / "original")
+        quantize(folder / "original", folder / name, quantization, device="cpu")
+    return {name: folder / name for name in ("tiny", "shallow")}
+
+
+@pytest.fixture(scope="session")
+def quantized_targets() -> list[str]:
+    """What is made of quantized recipes, and of published weights."""
+    scored = ("int8kv/rouge.json", "gptq/gate.json", "sq/gate.json", "fp8/perplexity.json", "published/perplexity.json")
+    built = ("awq/engine/config.json", "awq-int8kv/engine/config.json")
+    return [f"results/tiny/{name}" for name in (*scored, *built)]
+
+
+@pytest.fixture(scope="session")
+def made_quantized(tmp_path_factory, dummy_models, published_weights, quantized_targets) -> tuple[Workspace, str]:
+    """A folder in which `quantized_targets` have been made, and what that wrote. Read it, or take `quantized`."""
+    recipes = QUANTIZED_RECIPES | {
+        name: FLOAT16 | {"quant_checkpoint": {"local": {"path": str(published_weights[weights])}}}
+        for name, weights in (("published", "tiny"), ("mistaken", "shallow"))
+    }
+    workspace = Workspace(tmp_path_factory.mktemp("workflow") / "quantized", CONFIG, dummy_models, recipes)
+    workspace.config["matrix"] = []
+    return workspace, workspace.succeed(*quantized_targets)
+
+
+@pytest.fixture
+def quantized(made_quantized, tmp_path) -> Workspace:
+    """A copy of the folder in which `quantized_targets` have been made."""
+    return made_quantized[0].copy(tmp_path / "quantized")
 
 
 @pytest.fixture(autouse=True)

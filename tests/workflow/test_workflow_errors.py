@@ -34,7 +34,8 @@ BAD_CONFIGURATION = {
     "unknown key": (
         set_to("config", "build", "max_batch", 4),
         "config/config.yaml: build: Additional properties are not allowed ('max_batch' was unexpected); "
-        "known keys: engines, max_batch_size, max_input_len, max_output_len, remove_input_padding",
+        "known keys: engines, max_batch_size, max_input_len, max_output_len, remove_input_padding, "
+        "compute_capabilities",
     ),
     "unknown engine": (
         set_to("config", "build", "engines", ["portable", "onnx"]),
@@ -72,6 +73,10 @@ BAD_CONFIGURATION = {
     "unknown dtype": (
         set_to("recipes", "fp32", "dtype", "float8"),
         "config/recipes.yaml: fp32.dtype: 'float8' is not one of ['float32', 'float16', 'bfloat16']",
+    ),
+    "contradictory recipe": (
+        set_to("recipes", "fp32", {"dtype": "float32", "weights": {"dtype": "int4"}, "activations": {"dtype": "int8"}}),
+        "config/recipes.yaml: fp32: weights int4 keep activations in 16 bits; remove activations",
     ),
     "reserved recipe name": (set_to("recipes", "hf", {"dtype": "float32"}), "config/recipes.yaml: the file: 'hf'"),
 }
@@ -130,6 +135,12 @@ def test_more_samples_than_articles(finished):
     assert line.endswith("; 1000000 were asked for")
     assert line in output.splitlines()
     assert (finished.results / "tiny/fp32/engine/config.json").exists()
+
+
+def test_gate_of_a_recipe_that_is_not_judged(finished):
+    """Whatever it says, it says so in a line: the recipe quantizes nothing and declares no limit."""
+    finished.fail("results/tiny/fp32/gate.json")
+    assert not (finished.results / "tiny/fp32/gate.json").exists()
 
 
 def test_other_jobs_go_on_where_they_can(empty, tmp_path):

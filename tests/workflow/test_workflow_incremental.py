@@ -60,7 +60,7 @@ CHANGES = {
     ),
     # A portable engine is packed inside in any case, but config.json records the choice, and results depend on it.
     "build.remove_input_padding": (set_to("build", "remove_input_padding", False), jobs(AFTER_ENGINE, ENGINES)),
-    "build.compute_capabilities": (set_to("build", "compute_capabilities", ["8.6"]), set()),
+    "build.compute_capabilities": (set_to("build", "compute_capabilities", "auto"), set()),
     "build.engines": (
         set_to("build", "engines", ["portable", "tensorrt"]),
         jobs(f"tensorrt_engine {AFTER_ENGINE}", ENGINES),
@@ -127,8 +127,9 @@ def test_padding_is_part_of_a_tensorrt_engine(finished_with_tensorrt):
 
 def test_compute_capabilities_are_part_of_a_tensorrt_engine(finished_with_tensorrt):
     workspace = finished_with_tensorrt
-    workspace.config["build"]["compute_capabilities"] = ["8.6"]
-    assert workspace.pending() == jobs(f"tensorrt_engine {AFTER_ENGINE}", ("other/fp32",))
+    for value in (["8.6"], "auto"):
+        workspace.config["build"]["compute_capabilities"] = value
+        assert workspace.pending() == jobs(f"tensorrt_engine {AFTER_ENGINE}", ("other/fp32",))
 
 
 def test_an_engine_of_older_limits_is_not_served(finished_with_tensorrt):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from trtbuild.files import sha256
+from trtbuild.workflow import calibration_name, weights_folder
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +38,8 @@ def kill(tmp_path):
 
     def run(workspace, output: str, *targets: str) -> None:
         site, mark = tmp_path / "site", tmp_path / "mark"
-        site.mkdir()
+        site.mkdir(exist_ok=True)
+        mark.unlink(missing_ok=True)
         (site / "sitecustomize.py").write_text(HANG, encoding="utf-8")
         path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
         environment = os.environ | {
@@ -149,3 +151,24 @@ def test_kill_from_nothing(empty, kill, made):
     for name in ("summaries.jsonl", "rouge.json"):
         assert (empty.results / "tiny/hf" / name).read_text() == (made[0].results / "tiny/hf" / name).read_text()
     assert hidden(empty) == []
+
+
+def test_killed_calibration_and_quantization_are_made_again(quantized, kill):
+    """One after the other, on the way to one recipe's weights."""
+    recipe = quantized.recipes["sq"]
+    calibration = f"results/tiny/calibration/{calibration_name(recipe)}.npz"
+    weights = f"results/tiny/{weights_folder(recipe)}"
+    made = [quantized.folder / calibration, *sorted((quantized.folder / weights).glob("*.*"))]
+    undisturbed = {path: sha256(path) for path in made}
+    remove(quantized.folder / calibration)
+    remove(quantized.folder / weights)
+
+    for output in (calibration, weights):
+        kill(quantized, output, weights)
+        assert not (quantized.folder / output).exists()  # neither whole nor in part
+        assert hidden(quantized)
+
+    quantized.succeed(weights)
+    assert quantized.pending(weights) == set()
+    assert {path: sha256(path) for path in made} == undisturbed
+    assert hidden(quantized) == []

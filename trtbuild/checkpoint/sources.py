@@ -4,6 +4,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -37,6 +38,40 @@ def make_checkpoint(source: dict, folder: Path | str) -> None:
         Checkpoint(temporary)
 
 
+def make_quantized(source: dict, checkpoint_dir: Path | str, folder: Path | str) -> None:
+    """Makes `folder` from published quantized weights of the model in `checkpoint_dir`, which lends its tokenizer.
+
+    `source`: `hub` or `local`. Raises `UserError` if the weights are not quantized or are those of another model.
+    """
+    ((kind, options),) = source.items()
+    original = Checkpoint(checkpoint_dir)
+    if "path" in options:
+        refuse_output_over_input(Path(folder), Path(options["path"]).expanduser())
+    with atomic(folder) as temporary:
+        temporary.mkdir()
+        for file in original.folder.glob("tokenizer*"):
+            (temporary / file.name).symlink_to(file.resolve())
+        MAKERS[kind](temporary, **options)
+        quantized = Checkpoint(temporary)
+        if not quantized.quantization:
+            raise UserError(f"{_name(options)} is not quantized; declare it as a model in config/models.yaml")
+        tied = {"tie_word_embeddings": False}  # a quantized head may be stored apart
+        if replace(quantized.config, **tied) != replace(original.config, **tied):
+            raise UserError(
+                f"{_name(options)} is another model than {original.folder}: {_difference(original, quantized)}"
+            )
+
+
+def _name(options: dict) -> str:
+    return options.get("repo") or options["path"]
+
+
+def _difference(a: Checkpoint, b: Checkpoint) -> str:
+    """Keys in which two models' configurations differ."""
+    ours, theirs = asdict(a.config), asdict(b.config)
+    return ", ".join(f"{key} {theirs[key]} instead of {ours[key]}" for key in ours if ours[key] != theirs[key])
+
+
 def _from_hub(folder: Path, repo: str, revision: str, allow_patterns: list[str] | None = None) -> None:
     """Downloads into the Hugging Face cache (an interrupted download resumes) and links from there."""
     from huggingface_hub import errors, snapshot_download
@@ -57,12 +92,13 @@ def _from_local(folder: Path, path: str) -> None:
     source = Path(path).expanduser().resolve()
     if not source.is_dir():
         raise UserError(f"the model folder {source} does not exist")
-    if not (source / "tokenizer.json").exists():
+    if not (source / "tokenizer.json").exists() and not (folder / "tokenizer.json").exists():
         raise UserError(f"{source} has no tokenizer.json; save its tokenizer with transformers' save_pretrained first")
     Checkpoint(source)
     for pattern in LINKED:
         for file in source.glob(pattern):
-            (folder / file.name).symlink_to(file.resolve())
+            if not (folder / file.name).exists():
+                (folder / file.name).symlink_to(file.resolve())
 
 
 def _from_gguf(folder: Path, path: str, sha256: str | None = None) -> None:

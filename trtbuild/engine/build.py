@@ -11,16 +11,26 @@ from trtbuild.engine.config import BuildLimits, rank_file, write_config
 from trtbuild.engine.portable import read_portable, write_portable
 from trtbuild.errors import UserError
 from trtbuild.files import atomic, refuse_output_over_input
-from trtbuild.models.decoder import decoder
+from trtbuild.models.decoder import QuantizedCache, decoder
 from trtbuild.models.mapping import Mapping
 from trtbuild.progress import byte_bar
 
 
-def build_portable(checkpoint_dir: Path, path: Path, recipe: dict, limits: BuildLimits, mapping: Mapping) -> None:
-    """Writes one rank's portable engine: its network and its share of the weights in the recipe's dtype."""
+def build_portable(
+    checkpoint_dir: Path,
+    path: Path,
+    recipe: dict,
+    limits: BuildLimits,
+    mapping: Mapping,
+    cache: QuantizedCache | None = None,
+) -> None:
+    """Writes one rank's portable engine: its network and its share of the weights.
+
+    Weights are as in the checkpoint, quantized or not, and what is not quantized is in the recipe's dtype.
+    """
     checkpoint = Checkpoint(checkpoint_dir)
     dtype = getattr(torch, recipe["dtype"])
-    network = decoder(checkpoint.config, checkpoint.__getitem__, dtype, limits.max_length, mapping)
+    network = decoder(checkpoint.config, checkpoint.__getitem__, dtype, limits.max_length, cache, mapping)
     total = sum(constant.nbytes for constant in network.constants.values())
     with byte_bar(total, path.name) as bar:
         write_portable(path, network, limits, bar.update)
@@ -49,17 +59,22 @@ def write_engine_config(
     engines: list[str],
     remove_input_padding: bool,
     compute_capabilities: list[str] | None = None,
+    calibration: Path | None = None,
 ) -> None:
-    """Writes `config.json`: model, recipe, mapping, limits, builders, and the sha256 of every input and output."""
+    """Writes `config.json`: model, recipe, mapping, limits, builders, and the sha256 of every input and output.
+
+    `calibration` is the file that a quantized KV cache's scales come from.
+    """
     checkpoint = Checkpoint(checkpoint_dir)
     builders = {"portable": {"trtbuild": trtbuild.__version__, "torch": torch.__version__}}
     if "tensorrt" in engines:
         from trtbuild.engine.tensorrt_api import describe_builder
 
-        builders["tensorrt"] = describe_builder(compute_capabilities)
+        network, _ = read_portable(folder / rank_file(0, "portable"))
+        builders["tensorrt"] = describe_builder(compute_capabilities, network.holds(torch.float8_e4m3fn))
     write_config(
         folder,
-        [checkpoint.folder / "config.json", *checkpoint.files],
+        [checkpoint.folder / "config.json", *checkpoint.files, *([calibration] if calibration else [])],
         [rank_file(rank, kind) for rank in range(mapping.world_size) for kind in engines],
         model=model,
         recipe=recipe,
@@ -81,8 +96,13 @@ def build_engine_dir(
     engines: list[str],
     remove_input_padding: bool = True,
     compute_capabilities: list[str] | None = None,
+    cache: QuantizedCache | None = None,
+    calibration: Path | None = None,
 ) -> None:
-    """Builds a whole engine folder; it appears only when it is complete."""
+    """Builds a whole engine folder; it appears only when it is complete.
+
+    `cache`: the scales of a quantized KV cache, and `calibration` the file that they come from.
+    """
     if "tensorrt" in engines:
         from trtbuild.engine.tensorrt_api import api
 
@@ -98,7 +118,7 @@ def build_engine_dir(
         for rank in range(world):
             mapping = Mapping(rank=rank)
             portable = temporary / rank_file(rank, "portable")
-            build_portable(checkpoint_dir, portable, recipe, limits, mapping)
+            build_portable(checkpoint_dir, portable, recipe, limits, mapping, cache)
             if "tensorrt" in engines:
                 target = temporary / rank_file(rank, "tensorrt")
                 build_tensorrt(portable, target, remove_input_padding, compute_capabilities)
@@ -112,4 +132,5 @@ def build_engine_dir(
             engines=engines,
             remove_input_padding=remove_input_padding,
             compute_capabilities=compute_capabilities,
+            calibration=calibration,
         )

@@ -13,8 +13,11 @@ import torch.nn.functional as F
 
 from trtbuild.engine.tensorrt import LoweredNetwork
 from trtbuild.engine.tensorrt_api import api
+from trtbuild.linear.int4 import unpack
+from trtbuild.network.rounding import quantize
 
 Values = dict[str, torch.Tensor]
+FP8_READERS = ("DEQUANTIZE", "CONCATENATION", "SHUFFLE", "SHAPE", "IDENTITY")  # TensorRT refuses any other layer
 
 
 class Interpreter:
@@ -53,7 +56,8 @@ class Interpreter:
         trt = api()
         kind = layer.type.name
         if kind == "CONSTANT":
-            self._constants[layer.get_output(0).name] = self.lowered.lowering.buffers[layer.name]
+            value, tensor = self.lowered.lowering.buffers[layer.name], layer.get_output(0)
+            self._constants[tensor.name] = unpack(value) if tensor.dtype == trt.int4 else value
             return
         if kind == "ATTENTION_INPUT":
             return  # an attention is two layers; the output layer computes all of it
@@ -62,8 +66,10 @@ class Interpreter:
         if kind == "ATTENTION_OUTPUT":
             layers[layer.attention.get_output(0).name] = _attention(layer.attention)
             return
-        inputs = [layer.get_input(i) for i in range(layer.num_inputs)]
-        layers[layer.get_output(0).name] = [tensor.name for tensor in inputs if tensor is not None], make(layer)
+        inputs = [tensor for i in range(layer.num_inputs) if (tensor := layer.get_input(i)) is not None]
+        if kind not in FP8_READERS and any(tensor.dtype == trt.fp8 for tensor in inputs):
+            raise TypeError(f"{kind} of an FP8 tensor")
+        layers[layer.get_output(0).name] = [tensor.name for tensor in inputs], make(layer)
 
 
 def _shuffle(layer):
@@ -83,15 +89,18 @@ def _shuffle(layer):
 
 
 def _gather(layer):
-    axis, mode = layer.axis, layer.mode.name
-    if mode != "DEFAULT" or layer.num_elementwise_dims:
+    axis, mode, batch_dims = layer.axis, layer.mode.name, layer.num_elementwise_dims
+    if mode != "DEFAULT" or batch_dims > 1:
         raise NotImplementedError(f"gather of mode {mode}")
 
-    def compute(x, indices):
+    def compute(x, indices, axis=axis):
         rows = x.index_select(axis, indices.reshape(-1).long())
         return rows.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
 
-    return compute
+    def compute_each(x, indices):
+        return torch.stack([compute(a, b, axis - 1) for a, b in zip(x, indices, strict=True)])
+
+    return compute_each if batch_dims else compute
 
 
 def _slice(layer):
@@ -132,6 +141,7 @@ def _unary(layer):
         "SQRT": torch.sqrt,
         "RECIP": torch.reciprocal,
         "NEG": torch.neg,
+        "ABS": torch.abs,
         "COS": torch.cos,
         "SIN": torch.sin,
     }[layer.op.name]
@@ -163,6 +173,66 @@ def _matmul(layer):
 def _cast(layer):
     dtype = _torch_dtype(layer.to_type)
     return lambda x: x.to(dtype)
+
+
+def _select(layer):
+    def compute(condition, a, b):
+        if condition.dtype != torch.bool or a.dtype != b.dtype:
+            raise TypeError(f"select by {condition.dtype} of {a.dtype} and {b.dtype}")
+        return torch.where(condition, a, b)
+
+    return compute
+
+
+def _quantize(layer):
+    scale_of, dtype = _scale(layer, layer.get_input(0)), _torch_dtype(layer.to_type)
+    if dtype not in (torch.int8, torch.float8_e4m3fn):
+        raise NotImplementedError(f"quantization to {dtype}")
+    return lambda x, scale: quantize(x.float(), scale_of(x, scale), dtype)
+
+
+def _dequantize(layer):
+    scale_of, dtype = _scale(layer, layer.get_output(0)), _torch_dtype(layer.to_type)
+    if layer.get_input(0).dtype.name not in ("INT4", "INT8", "FP8"):
+        raise TypeError(f"dequantization of {layer.get_input(0).dtype.name}")
+    return lambda x, scale: (x.float() * scale_of(x, scale)).to(dtype)
+
+
+def _scale(layer, wide):
+    """Function that makes a layer's scale float32 and of a shape that broadcasts; `wide`: the floating-point tensor."""
+    tensor, rank = layer.get_input(1), len(wide.shape)
+    if layer.num_inputs > 2:
+        raise NotImplementedError("a zero point")
+    if _has_block_shape(layer):
+        raise NotImplementedError("a block shape that is not that of the scale")
+    if wide.dtype.name not in ("FLOAT", "HALF", "BF16"):
+        raise TypeError(f"{layer.type.name} between {layer.get_input(0).dtype.name} and {wide.dtype.name}")
+    blocks = len(tensor.shape) == rank and rank > 1
+    if tensor.dtype != wide.dtype and (blocks or tensor.dtype.name != "FLOAT"):
+        raise TypeError(f"{layer.type.name} of {wide.dtype.name} with scales in {tensor.dtype.name}")
+    axis = layer.axis
+
+    def scale_of(x, scale):
+        if scale.numel() == 1:
+            return scale.float().reshape(())
+        if blocks:
+            for i, (size, count) in enumerate(zip(x.shape, scale.shape, strict=True)):
+                if size % count:
+                    raise ValueError(f"scales {tuple(scale.shape)} of {tuple(x.shape)}")
+                scale = scale.repeat_interleave(size // count, i)
+            return scale.float()
+        if scale.shape != x.shape[axis : axis + 1]:
+            raise ValueError(f"scales {tuple(scale.shape)} of axis {axis} of {tuple(x.shape)}")
+        return scale.float().reshape(-1, *[1] * (rank - axis - 1))
+
+    return scale_of
+
+
+def _has_block_shape(layer) -> bool:
+    try:
+        return layer.block_shape is not None
+    except RuntimeError:  # the API's way to say that there is none
+        return False
 
 
 def _concatenation(layer):
@@ -232,6 +302,8 @@ def _torch_dtype(dtype) -> torch.dtype:
         "INT32": torch.int32,
         "INT64": torch.int64,
         "BOOL": torch.bool,
+        "INT8": torch.int8,
+        "FP8": torch.float8_e4m3fn,
     }[dtype.name]
 
 
@@ -245,6 +317,9 @@ LAYERS = {
     "REDUCE": (_reduce, "IReduceLayer"),
     "MATRIX_MULTIPLY": (_matmul, "IMatrixMultiplyLayer"),
     "CAST": (_cast, "ICastLayer"),
+    "SELECT": (_select, "ISelectLayer"),
+    "QUANTIZE": (_quantize, "IQuantizeLayer"),
+    "DEQUANTIZE": (_dequantize, "IDequantizeLayer"),
     "CONCATENATION": (_concatenation, "IConcatenationLayer"),
     "SHAPE": (_shape, "IShapeLayer"),
     "ROTARY_EMBEDDING": (_rotary, "IRotaryEmbeddingLayer"),

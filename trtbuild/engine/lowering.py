@@ -5,6 +5,8 @@ by gathering with `pad_index` `[batch, query_len]` and back with `unpad_index` `
 inputs are `[batch, query_len]` and tokens = batch * query_len, padding included.
 """
 
+import math
+
 import torch
 
 from trtbuild.engine.tensorrt_api import api
@@ -30,6 +32,9 @@ class Lowering:
             torch.int32: trt.int32,
             torch.int64: trt.int64,
             torch.bool: trt.bool,
+            torch.int8: trt.int8,
+            torch.float8_e4m3fn: trt.fp8,
+            torch.uint8: trt.int4,  # two a byte, see `constant`
         }[dtype]
 
     def once(self, key, make):
@@ -41,9 +46,13 @@ class Lowering:
     # Constants
 
     def constant(self, value: torch.Tensor, name: str | None = None):
+        """uint8 `[..., n / 2]` is int4 `[..., n]`, two a byte, the even element in the low nibble."""
         value = value.contiguous()
-        weights = self.trt.Weights(self.dtype(value.dtype), value.data_ptr(), value.numel())
-        layer = self.definition.add_constant(tuple(value.shape), weights)
+        shape = tuple(value.shape)
+        if value.dtype == torch.uint8:
+            shape = (*shape[:-1], 2 * shape[-1])
+        weights = self.trt.Weights(self.dtype(value.dtype), value.data_ptr(), math.prod(shape))
+        layer = self.definition.add_constant(shape, weights)
         if name:
             layer.name = name
         self.buffers[layer.name] = value
@@ -66,8 +75,13 @@ class Lowering:
     def sigmoid(self, x):
         return self.definition.add_activation(x, self.trt.ActivationType.SIGMOID).get_output(0)
 
+    def reduce(self, operation: str, x, axis: int, keep: bool = True):
+        return self.definition.add_reduce(x, getattr(self.trt.ReduceOperation, operation), 1 << axis, keep).get_output(
+            0
+        )
+
     def mean(self, x, axis: int):
-        return self.definition.add_reduce(x, self.trt.ReduceOperation.AVG, 1 << axis, True).get_output(0)
+        return self.reduce("AVG", x, axis)
 
     def matmul(self, a, b, transpose_b: bool = False):
         op = self.trt.MatrixOperation
@@ -81,6 +95,36 @@ class Lowering:
 
     def cast_like(self, x, like):
         return x if x.dtype == like.dtype else self.definition.add_cast(x, like.dtype).get_output(0)
+
+    def add_bias(self, product, *bias):
+        """`[tokens, out]` plus an `[out]` bias, if there is one, in the product's dtype."""
+        for b in bias:
+            product = self.elementwise("SUM", product, self.cast_like(self.reshape(b, (1, -1)), product))
+        return product
+
+    # Quantization. A scale is one number (`[]` or `[1]`), `[n]` for the n indices of `axis`, or, to dequantize alone,
+    # of the rank of what it scales: one number a block, in the dtype of the result.
+
+    def quantize(self, x, scale, like, axis: int | None = None):
+        """`x / scale` rounded to the 8-bit type of `like`."""
+        return self._along(self.definition.add_quantize(x, scale, like.dtype), axis)
+
+    def dequantize(self, x, scale, like, axis: int | None = None):
+        """`x * scale` in the dtype of `like`."""
+        return self._along(self.definition.add_dequantize(x, scale, like.dtype), axis)
+
+    def _along(self, layer, axis: int | None):
+        if axis is not None:
+            layer.axis = axis
+        return layer.get_output(0)
+
+    def quantized_matmul(self, x, x_scale, weight, weight_scale):
+        """`x @ weight.T` in the dtype of `x`, which is first rounded to the 8-bit type of `weight` `[out, in]`.
+
+        TensorRT makes of it one product of that type with float32 sums, and multiplies those by both scales.
+        """
+        x = self.dequantize(self.quantize(x, x_scale, like=weight), x_scale, like=x)
+        return self.matmul(x, self.dequantize(weight, weight_scale, like=x, axis=0), transpose_b=True)
 
     # Shapes
 
@@ -183,6 +227,32 @@ class Lowering:
     def update_cache(self, cache, new, write_indices):
         """Writes `[batch, kv_heads, query_len, head_dim]` into the cache from each sequence's write index on."""
         return self.definition.add_kv_cache_update(cache, new, write_indices, self.trt.KVCacheMode.LINEAR).get_output(0)
+
+    def extend_cache(self, cache, rows, scale, past_lengths, like):
+        """What an 8-bit cache `[batch, kv_heads, max_length, head_dim]` stands for once `rows` follow what it holds.
+
+        `rows` `[batch, kv_heads, query_len, head_dim]`, quantized as the cache is with `scale` `[kv_heads]`; the result
+        is in the dtype of `like`. The cache itself is left alone, because `update_cache` takes no 8-bit types and any
+        other way to write into it copies all of it: whoever runs the engine writes the rows.
+        """
+        old, slots = self.once(("slots", past_lengths.name), lambda: self._slots(past_lengths, cache.shape[2]))
+        layer = self.definition.add_gather(self.dequantize(rows, scale, like, axis=1), slots, 2)
+        layer.num_elementwise_dims = 1
+        return self.definition.add_select(
+            old, self.dequantize(cache, scale, like, axis=1), layer.get_output(0)
+        ).get_output(0)
+
+    def _slots(self, past_lengths, max_length: int):
+        """Which cache positions hold earlier tokens, `[batch, 1, max_length, 1]`, and this step's row for the others.
+
+        The rows are int32 `[batch, max_length]`. Beyond a sequence's end it is the last one; no query looks there.
+        """
+        positions = self.constant(torch.arange(max_length, dtype=torch.int32).reshape(1, -1))
+        ahead = self.elementwise("SUB", positions, self.reshape(past_lengths, (-1, 1)))
+        zero, one = (self.scalar(n, torch.int32, rank=2) for n in (0, 1))
+        last = self.elementwise("SUB", self.reshape(self.cast(self.query_len, torch.int32), (1, 1)), one)
+        rows = self.elementwise("MIN", self.elementwise("MAX", ahead, zero), last)
+        return self.reshape(self.elementwise("LESS", ahead, zero), (0, 1, -1, 1)), rows
 
     def attend(self, q, keys, values, position_ids):
         """Attention of scaled queries over whole caches, masked by position."""

@@ -11,7 +11,7 @@ from trtbuild.checkpoint.safetensors_stream import open_file, write_file
 from trtbuild.engine.config import BuildLimits
 from trtbuild.errors import UserError
 from trtbuild.files import atomic
-from trtbuild.linear import dense  # noqa: F401 (makes the weight formats' operations known)
+from trtbuild.linear import linear  # noqa: F401 (makes the weight formats' operations known)
 from trtbuild.network import Network, ops  # noqa: F401 (makes the operations known)
 
 METADATA_KEY = "trtbuild"
@@ -97,6 +97,11 @@ class PortableEngine:
         self._values: list[torch.Tensor | None] = [None] * len(slots)
         for name, constant in network.constants.items():
             self._values[slots[name]] = constant.load().to(device)
+        for node in network.nodes:
+            constants = [slots[name] for name in node.inputs if name in network.constants]
+            prepared = node.op.prepare(device, *(self._values[i] for i in constants))
+            for i, value in zip(constants, prepared, strict=True):
+                self._values[i] = value
         self._inputs = {name: slots[name] for name in network.inputs}
         self._logits = slots["logits"]
         self._plan = [

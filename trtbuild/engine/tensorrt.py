@@ -21,6 +21,7 @@ class LoweredNetwork:
         flag = trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
         self.definition = self.builder.create_network(1 << int(flag))
         self.lowering = Lowering(self.definition, remove_input_padding)
+        self.fp8 = network.holds(torch.float8_e4m3fn)
         tensors = self._inputs(network)
         for name, constant in network.constants.items():
             tensors[name] = self.lowering.constant(constant.load(), name)
@@ -64,7 +65,7 @@ class LoweredNetwork:
         trt = api()
         config = self.builder.create_builder_config()
         config.clear_flag(trt.BuilderFlag.TF32)  # float32 means float32
-        set_target(config, compute_capabilities)
+        set_target(config, compute_capabilities, self.fp8)
         for generation in (False, True):
             profile = self.builder.create_optimization_profile()
             for name, tensor in self.lowering.inputs.items():

@@ -14,6 +14,7 @@ from trtbuild.errors import UserError
 DISTRIBUTIONS = ("tensorrt", "tensorrt_rtx")
 # What one engine of TensorRT-RTX may be compiled for; a `tensorrt` engine is for the GPU it is built on.
 DEFAULT_COMPUTE_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
+NO_FP8 = ("8.0", "8.6")  # GPUs for which no engine with FP8 in it can be compiled
 
 
 @cache
@@ -35,10 +36,20 @@ def api() -> ModuleType:
     )
 
 
-def describe_builder(compute_capabilities: list[str] | None) -> dict:
-    """Distribution, version and targets, for an engine's `config.json`."""
-    targets = list(compute_capabilities or DEFAULT_COMPUTE_CAPABILITIES) if is_rtx() else "the GPU it was built on"
+def describe_builder(compute_capabilities: list[str] | None, fp8: bool = False) -> dict:
+    """Distribution, version and targets, for an engine's `config.json`; `fp8`: whether there is FP8 in the engine."""
+    targets = target_capabilities(compute_capabilities, fp8) if is_rtx() else "the GPU it was built on"
     return {"distribution": api().__name__, "version": api().__version__, "compute_capabilities": targets}
+
+
+def target_capabilities(compute_capabilities: list[str] | None, fp8: bool) -> list[str]:
+    """The given compute capabilities, or the default ones. Raises `UserError` where FP8 needs a newer GPU."""
+    if not compute_capabilities:
+        return [c for c in DEFAULT_COMPUTE_CAPABILITIES if not (fp8 and c in NO_FP8)]
+    if fp8 and (old := [c for c in compute_capabilities if c in NO_FP8]):
+        able = [c for c in DEFAULT_COMPUTE_CAPABILITIES if c not in NO_FP8]
+        raise UserError(f"GPUs of compute capability {', '.join(old)} have no FP8; build for {', '.join(able)}")
+    return list(compute_capabilities)
 
 
 def is_rtx() -> bool:
@@ -51,15 +62,15 @@ def logger():
     return api().Logger(api().Logger.WARNING)
 
 
-def set_target(config, compute_capabilities: list[str] | None) -> None:
+def set_target(config, compute_capabilities: list[str] | None, fp8: bool) -> None:
     """Tells a builder configuration for which GPUs to compile (None: the default ones).
 
-    Raises `UserError` for a compute capability that the distribution does not build for.
+    Raises `UserError` for a compute capability that the distribution does not build for, or not with FP8.
     """
     if not is_rtx():
         return
     trt = api()
-    compute_capabilities = compute_capabilities or DEFAULT_COMPUTE_CAPABILITIES
+    compute_capabilities = target_capabilities(compute_capabilities, fp8)
     config.num_compute_capabilities = len(compute_capabilities)
     for i, capability in enumerate(compute_capabilities):
         name = "SM" + capability.replace(".", "")

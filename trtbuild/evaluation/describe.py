@@ -1,9 +1,11 @@
 """What is inside an engine folder or a checkpoint, for people."""
 
+import math
 from collections import Counter
 from pathlib import Path
 
 from trtbuild.checkpoint.canonical import Checkpoint
+from trtbuild.checkpoint.quantized_weight import QuantizedWeight
 from trtbuild.engine.config import read_config
 from trtbuild.engine.portable import read_portable
 
@@ -37,7 +39,9 @@ def describe_checkpoint(folder: Path) -> str:
     checkpoint = Checkpoint(folder)
     parameters = Counter()
     for tensor in checkpoint.tensors.values():
-        parameters[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes // tensor.dtype.itemsize
+        quantized = isinstance(tensor, QuantizedWeight)
+        kind = tensor.format if quantized else str(tensor.dtype).removeprefix("torch.")
+        parameters[kind] += math.prod(tensor.values.shape if quantized else tensor.shape)
     lines = [f"{name:26} {value}" for name, value in vars(checkpoint.config).items()]
     lines.append(f"{'tensors':26} {len(checkpoint.tensors)}")
     lines += [f"{'parameters in ' + dtype:26} {count / 1e6:.1f} M" for dtype, count in parameters.items()]

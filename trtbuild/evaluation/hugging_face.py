@@ -6,31 +6,40 @@ import torch
 
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.errors import UserError
+from trtbuild.evaluation.fake_quantized import fake_quantized_cache, load_model
 from trtbuild.evaluation.provenance import environment
 from trtbuild.files import sha256
+from trtbuild.models.decoder import QuantizedCache
 from trtbuild.progress import item_bar
 from trtbuild.runtime.generation import Output
 from trtbuild.runtime.open import pick_device
 
 
 class HuggingFaceModel:
-    """`transformers`' model in a dtype. One prompt at a time: its batches pad, and padding moves its last bits."""
+    """`transformers`' model in a dtype. One prompt at a time: its batches pad, and padding moves its last bits.
 
-    def __init__(self, folder: Path | str, dtype: str = "float32", device: str = "auto") -> None:
-        from transformers import AutoModelForCausalLM, GenerationConfig
+    Of a quantized checkpoint, and with a quantized KV `cache`, it is the model that computes the same in plain floating
+    point: with the weights that the numbers mean, and activations, keys and values rounded where an engine rounds them.
+    """
+
+    def __init__(
+        self, folder: Path | str, dtype: str = "float32", device: str = "auto", cache: QuantizedCache | None = None
+    ) -> None:
+        from transformers import GenerationConfig
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         self.checkpoint = Checkpoint(folder)
-        self.dtype, self.device = dtype, pick_device(device)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
+        self.dtype, self.device, self.cache = dtype, pick_device(device), cache
+        model = load_model(self.checkpoint, getattr(torch, dtype))
         model.generation_config = GenerationConfig()  # greedy means greedy, whatever penalties the checkpoint suggests
         self.model = model.to(self.device).eval()
 
     @torch.inference_mode()
     def logits(self, ids: list[int]) -> torch.Tensor:
         """Float32 logits of every token, `[tokens, vocab]`, on the CPU."""
-        return self.model(torch.tensor([ids], device=self.device)).logits[0].float().cpu()
+        options = {"past_key_values": fake_quantized_cache(self.cache)} if self.cache else {}
+        return self.model(torch.tensor([ids], device=self.device), **options).logits[0].float().cpu()
 
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], max_output_len: int, eos_token_ids: tuple[int, ...]) -> list[Output]:

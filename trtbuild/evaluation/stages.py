@@ -5,16 +5,19 @@ from pathlib import Path
 
 import torch
 
-from trtbuild.engine.config import read_config
+from trtbuild.datasets import load_articles
+from trtbuild.engine.config import rank_file, read_config
+from trtbuild.engine.portable import read_portable
 from trtbuild.errors import UserError
 from trtbuild.evaluation.benchmark import benchmark
-from trtbuild.evaluation.datasets import load_articles
 from trtbuild.evaluation.hugging_face import HuggingFaceModel
 from trtbuild.evaluation.perplexity import perplexity
 from trtbuild.evaluation.provenance import provenance
 from trtbuild.evaluation.rouge import METRICS, score
 from trtbuild.evaluation.summarization import read_summaries, summarization_prompts, write_summaries
-from trtbuild.evaluation.verify import Agreement, verify
+from trtbuild.evaluation.verify import ROUNDED_TOLERANCE, TOLERANCE, Agreement, verify
+from trtbuild.files import sha256
+from trtbuild.models.decoder import cache_of_network
 from trtbuild.progress import item_bar
 from trtbuild.runtime.generation import Output, generate
 from trtbuild.runtime.open import open_engine
@@ -144,6 +147,12 @@ def verify_engine(
 
     if max_output_len < 1:
         raise UserError(f"max_output_len is {max_output_len}; it must be at least 1")
+    config = read_config(Path(engine_dir))
+    if config["inputs"]["config.json"] != sha256(checkpoint_dir / "config.json"):
+        raise UserError(
+            f"{engine_dir} was not built from {checkpoint_dir}; give the checkpoint that it was built from, which for "
+            "quantized weights is the quantized one"
+        )
     if runtimes is None:
         runtimes = ["portable"]
         try:
@@ -151,12 +160,15 @@ def verify_engine(
             runtimes = ["interpreted", "portable"]
         except UserError as error:
             print(f"the TensorRT network is not compared: {error}")
-        builder = read_config(Path(engine_dir))["builders"].get("tensorrt")
+        builder = config["builders"].get("tensorrt")
         if builder and runs_here(builder):
             runtimes.append("tensorrt")
     tokenizer = Tokenizer(checkpoint_dir)
     prompts = [tokenizer.encode(text) for text in texts or VERIFY_PROMPTS]
-    baseline = HuggingFaceModel(checkpoint_dir, "float32")
+    network, _ = read_portable(Path(engine_dir) / rank_file(0, "portable"))
+    cache = cache_of_network(network)
+    baseline = HuggingFaceModel(checkpoint_dir, "float32", cache=cache)
+    rounds = cache is not None or any(w.activations != "16bit" for w in baseline.checkpoint.quantized())
     names = {
         "interpreted": "TensorRT network, interpreted",
         "portable": "portable engine",
@@ -166,5 +178,6 @@ def verify_engine(
     for runtime in runtimes:
         opened = open_engine(engine_dir, runtime)
         name = f"{names.get(runtime, runtime)} ({opened.dtype})"
-        agreements.append(verify(name, opened.session, opened.dtype, baseline, prompts, max_output_len))
+        tolerance = ROUNDED_TOLERANCE if rounds else TOLERANCE[opened.dtype]
+        agreements.append(verify(name, opened.session, tolerance, baseline, prompts, max_output_len))
     return agreements

@@ -5,8 +5,8 @@ from bisect import bisect_right
 from collections.abc import Callable
 from pathlib import Path
 
+from trtbuild.datasets import Article
 from trtbuild.errors import UserError
-from trtbuild.evaluation.datasets import Article
 from trtbuild.files import atomic, read_json, write_json
 from trtbuild.runtime.generation import Output
 from trtbuild.runtime.tokenizer import Tokenizer

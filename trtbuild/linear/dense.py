@@ -45,8 +45,3 @@ class DenseLinear(Op):
 
 def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`[tokens, in]` with a `[out, in]` weight (Hugging Face layout) and an `[out]` bias to `[tokens, out]`."""
-    return x.network.add(DenseLinear(), x, weight, *(() if bias is None else (bias,)))

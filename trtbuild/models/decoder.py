@@ -1,90 +1,142 @@
 """The decoder network, the same for every family."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-from trtbuild.checkpoint.lazy import LazyTensor, concatenate, from_tensor
-from trtbuild.linear.dense import linear
+from trtbuild.checkpoint.lazy import from_tensor
+from trtbuild.linear.linear import Weight, linear
 from trtbuild.models.config import ModelConfig
 from trtbuild.models.mapping import Mapping
 from trtbuild.network import Network, Tensor, ops
 
+Weights = Callable[[str], Weight]
+KINDS = ("key", "value")
+
+
+@dataclass(frozen=True)
+class QuantizedCache:
+    """A KV cache in int8 or float8_e4m3fn; keys and values have scales of their own, float32 `[layers, kv_heads]`."""
+
+    dtype: torch.dtype
+    key_scales: torch.Tensor
+    value_scales: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """What every layer of a network reads besides the hidden states."""
+
+    rotary: tuple[Tensor, Tensor]
+    position_ids: Tensor
+    query_starts: Tensor
+    past_lengths: Tensor
+
 
 def decoder(
     config: ModelConfig,
-    weights: Callable[[str], LazyTensor],
+    weights: Weights,
     dtype: torch.dtype,
     max_length: int,
+    cache: QuantizedCache | None = None,
     mapping: Mapping = Mapping(),
 ) -> Network:
     """One rank's network: packed token ids and KV caches in, float32 logits of the chosen rows and new caches out.
 
-    `weights` maps a canonical name to its tensor. Inputs, all int32: `input_ids`, `position_ids` `[tokens]`;
-    `query_starts` `[batch + 1]`, the packed rows at which sequences start; `past_lengths` `[batch]`;
+    `weights` maps a canonical name to its tensor, quantized or not. Inputs, all int32: `input_ids`, `position_ids`
+    `[tokens]`; `query_starts` `[batch + 1]`, the packed rows at which sequences start; `past_lengths` `[batch]`;
     `logits_indices` `[rows]`; with dynamic RoPE `sequence_lengths` `[tokens]`; then `key_cache.i` and `value_cache.i`,
     `[batch, kv_heads, max_length, head_dim]`. Outputs: `logits` `[rows, vocab]`, `present_key.i`, `present_value.i`.
     """
     network = Network()
-
-    def constant(name: str, *parts: str) -> Tensor:
-        """A weight, or the fusion of several along their outputs, in the network's dtype."""
-        tensors = [weights(part).to(dtype) for part in parts or (name,)]
-        return network.constant(name, tensors[0] if len(tensors) == 1 else concatenate(tensors))
-
-    def project(x: Tensor, fused: str, *parts: str, bias: bool) -> Tensor:
-        weight = constant(f"{fused}.weight", *(f"{part}.weight" for part in parts))
-        return linear(x, weight, constant(f"{fused}.bias", *(f"{part}.bias" for part in parts)) if bias else None)
-
-    input_ids = network.input("input_ids", torch.int32, ("tokens",))
-    position_ids = network.input("position_ids", torch.int32, ("tokens",))
-    query_starts = network.input("query_starts", torch.int32, ("starts",))
-    past_lengths = network.input("past_lengths", torch.int32, ("batch",))
+    hidden, step = embedding(network, config, weights, dtype)
     logits_indices = network.input("logits_indices", torch.int32, ("rows",))
-
-    rotary = _rotary(network, config, position_ids, dtype)
-    hidden = ops.embedding(input_ids, constant("model.embed_tokens.weight"))
     presents = []
     for i in range(config.num_hidden_layers):
-        layer = f"model.layers.{i}"
-        attn, mlp = f"{layer}.self_attn", f"{layer}.mlp"
-        cache_shape = ("batch", config.num_key_value_heads, max_length, config.head_dim)
-        cache = (
-            network.input(f"key_cache.{i}", dtype, cache_shape),
-            network.input(f"value_cache.{i}", dtype, cache_shape),
-        )
-
-        x = ops.rms_norm(hidden, constant(f"{layer}.input_layernorm.weight"), config.rms_norm_eps)
-        qkv_parts = [f"{attn}.{name}_proj" for name in "qkv"]
-        qkv = project(x, f"{attn}.qkv_proj", *qkv_parts, bias=config.attention_bias)
-        x, *present = ops.attention(
-            qkv,
-            rotary,
-            cache,
-            position_ids,
-            query_starts,
-            past_lengths,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+        hidden, present = decoder_layer(config, weights, i, hidden, step, max_length, cache)
         presents.append(present)
-        hidden = ops.add(hidden, project(x, f"{attn}.o_proj", bias=config.attention_out_bias))
-
-        x = ops.rms_norm(hidden, constant(f"{layer}.post_attention_layernorm.weight"), config.rms_norm_eps)
-        gate_up_parts = [f"{mlp}.{name}_proj" for name in ("gate", "up")]
-        x = ops.swiglu(project(x, f"{mlp}.gate_up_proj", *gate_up_parts, bias=config.mlp_bias))
-        hidden = ops.add(hidden, project(x, f"{mlp}.down_proj", bias=config.mlp_bias))
-
-    x = ops.rms_norm(ops.select_rows(hidden, logits_indices), constant("model.norm.weight"), config.rms_norm_eps)
-    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    logits = ops.cast(linear(x, constant(head)), torch.float32)
-
-    network.mark_output(logits, "logits")
+    x = ops.rms_norm(
+        ops.select_rows(hidden, logits_indices), _norm(network, weights, "model.norm", dtype), config.rms_norm_eps
+    )
+    head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
+    network.mark_output(ops.cast(linear(x, head, [weights(f"{head}.weight")]), torch.float32), "logits")
     for i, (key, value) in enumerate(presents):
         network.mark_output(key, f"present_key.{i}")
         network.mark_output(value, f"present_value.{i}")
     return network
+
+
+def embedding(network: Network, config: ModelConfig, weights: Weights, dtype: torch.dtype) -> tuple[Tensor, Step]:
+    """Declares a step's inputs; the first layer's hidden states, `[tokens, hidden]`, and what all layers share."""
+    input_ids = network.input("input_ids", torch.int32, ("tokens",))
+    position_ids = network.input("position_ids", torch.int32, ("tokens",))
+    query_starts = network.input("query_starts", torch.int32, ("starts",))
+    past_lengths = network.input("past_lengths", torch.int32, ("batch",))
+    step = Step(_rotary(network, config, position_ids, dtype), position_ids, query_starts, past_lengths)
+    table = network.constant("model.embed_tokens.weight", weights("model.embed_tokens.weight").to(dtype))
+    return ops.embedding(input_ids, table), step
+
+
+def decoder_layer(
+    config: ModelConfig,
+    weights: Weights,
+    i: int,
+    hidden: Tensor,
+    step: Step,
+    max_length: int,
+    cache: QuantizedCache | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Layer `i`: hidden states `[tokens, hidden]` in and out, and the layer's new caches. Declares its cache inputs."""
+    network, dtype = hidden.network, hidden.dtype
+    layer = f"model.layers.{i}"
+    attn, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+
+    def project(x: Tensor, fused: str, *parts: str, bias: bool) -> Tensor:
+        biases = [weights(f"{part}.bias") for part in parts] if bias else []
+        return linear(x, fused, [weights(f"{part}.weight") for part in parts], biases)
+
+    cache_shape = ("batch", config.num_key_value_heads, max_length, config.head_dim)
+    kv_cache = [network.input(f"{kind}_cache.{i}", cache.dtype if cache else dtype, cache_shape) for kind in KINDS]
+    if cache:
+        scales = (cache.key_scales[i], cache.value_scales[i])
+        kv_cache += [
+            network.constant(f"{attn}.{kind}_scale", from_tensor(s)) for kind, s in zip(KINDS, scales, strict=True)
+        ]
+
+    x = ops.rms_norm(hidden, _norm(network, weights, f"{layer}.input_layernorm", dtype), config.rms_norm_eps)
+    qkv = project(x, f"{attn}.qkv_proj", *(f"{attn}.{name}_proj" for name in "qkv"), bias=config.attention_bias)
+    x, *present = ops.attention(
+        qkv,
+        step.rotary,
+        kv_cache,
+        step.position_ids,
+        step.query_starts,
+        step.past_lengths,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+    )
+    hidden = ops.add(hidden, project(x, f"{attn}.o_proj", f"{attn}.o_proj", bias=config.attention_out_bias))
+
+    x = ops.rms_norm(hidden, _norm(network, weights, f"{layer}.post_attention_layernorm", dtype), config.rms_norm_eps)
+    gate_up = project(x, f"{mlp}.gate_up_proj", f"{mlp}.gate_proj", f"{mlp}.up_proj", bias=config.mlp_bias)
+    x = ops.swiglu(gate_up)
+    return ops.add(hidden, project(x, f"{mlp}.down_proj", f"{mlp}.down_proj", bias=config.mlp_bias)), tuple(present)
+
+
+def cache_of_network(network: Network) -> QuantizedCache | None:
+    """The scales of a network's KV cache, where it is quantized."""
+    layers = sum(name.startswith("key_cache.") for name in network.inputs)
+    names = [[f"model.layers.{i}.self_attn.{kind}_scale" for i in range(layers)] for kind in KINDS]
+    if names[0][0] not in network.constants:
+        return None
+    scales = (torch.stack([network.constants[name].load() for name in kind]) for kind in names)
+    return QuantizedCache(network.tensors["key_cache.0"].dtype, *scales)
+
+
+def _norm(network: Network, weights: Weights, name: str, dtype: torch.dtype) -> Tensor:
+    return network.constant(f"{name}.weight", weights(f"{name}.weight").to(dtype))
 
 
 def _rotary(network: Network, config: ModelConfig, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -44,6 +44,10 @@ class Op:
         """What the portable engine runs; `step` is its `StepContext`."""
         return self.reference(*inputs)
 
+    def prepare(self, device: torch.device, *constants: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The inputs that are constants, as `portable` wants them on a device; called when an engine is loaded."""
+        return constants
+
     def to_tensorrt(self, lowering: Any, *inputs: Any) -> Any:
         """Adds TensorRT layers through `lowering` (see `engine/lowering.py`); returns the output tensor, or a tuple."""
         raise NotImplementedError
@@ -109,6 +113,10 @@ class Network:
         """Bytes of weights that one generation step reads: everything but an embedding table that is only indexed."""
         read = {name for node in self.nodes for name in node.inputs if type(node.op).__name__ != "Embedding"}
         return sum(constant.nbytes for name, constant in self.constants.items() if name in read)
+
+    def holds(self, dtype: torch.dtype) -> bool:
+        """Whether any of its tensors is of a dtype."""
+        return any(tensor.dtype == dtype for tensor in self.tensors.values())
 
     def to_json(self) -> dict:
         """All but the constants' values."""

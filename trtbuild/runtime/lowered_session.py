@@ -84,12 +84,18 @@ class InterpretedSession(LoweredSession):
     def _execute(self, inputs: dict[str, torch.Tensor], profile: int) -> torch.Tensor:
         outputs = self.interpreter.run(inputs)
         for name, cache in self.cache.views(len(self.lengths)).items():
-            cache.copy_(outputs[present(name)])
+            if is_quantized(cache):
+                write_rows(cache, outputs[present(name)], inputs["past_lengths"])
+            else:
+                cache.copy_(outputs[present(name)])
         return outputs["logits"]
 
 
 class TensorRTSession(LoweredSession):
-    """Runs a serialized engine. Caches are updated in place: each present output is bound to its cache input."""
+    """Runs a serialized engine. Caches are updated in place: each present output is bound to its cache input.
+
+    For 8-bit caches the engine returns this step's rows alone, and they are written here.
+    """
 
     kind = "tensorrt"
 
@@ -113,16 +119,22 @@ class TensorRTSession(LoweredSession):
     def _execute(self, inputs: dict[str, torch.Tensor], profile: int) -> torch.Tensor:
         context = self.contexts[profile]
         held = {name: value.contiguous() for name, value in inputs.items() if name in self.names}
+        rows: dict[str, torch.Tensor] = {}  # by cache input
         for name, value in held.items():
             if not context.set_input_shape(name, tuple(value.shape)):
                 raise UserError(f"the engine was not built for the shape {tuple(value.shape)} of its input {name}")
             context.set_tensor_address(name, value.data_ptr())
             if present(name) in self.names:
+                if is_quantized(value):
+                    batch, heads, _, width = value.shape
+                    value = rows[name] = value.new_empty(batch, heads, inputs["pad_index"].shape[1], width)
                 context.set_tensor_address(present(name), value.data_ptr())
         logits = torch.empty(len(inputs["logits_indices"]), self.vocab_size, dtype=torch.float32, device=self.device)
         context.set_tensor_address("logits", logits.data_ptr())
         if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
             raise RuntimeError("TensorRT failed to enqueue a step; its messages are above")
+        for name, value in rows.items():
+            write_rows(held[name], value, held["past_lengths"])
         return logits
 
 
@@ -130,3 +142,15 @@ def present(cache_input: str) -> str:
     """Name of the output that updates a cache input: `key_cache.3` gives `present_key.3`."""
     kind, _, layer = cache_input.partition("_cache.")
     return f"present_{kind}.{layer}"
+
+
+def is_quantized(cache: torch.Tensor) -> bool:
+    return cache.dtype.itemsize == 1
+
+
+def write_rows(cache: torch.Tensor, rows: torch.Tensor, past_lengths: torch.Tensor) -> None:
+    """Writes `[batch, kv_heads, query_len, head_dim]` into each sequence's cache from its past length on."""
+    positions = past_lengths[:, None] + torch.arange(rows.shape[2], dtype=torch.int32, device=rows.device)
+    sequences = torch.arange(len(rows), device=rows.device)[:, None]
+    # As integers, because torch does not index float8 everywhere.
+    cache.view(torch.int8)[sequences, :, positions] = rows.view(torch.int8).transpose(1, 2)

@@ -1,11 +1,13 @@
 """Causal self-attention with grouped heads, RoPE and a KV cache: the one operation that knows about sequences."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from trtbuild.network.network import Op, Tensor
+from trtbuild.network.rounding import quantize
 
 
 @dataclass(frozen=True)
@@ -15,6 +17,9 @@ class Attention(Op):
     Sequence `b` owns the rows `query_starts[b] .. query_starts[b + 1]` of the packed inputs and has
     `past_lengths[b]` positions in its cache, to which this step's keys and values are appended. Query head `h` reads
     KV head `h // (num_heads / num_kv_heads)`; scores are scaled by `head_dim ** -0.5`.
+
+    Caches in int8 or float8_e4m3fn hold `x / scale`, with a scale a KV head for keys and another for values. Attention
+    reads what they hold also for this step's own tokens, so that a prompt is treated alike in one step or in many.
     """
 
     num_heads: int
@@ -26,8 +31,10 @@ class Attention(Op):
         """Widths of q, k and v in the fused projection."""
         return [n * self.head_dim for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
 
-    def infer(self, qkv, cos, sin, key_cache, value_cache, position_ids, query_starts, past_lengths):
+    def infer(self, qkv, cos, sin, key_cache, value_cache, position_ids, query_starts, past_lengths, *scales):
         tokens, width = qkv.shape
+        if bool(scales) != (key_cache.dtype.itemsize == 1) or any(s.shape != (self.num_kv_heads,) for s in scales):
+            raise ValueError(f"attention {self} with cache {key_cache} and scales {scales}")
         if width != sum(self.sizes) or key_cache.shape != value_cache.shape:
             raise ValueError(f"attention {self} of {qkv} with caches {key_cache}, {value_cache}")
         if key_cache.shape[1::2] != (self.num_kv_heads, self.head_dim):
@@ -38,34 +45,38 @@ class Attention(Op):
             (value_cache.dtype, value_cache.shape),
         ]
 
-    def reference(self, qkv, cos, sin, key_cache, value_cache, position_ids, query_starts, past_lengths):
-        q, k, v = self._rotated(qkv, cos, sin)
+    def reference(self, qkv, cos, sin, key_cache, value_cache, position_ids, query_starts, past_lengths, *scales):
+        q, k, v = self.rotated(qkv, cos, sin)
         key_cache, value_cache = key_cache.clone(), value_cache.clone()
         output = torch.empty_like(q)
         group = self.num_heads // self.num_kv_heads
         for b in range(len(past_lengths)):
             rows = slice(int(query_starts[b]), int(query_starts[b + 1]))
             past, total = int(past_lengths[b]), int(past_lengths[b]) + rows.stop - rows.start
-            key_cache[b, :, past:total] = k[rows].transpose(0, 1).to(key_cache.dtype)
-            value_cache[b, :, past:total] = v[rows].transpose(0, 1).to(value_cache.dtype)
-            keys = key_cache[b, :, :total].to(q.dtype).repeat_interleave(group, 0)
-            values = value_cache[b, :, :total].to(q.dtype).repeat_interleave(group, 0)
+            both = []
+            for new, cache, scale in zip((k, v), (key_cache, value_cache), scales or (None, None), strict=True):
+                cache[b, :, past:total] = _stored(new[rows].transpose(0, 1), cache.dtype, scale)
+                both.append(_loaded(cache[b, :, :total], q.dtype, scale).repeat_interleave(group, 0))
+            keys, values = both
             scores = q[rows].transpose(0, 1) @ keys.transpose(1, 2) * self.head_dim**-0.5
             future = torch.arange(total, device=q.device) > torch.arange(past, total, device=q.device)[:, None]
             weights = scores.masked_fill(future, float("-inf")).softmax(-1)
             output[rows] = (weights @ values).transpose(0, 1)
         return output.flatten(1), key_cache, value_cache
 
-    def portable(self, step, qkv, cos, sin, key_cache, value_cache, position_ids, query_starts, past_lengths):
+    def portable(self, step, qkv, cos, sin, key_cache, value_cache, position_ids, query_starts, past_lengths, *scales):
         """Equal to `reference`, except that the caches are updated in place.
 
         The context phase (`step.lengths` known to the host, empty caches) runs one fused causal attention a sequence,
         or one for the batch where all lengths are equal. The generation phase reads the first `step.kv_bound`
         positions of the cache and masks those beyond each sequence's own.
         """
-        q, k, v = self._rotated(qkv, cos, sin)
+        q, k, v = self.rotated(qkv, cos, sin)
+        if scales:
+            stored = [_stored(new.transpose(0, 1), key_cache.dtype, s) for new, s in zip((k, v), scales, strict=True)]
+            k, v = (x.transpose(0, 1) for x in stored)
         if step.lengths is None:
-            return self._generation(step, q, k, v, key_cache, value_cache, position_ids), key_cache, value_cache
+            return self._generation(step, q, k, v, key_cache, value_cache, position_ids, scales), key_cache, value_cache
         lengths = step.lengths
         batches = [lengths] if len(set(lengths)) == 1 else [[n] for n in lengths]
         outputs, b, row = [], 0, 0
@@ -75,21 +86,29 @@ class Attention(Op):
             queries, keys, values = (x[rows].unflatten(0, (count, n)).transpose(1, 2) for x in (q, k, v))
             key_cache[b : b + count, :, :n] = keys
             value_cache[b : b + count, :, :n] = values
+            if scales:
+                keys, values = (_loaded(x, q.dtype, s) for x, s in zip((keys, values), scales, strict=True))
             outputs.append(
                 _attend(queries, keys, values, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(0, 1)
             )
             b, row = b + count, row + count * n
         return torch.cat(outputs).flatten(1), key_cache, value_cache
 
-    def _generation(self, step, q, k, v, key_cache, value_cache, position_ids):
+    def _generation(self, step, q, k, v, key_cache, value_cache, position_ids, scales):
         sequences, positions = step.slots(position_ids)
         key_cache[sequences, :, positions] = k
         value_cache[sequences, :, positions] = v
+        if q.is_cuda and q.dtype != torch.float32:
+            from trtbuild.plugins.decode_attention import decode_attention
+
+            return decode_attention(q, key_cache, value_cache, *(scales or (None, None)), position_ids, step.kv_bound)
         keys, values = key_cache[:, :, : step.kv_bound], value_cache[:, :, : step.kv_bound]
+        if scales:
+            keys, values = (_loaded(x, q.dtype, s) for x, s in zip((keys, values), scales, strict=True))
         grouped = q.unflatten(1, (self.num_kv_heads, -1))  # the heads of a group are the queries of its KV head
         return _attend(grouped, keys, values, attn_mask=step.mask(position_ids, q.dtype)).flatten(1)
 
-    def _rotated(self, qkv, cos, sin):
+    def rotated(self, qkv, cos, sin):
         """q, k, v as `[tokens, heads, head_dim]`, q and k rotated."""
         rotary = self.num_heads + self.num_kv_heads
         heads = qkv.unflatten(1, (-1, self.head_dim))
@@ -98,11 +117,15 @@ class Attention(Op):
         qk = torch.addcmul(qk * cos[:, None], torch.cat((second, first), -1), sin[:, None])
         return qk[:, : self.num_heads], qk[:, self.num_heads :], heads[:, rotary:]
 
-    def to_tensorrt(self, lowering, qkv, cos, sin, key_cache, value_cache, position_ids, query_starts, past_lengths):
+    def to_tensorrt(
+        self, lowering, qkv, cos, sin, key_cache, value_cache, position_ids, query_starts, past_lengths, *scales
+    ):
         """Padded attention with fused layers: pad, rotate, append to the cache, attend, unpad.
 
         TensorRT-RTX refuses packed attention. Causality and the ragged batch are one boolean mask made from the
-        positions, so nothing rests on how `key_value_lengths` shifts the built-in causal masks.
+        positions, so nothing rests on how `key_value_lengths` shifts the built-in causal masks. It also refuses to
+        update 8-bit caches: in their place it returns what this step adds to them, `[batch, kv_heads, query_len,
+        head_dim]`, to be written at `past_lengths`.
         """
         q, k, v = (
             lowering.heads(lowering.columns(qkv, start, size), self.head_dim)
@@ -111,10 +134,28 @@ class Attention(Op):
         half = self.head_dim // 2
         cosines, sines = (lowering.padded_columns(x, start, half) for x, start in ((cos, 0), (sin, half)))
         q, k = lowering.rotate(q, cosines, sines), lowering.rotate(k, cosines, sines)
-        key_cache = lowering.update_cache(key_cache, k, past_lengths)
-        value_cache = lowering.update_cache(value_cache, v, past_lengths)
-        output = lowering.attend(lowering.scale(q, self.head_dim**-0.5), key_cache, value_cache, position_ids)
-        return lowering.merge_heads(output, self.sizes[0]), key_cache, value_cache
+        caches = key_cache, value_cache
+        if scales:
+            presents = [lowering.quantize(x, s, like=key_cache, axis=1) for x, s in zip((k, v), scales, strict=True)]
+            read = [
+                lowering.extend_cache(cache, rows, scale, past_lengths, like=q)
+                for cache, rows, scale in zip(caches, presents, scales, strict=True)
+            ]
+        else:
+            presents = [lowering.update_cache(cache, x, past_lengths) for cache, x in zip(caches, (k, v), strict=True)]
+            read = presents
+        output = lowering.attend(lowering.scale(q, self.head_dim**-0.5), *read, position_ids)
+        return lowering.merge_heads(output, self.sizes[0]), *presents
+
+
+def _stored(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None) -> torch.Tensor:
+    """Keys or values `[kv_heads, tokens, head_dim]` as the cache holds them."""
+    return x.to(dtype) if scale is None else quantize(x.float(), scale[:, None, None], dtype)
+
+
+def _loaded(cache: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None) -> torch.Tensor:
+    """What a cache `[..., kv_heads, positions, head_dim]` stands for, in `dtype`."""
+    return cache.to(dtype) if scale is None else cache.to(dtype) * scale.to(dtype)[:, None, None]
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> torch.Tensor:
@@ -129,7 +170,7 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> tor
 def attention(
     qkv: Tensor,
     rotary: tuple[Tensor, Tensor],
-    cache: tuple[Tensor, Tensor],
+    cache: Sequence[Tensor],
     position_ids: Tensor,
     query_starts: Tensor,
     past_lengths: Tensor,
@@ -139,8 +180,10 @@ def attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`[tokens, (heads + 2 kv_heads) * head_dim]` fused q | k | v to `[tokens, heads * head_dim]` and the new caches.
 
-    `rotary`: cos and sin, `[tokens, head_dim]`; `cache`: keys and values, `[batch, kv_heads, max_length, head_dim]`;
-    `position_ids` `[tokens]`, `query_starts` `[batch + 1]`, `past_lengths` `[batch]`, all int32.
+    `rotary`: cos and sin, `[tokens, head_dim]`; `cache`: keys and values, `[batch, kv_heads, max_length, head_dim]`,
+    and where they are 8 bits wide the scales of keys and of values, float32 `[kv_heads]`; `position_ids` `[tokens]`,
+    `query_starts` `[batch + 1]`, `past_lengths` `[batch]`, all int32.
     """
     op = Attention(num_heads, num_kv_heads, head_dim)
-    return qkv.network.add(op, qkv, *rotary, *cache, position_ids, query_starts, past_lengths)
+    keys, values, *scales = cache
+    return qkv.network.add(op, qkv, *rotary, keys, values, position_ids, query_starts, past_lengths, *scales)

@@ -5,10 +5,10 @@ import json
 
 import pytest
 
+from trtbuild.datasets import ARTICLES, load_articles
 from trtbuild.errors import UserError
-from trtbuild.evaluation.datasets import ARTICLES, load_articles
 
-COUNTS = {"evaluation": 16, "calibration": 8}
+COUNTS = {"evaluation": 16, "calibration": 64}
 
 
 @pytest.fixture(autouse=True)
@@ -29,16 +29,16 @@ def test_articles_are_of_the_promised_form(split):
         assert row["id"] == hashlib.sha1(row["article"].encode()).hexdigest()
         assert 250 <= len(row["article"].split()) <= 500
         highlights = row["highlights"].split("\n")
-        assert 2 <= len(highlights) <= 3
+        assert 2 <= len(highlights) <= 4
         assert all(5 <= len(line.split()) <= 30 for line in highlights)
 
 
 def test_no_article_twice():
     ids = [row["id"] for split in COUNTS for row in records(split)]
-    assert len(set(ids)) == 24
+    assert len(set(ids)) == 80
 
 
-@pytest.mark.parametrize(("split", "samples"), [("evaluation", 16), ("calibration", 8), ("evaluation", 3)])
+@pytest.mark.parametrize(("split", "samples"), [("evaluation", 16), ("calibration", 64), ("evaluation", 3)])
 def test_loads_the_first_articles_in_order(split, samples):
     articles = load_articles("trtbuild-news", split, samples)
     assert [vars(article) for article in articles] == records(split)[:samples]
@@ -48,7 +48,7 @@ def test_loads_the_first_articles_in_order(split, samples):
     ("split", "samples", "message"),
     [
         ("evaluation", 17, "trtbuild-news has 16 articles in its split 'evaluation'; 17 were asked for"),
-        ("calibration", 9, "has 8 articles in its split 'calibration'; 9 were asked for"),
+        ("calibration", 65, "has 64 articles in its split 'calibration'; 65 were asked for"),
         ("train", 1, "has the splits evaluation and calibration, not 'train'"),
     ],
 )

@@ -1,0 +1,23 @@
+# Checkpoint -> ranges of activations, keys and values; once a model and calibration setting.
+
+
+rule calibration:
+    input:
+        lambda wildcards: (
+            f"results/{wildcards.model}/{CALIBRATIONS[wildcards.calibration]['weights'] or 'checkpoint'}"
+        ),
+    output:
+        "results/{model}/calibration/{calibration}.npz",
+    log:
+        "results/{model}/logs/calibration.{calibration}.log",
+    benchmark:
+        "results/{model}/logs/calibration.{calibration}.tsv"
+    params:
+        settings=lambda wildcards: CALIBRATIONS[wildcards.calibration]["settings"],
+    threads: 16
+    resources:
+        gpu=1,
+    conda:
+        "../config/environment.yaml"
+    script:
+        "../workflow_scripts/calibration.py"

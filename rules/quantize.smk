@@ -1,0 +1,25 @@
+# Checkpoint, and ranges where activations are quantized -> a folder of quantized weights, shared by recipes.
+
+
+rule quantize:
+    input:
+        checkpoint="results/{model}/checkpoint",
+        calibration=ranges_of_quantization,
+    output:
+        directory("results/{model}/quantized/{quantization}"),
+    log:
+        "results/{model}/logs/quantize.{quantization}.log",
+    benchmark:
+        "results/{model}/logs/quantize.{quantization}.tsv"
+    params:
+        **{
+            key: lambda wildcards, key=key: QUANTIZATIONS[wildcards.quantization].get(key)
+            for key in ("quantization", "source")
+        },
+    threads: 16
+    resources:
+        gpu=1,
+    conda:
+        "../config/environment.yaml"
+    script:
+        "../workflow_scripts/quantize.py"

@@ -1,0 +1,227 @@
+"""Every Triton kernel on one GPU at the shapes of LLaMA-7B: checked against its reference, and timed.
+
+    python tests/gpu/kernels.py [--only int4]
+
+Times are of launches in a CUDA graph, over inputs that change so that no weight or cache is still in the L2 cache. The
+floor is what the bytes take that must be read, at the bandwidth that a large copy measures; "fp16" is cuBLAS with a
+float16 weight, torch's attention (masked, as the portable engine called it) over a float16 cache, or plain torch.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+import torch.nn.functional as F
+
+from trtbuild.engine.portable import StepContext
+from trtbuild.linear.fp8 import Fp8Linear
+from trtbuild.linear.int4 import Int4Linear
+from trtbuild.linear.int8 import Int8Linear
+from trtbuild.linear.w8a8 import W8A8Linear
+from trtbuild.network.rounding import quantize
+from trtbuild.plugins.decode_attention import decode_attention
+from trtbuild.plugins.quantize_rows import quantize_rows, scale_product
+
+SHAPES = {"qkv": (12288, 4096), "o": (4096, 4096), "gate_up": (22016, 4096), "down": (4096, 11008)}
+ROWS = (1, 16, 64)
+ROTATED_BYTES = 384 << 20  # several times the L2 cache
+FP8 = torch.float8_e4m3fn
+
+
+def copies(nbytes: int) -> int:
+    return max(2, math.ceil(ROTATED_BYTES / nbytes))
+
+
+def microseconds(call: Callable, inputs: Sequence[tuple], repeats: int = 7) -> float:
+    """Median time of one call, in a graph that goes through `inputs`."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call(*inputs[0])
+    torch.cuda.current_stream().wait_stream(stream)
+    rounds = math.ceil(20 / len(inputs))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for arguments in list(inputs) * rounds:
+            call(*arguments)
+    times = []
+    for _ in range(repeats + 2):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / (rounds * len(inputs)))
+    return statistics.median(times[2:])
+
+
+def bandwidth() -> float:
+    """Bytes a microsecond of a large device-to-device copy, reads plus writes."""
+    source = torch.randint(0, 255, (1 << 30,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / microseconds(target.copy_, [(source,)])
+
+
+class Table:
+    """Rows of the result, printed as they come."""
+
+    def __init__(self) -> None:
+        self.bandwidth = bandwidth()
+        self.wrong = 0
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {self.bandwidth / 1e6:.2f} TB/s\n")
+        print("| kernel           | shape               | rows |      us | floor us | x floor | fp16 us | speedup |")
+        print("| ---------------- | ------------------- | ---: | ------: | -------: | ------: | ------: | ------: |")
+
+    def add(self, kernel: str, shape: str, rows: int, us: float, nbytes: int, fp16_us: float, error: float) -> None:
+        """`error`, the relative one, counts as wrong from 2e-3."""
+        floor = nbytes / self.bandwidth
+        times = f"{us:7.1f} | {floor:8.1f} | {us / floor:7.2f} | {fp16_us:7.1f} | {fp16_us / us:7.2f}"
+        wrong = not error < 2e-3
+        self.wrong += wrong
+        note = f" WRONG by {error:.1e}" if wrong else ""
+        print(f"| {kernel:16} | {shape:19} | {rows:4} | {times} |{note}", flush=True)
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def linear_formats(out: int, width: int) -> dict[str, tuple]:
+    """Operation and random constants by name."""
+
+    def int8() -> torch.Tensor:
+        return torch.randint(-128, 128, (out, width), dtype=torch.int8, device="cuda")
+
+    def int4() -> list[torch.Tensor]:
+        groups = out, width // 128
+        values = torch.randint(0, 256, (out, width // 2), dtype=torch.uint8, device="cuda")
+        return [values, (torch.rand(groups, device="cuda") * 0.1).half()]
+
+    zeros = torch.randint(-8, 8, (out, width // 128), dtype=torch.int8, device="cuda")
+    scale, input_scale = torch.rand(out, device="cuda") * 0.01, torch.full((1,), 0.02, device="cuda")
+    narrow = quantize(torch.randn(out, width, device="cuda"), input_scale, FP8)
+    return {
+        "int8": (Int8Linear(), [int8(), scale]),
+        "int4": (Int4Linear(symmetric=True), int4()),
+        "int4 zeros": (Int4Linear(symmetric=False), [*int4(), zeros]),
+        "w8a8 token": (W8A8Linear(per_token=True), [int8(), scale]),
+        "w8a8 static": (W8A8Linear(per_token=False), [int8(), scale, input_scale]),
+        "fp8": (Fp8Linear(), [narrow, scale, input_scale]),
+    }
+
+
+def linears(table: Table, only: str) -> None:
+    for name, (out, width) in SHAPES.items():
+        dense = [torch.randn(out, width, device="cuda").half() for _ in range(copies(2 * out * width))]
+        inputs = {rows: torch.randn(rows, width, device="cuda").half() for rows in ROWS}
+        fp16 = {rows: microseconds(F.linear, [(x, weight) for weight in dense]) for rows, x in inputs.items()}
+        del dense
+        for kernel, (op, constants) in linear_formats(out, width).items():
+            if only not in kernel:
+                continue
+            prepared = op.prepare(torch.device("cuda"), *constants)
+            nbytes = sum(c.nbytes for c in prepared)
+            many = [tuple(c.clone() for c in prepared) for _ in range(copies(nbytes))]
+            wide = [c.double() if c.dtype == torch.float16 else c for c in constants]
+            for rows, x in inputs.items():
+                expected = op.reference(x.double(), *wide)
+                wrong = error(op.portable(None, x, *prepared), expected)
+                us = microseconds(op.portable, [(None, x, *some) for some in many])
+                moved = nbytes + x.nbytes + 2 * rows * out
+                table.add(kernel, f"{name} {out}x{width}", rows, us, moved, fp16[rows], wrong)
+
+
+def attention(table: Table) -> None:
+    head_dim = 128
+    for heads, kv_heads in ((32, 32), (32, 8)):
+        for batch, length in ((1, 256), (1, 2048), (16, 256), (16, 2048)):
+            shape = batch, kv_heads, length, head_dim
+            count = copies(4 * math.prod(shape))
+            dense = [tuple(torch.randn(2, *shape, device="cuda").half()) for _ in range(count)]
+            q = torch.randn(batch, heads, head_dim, device="cuda").half()
+            position_ids = torch.full((batch,), length - 1, dtype=torch.int32, device="cuda")
+            step = StepContext(torch.arange(batch, device="cuda"), None, length)
+
+            def plain(keys, values, q=q, step=step, position_ids=position_ids, kv_heads=kv_heads):
+                grouped, mask = q.unflatten(1, (kv_heads, -1)), step.mask(position_ids, q.dtype)
+                return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).flatten(1)
+
+            fp16 = microseconds(plain, dense)
+            for kernel, dtype in (("attention fp16", None), ("attention int8", torch.int8), ("attention fp8", FP8)):
+                scales = (None, None)
+                caches = dense
+                if dtype:
+                    scales = tuple(torch.rand(2, kv_heads, device="cuda") * 0.02 + 0.01)
+                    caches = [
+                        tuple(quantize(x.float(), s[:, None, None], dtype) for x, s in zip(pair, scales, strict=True))
+                        for pair in dense
+                    ]
+                keys, values = (
+                    x.double() * (s[:, None, None] if dtype else 1) for x, s in zip(caches[0], scales, strict=True)
+                )
+                expected = F.scaled_dot_product_attention(q.double()[:, :, None], keys, values, enable_gqa=True)
+                call = [(q, k, v, *scales, position_ids, length) for k, v in caches]
+                wrong = error(decode_attention(*call[0]), expected.flatten(1))
+                us = microseconds(decode_attention, call)
+                nbytes = 2 * keys.numel() * caches[0][0].element_size() + 2 * q.nbytes
+                table.add(kernel, f"{heads}/{kv_heads} heads, {length}", batch, us, nbytes, fp16, wrong)
+
+
+def quantization(table: Table) -> None:
+    one, token = torch.full((1,), 0.02, device="cuda"), W8A8Linear(per_token=True)
+    for rows, width in ((1, 4096), (16, 4096), (16, 11008), (2048, 4096)):
+        xs = [
+            torch.randn(rows, width, device="cuda").half() for _ in range(copies(2 * rows * width) if rows > 16 else 4)
+        ]
+        for kernel, scale, dtype in (
+            ("rows to int8", None, torch.int8),
+            ("to int8", one, torch.int8),
+            ("to fp8", one, FP8),
+        ):
+
+            def plain(x, scale=scale, dtype=dtype):
+                return token._quantized(x) if scale is None else quantize(x.float(), scale, dtype)
+
+            expected = token._quantized(xs[0])[0] if scale is None else plain(xs[0])
+            wrong = error(quantize_rows(xs[0], scale, dtype)[0], expected)
+            us = microseconds(quantize_rows, [(x, scale, dtype) for x in xs])
+            table.add(kernel, f"{width}", rows, us, 3 * rows * width, microseconds(plain, [(x,) for x in xs]), wrong)
+        products = [x.mul(1000).int() for x in xs]
+        scales = torch.rand(rows, 1, device="cuda"), torch.rand(width, device="cuda") * 1e-3
+
+        def plain(product, rows, columns):
+            return product.float().mul_(rows).mul_(columns).half()
+
+        call = [(p, *scales, None, torch.float16) for p in products]
+        wrong = error(scale_product(*call[0]), plain(products[0], *scales))
+        table.add(
+            "scale product", f"{width}", rows, microseconds(scale_product, call), 6 * rows * width,
+            microseconds(plain, [(p, *scales) for p in products]), wrong,
+        )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="a part of a kernel's name")
+    only = parser.parse_args().only
+    torch.set_grad_enabled(False)
+    torch.manual_seed(0)
+    table = Table()
+    if any(only in kernel for kernel in linear_formats(128, 128)):
+        linears(table, only)
+    if only in "attention":
+        attention(table)
+    if only in "quantization":
+        quantization(table)
+    if table.wrong:
+        sys.exit(f"{table.wrong} results are wrong")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""The Triton kernels on CUDA against their operations' references. Run by hand: `pytest -m gpu tests/gpu`."""
+
+import pytest
+import torch
+
+from trtbuild.engine.portable import StepContext
+from trtbuild.linear.fp8 import Fp8Linear
+from trtbuild.linear.int4 import Int4Linear, dequantize, pack
+from trtbuild.linear.int8 import Int8Linear
+from trtbuild.linear.w8a8 import W8A8Linear
+from trtbuild.network.ops.attention import Attention
+from trtbuild.network.rounding import quantize
+
+pytestmark = pytest.mark.gpu
+
+FP8 = torch.float8_e4m3fn
+# Relative errors: rounding the result alone, and, for attention, also the softmax's weights.
+LINEAR_TOLERANCE = {torch.float16: 5e-4, torch.bfloat16: 4e-3, torch.float32: 1e-4}
+ATTENTION_TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+# out, in: LLaMA-7B's qkv, o, down; LLaMA-70B's q, k | v and down over 8 GPUs; SmolLM2's down; odd sizes
+SHAPES = [(12288, 4096), (4096, 11008), (8192, 8192), (2048, 8192), (8192, 3584), (576, 1536), (33, 96)]
+ROWS = [1, 3, 17, 64, 70]
+dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+shapes = pytest.mark.parametrize(("out", "width"), SHAPES)
+
+
+def check(op, tolerance: float, x: torch.Tensor, *constants: torch.Tensor) -> None:
+    """`portable` on prepared constants against `reference` in float64 (as far as it goes there), output poisoned."""
+    wide = [c.double() if c.dtype in (torch.float16, torch.bfloat16) else c for c in constants]
+    expected = op.reference(x.double(), *wide)
+    poison = torch.full_like(expected, float("nan"), dtype=x.dtype)  # freed, so likely the memory of the result
+    del poison
+    actual = op.portable(None, x, *op.prepare(x.device, *constants))
+    assert actual.dtype == x.dtype
+    assert (actual.double() - expected).norm() / expected.norm() < tolerance
+
+
+@dtypes
+@shapes
+@pytest.mark.parametrize("rows", ROWS)
+def test_int8(rows, out, width, dtype):
+    x, bias = torch.randn(rows, width, device="cuda").to(dtype), torch.randn(out, device="cuda").to(dtype)
+    weight = torch.randint(-128, 128, (out, width), dtype=torch.int8, device="cuda")
+    scale = torch.rand(out, device="cuda") * 0.01
+    tolerance = LINEAR_TOLERANCE[dtype] * 1.5  # the weight is rounded for many rows
+    check(Int8Linear(), tolerance, x, weight, scale)
+    check(Int8Linear(), tolerance, x, weight, scale, bias)
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ("out", "width", "group_size"),
+    [(12288, 4096, 128), (4096, 11008, 128), (2048, 8192, 32), (8192, 3584, 64), (576, 1536, 1536), (33, 96, 96)],
+)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_int4(rows, out, width, group_size, symmetric, dtype):
+    x, bias = torch.randn(rows, width, device="cuda").to(dtype), torch.randn(out, device="cuda").to(dtype)
+    weight = pack(torch.randint(-8, 8, (out, width), dtype=torch.int8, device="cuda"))
+    scales = (torch.rand(out, width // group_size, device="cuda") * 0.1).to(dtype)
+    zeros = [] if symmetric else [torch.randint(-8, 8, scales.shape, dtype=torch.int8, device="cuda")]
+    check(Int4Linear(symmetric), LINEAR_TOLERANCE[dtype] * 1.5, x, weight, scales, *zeros, bias)
+
+
+@dtypes
+def test_widen_is_exact(dtype):
+    from trtbuild.plugins.weight_only import interleave_int4, widen
+
+    weight = torch.randint(-128, 128, (1000, 352), dtype=torch.int8, device="cuda")
+    scale = torch.rand(1000, device="cuda")
+    assert torch.equal(widen(weight, scale, None, dtype), (weight * scale[:, None]).to(dtype))
+    for group_size in (352, 32, 22):
+        scales = torch.rand(1000, 352 // group_size, device="cuda").to(dtype)
+        packed, zeros = pack(weight >> 4), torch.randint(-8, 8, scales.shape, dtype=torch.int8, device="cuda")
+        assert torch.equal(widen(*interleave_int4(packed, scales), dtype), dequantize(packed, scales))
+        assert torch.equal(widen(*interleave_int4(packed, scales, zeros), dtype), dequantize(packed, scales, zeros))
+
+
+@dtypes
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("out", "width"), [(12288, 4096), (4096, 11008), (576, 1536)])
+def test_w8a8_and_fp8(rows, out, width, dtype):
+    x, bias = torch.randn(rows, width, device="cuda").to(dtype), torch.randn(out, device="cuda").to(dtype)
+    weight = torch.randn(out, width, device="cuda") * 0.02
+    scale, input_scale = torch.full((out,), 0.001, device="cuda"), torch.full((1,), 0.02, device="cuda")
+    integers, narrow = quantize(weight, scale[:, None], torch.int8), quantize(weight, scale[:, None], FP8)
+    for constants in ([], [bias]):
+        check(W8A8Linear(per_token=True), LINEAR_TOLERANCE[dtype], x, integers, scale, *constants)
+        check(W8A8Linear(per_token=False), LINEAR_TOLERANCE[dtype], x, integers, scale, input_scale, *constants)
+        check(Fp8Linear(), 2 * LINEAR_TOLERANCE[dtype], x, narrow, scale, input_scale, *constants)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("width", [576, 4096, 11008, 28672])
+def test_quantized_rows_equal_the_cpus(width, dtype):
+    from trtbuild.plugins.quantize_rows import quantize_rows
+
+    x = (torch.randn(7, width) * 3).to(dtype)
+    x[2] = 0
+    integers, scales = quantize_rows(x.cuda(), None, torch.int8)
+    expected, expected_scales = W8A8Linear(per_token=True)._quantized(x)
+    assert torch.equal(scales.cpu(), expected_scales)
+    assert torch.equal(integers.cpu(), expected)
+    scale = torch.tensor([0.013])
+    for narrow in (torch.int8, FP8):
+        actual, _ = quantize_rows(x.cuda(), scale.cuda(), narrow)
+        assert torch.equal(actual.float().cpu(), quantize(x.float(), scale, narrow).float())
+
+
+@dtypes
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8, FP8], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(32, 32, 128), (64, 8, 128), (9, 3, 64), (20, 1, 64), (4, 2, 16)]
+)
+@pytest.mark.parametrize(
+    ("positions", "bound"),
+    [([0], 256), ([255], 256), ([2047], 2048), ([5, 0, 700, 1023], 1024), ([*range(3, 1603, 100)], 1792)],
+)
+def test_attention(heads, kv_heads, head_dim, positions, bound, cache_dtype, dtype):
+    """A generation step, caches included; what lies beyond a sequence's end is poisoned where NaN exists."""
+    op, batch = Attention(heads, kv_heads, head_dim), len(positions)
+    qkv = torch.randn(batch, sum(op.sizes), device="cuda").to(dtype)
+    angles = torch.rand(batch, head_dim, device="cuda")
+    rotary = angles.cos().to(dtype), angles.sin().to(dtype)
+    caches = list(torch.randn(2, batch, kv_heads, bound + 8, head_dim, device="cuda").to(dtype))
+    scales = ()
+    if cache_dtype:
+        scales = tuple(torch.rand(2, kv_heads, device="cuda") * 0.02 + 0.01)
+        caches = [quantize(c.float(), s[:, None, None], cache_dtype) for c, s in zip(caches, scales, strict=True)]
+    if cache_dtype != torch.int8:
+        for cache in caches:
+            for b, position in enumerate(positions):
+                cache[b, :, position:] = float("nan")
+    position_ids = torch.tensor(positions, dtype=torch.int32, device="cuda")
+    starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
+    wide = [x.double() for x in (qkv, *rotary)] + [c if scales else c.double() for c in caches]
+    expected, *_ = op.reference(*wide, position_ids, starts, position_ids, *scales)
+    step = StepContext(torch.arange(batch, device="cuda"), None, bound)
+    actual, *_ = op.portable(step, qkv, *rotary, *caches, position_ids, starts, position_ids, *scales)
+    tolerance = ATTENTION_TOLERANCE[dtype] * (10 if scales else 1)  # q, k, v are rounded before they are quantized
+    assert (actual.double() - expected).norm() / expected.norm() < tolerance
+
+
+def test_results_do_not_vary():
+    """The same inputs give the same bits, also in a captured graph."""
+    op = Int4Linear(symmetric=True)
+    x = torch.randn(4, 11008, device="cuda").half()
+    weight = pack(torch.randint(-8, 8, (4096, 11008), dtype=torch.int8, device="cuda"))  # split sums
+    constants = op.prepare(x.device, weight, torch.rand(4096, 86, device="cuda").half())
+    expected = op.portable(None, x, *constants)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = op.portable(None, x, *constants)
+    for _ in range(20):
+        graph.replay()
+        assert torch.equal(captured, expected)

@@ -1,0 +1,58 @@
+"""The kernel for attention of one token over the cache, interpreted."""
+
+import pytest
+import torch
+
+from trtbuild.network.ops.attention import Attention
+from trtbuild.network.rounding import quantize
+
+pytest.importorskip("triton", "3.9")  # earlier interpreters fail with numpy 2.4
+
+from trtbuild.plugins.decode_attention import decode_attention
+
+
+def case(heads: int, kv_heads: int, head_dim: int, positions: list[int], max_length: int, cache_dtype: torch.dtype):
+    """Arguments of the kernel, and what `Attention.reference` makes of them in float64."""
+    torch.manual_seed(heads)
+    op = Attention(heads, kv_heads, head_dim)
+    batch = len(positions)
+    qkv = torch.randn(batch, sum(op.sizes)).half()
+    caches, scales = torch.randn(2, batch, kv_heads, max_length, head_dim).half(), ()
+    if cache_dtype.itemsize == 1:
+        scales = tuple(torch.rand(2, kv_heads) * 0.02 + 0.01)
+    keys, values = (
+        quantize(cache.float(), scale[:, None, None], cache_dtype) if scales else cache
+        for cache, scale in zip(caches, scales or (None, None), strict=True)
+    )
+    position_ids, starts = torch.tensor(positions, dtype=torch.int32), torch.arange(batch + 1, dtype=torch.int32)
+    rotary = torch.ones(batch, head_dim), torch.zeros(batch, head_dim)
+    wide = [cache if scales else cache.double() for cache in (keys, values)]
+    output, *present = op.reference(
+        qkv.double(), *(x.double() for x in rotary), *wide, position_ids, starts, position_ids, *scales
+    )
+    q = op.rotated(qkv, *(x.half() for x in rotary))[0]
+    return (q, *(p.to(cache_dtype) for p in present), *(scales or (None, None)), position_ids, max_length), output
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float16, torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "positions", "max_length"),
+    [
+        (4, 4, 64, [280], 300),
+        (6, 2, 16, [0, 599, 255], 600),  # ragged: some parts are empty
+        (8, 1, 128, [63, 64], 70),
+        (4, 2, 32, [1, 2, 3, 130, 5, 6, 7, 8], 131),  # one part
+        (20, 1, 16, [90], 100),  # more heads in a group than a block of rows
+    ],
+)
+def test_decode_attention(heads, kv_heads, head_dim, positions, max_length, cache_dtype):
+    arguments, expected = case(heads, kv_heads, head_dim, positions, max_length, cache_dtype)
+    actual = decode_attention(*arguments)
+    assert (actual.double() - expected).norm() / expected.norm() < 1e-3
+
+
+def test_what_lies_beyond_a_sequence_does_not_matter():
+    arguments, expected = case(4, 2, 16, [100, 3], 200, torch.float16)
+    for cache in arguments[1:3]:
+        cache[0, :, 101:] = cache[1, :, 4:] = float("nan")
+    assert (decode_attention(*arguments).double() - expected).norm() / expected.norm() < 1e-3

@@ -1,0 +1,50 @@
+"""Rounding activations to 8 bits and scaling the product back, interpreted."""
+
+import pytest
+import torch
+
+from trtbuild.linear.w8a8 import W8A8Linear
+
+pytest.importorskip("triton", "3.9")  # earlier interpreters fail with numpy 2.4
+
+from trtbuild.plugins.quantize_rows import quantize_rows, scale_product
+
+
+@pytest.mark.parametrize("width", [300, 576, 1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_a_scale_per_row(width, dtype):
+    x = (torch.randn(5, width) * 3).to(dtype)
+    x[2] = 0
+    integers, scales = quantize_rows(x, None, torch.int8)
+    expected, expected_scales = W8A8Linear(per_token=True)._quantized(x)
+    assert torch.equal(integers, expected)
+    assert torch.equal(scales, expected_scales)
+
+
+def test_one_scale_rounds_half_to_even_and_saturates():
+    x = torch.tensor([[0.5, 1.5, -2.5, 126.5, 200.0, -200.0, 3.0, 1e30]])
+    integers, scale = quantize_rows(x, torch.ones(1), torch.int8, min_rows=32)
+    assert integers[0].tolist() == [0, 2, -2, 126, 127, -128, 3, 127]
+    assert integers.shape == (32, 8)
+    assert scale.tolist() == [1]
+
+
+def test_fp8_keeps_what_it_can_hold_and_saturates():
+    """No more than that: the interpreter rounds to FP8 in its own way. Rounding is tested on a GPU."""
+    expected = torch.randn(4, 200).mul(50).to(torch.float8_e4m3fn).float()
+    x = expected / 2
+    x[0, :2] = torch.tensor([1000.0, -1000.0])
+    expected[0, :2] = torch.tensor([448.0, -448.0])
+    actual, _ = quantize_rows(x, torch.tensor([0.5]), torch.float8_e4m3fn)
+    assert torch.equal(actual.float(), expected)
+
+
+@pytest.mark.parametrize("per_row", [True, False])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32], ids=str)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_scale_product(per_row, dtype, with_bias):
+    product = torch.randint(-(10**6), 10**6, (5, 1100)).to(dtype)
+    row_scale = torch.rand(5, 1) * 1e-4 if per_row else torch.rand(1) * 1e-4
+    column_scale, bias = torch.rand(1100), torch.randn(1100).half() if with_bias else None
+    expected = (product.float() * row_scale * column_scale + (bias if with_bias else 0)).half()
+    assert torch.equal(scale_product(product, row_scale, column_scale, bias, torch.float16), expected)

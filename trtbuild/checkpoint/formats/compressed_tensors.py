@@ -1,0 +1,160 @@
+"""compressed-tensors, what llm-compressor writes: INT8, FP8 and packed integers, with or without quantized activations.
+
+For a product `[out, in]`: `weight` int8 or float8_e4m3fn `[out, in]` (formats int-quantized, float-quantized), or
+`weight_packed` int32 `[out, in * bits / 32]` of unsigned values with `weight_shape` int64 `[2]` (pack-quantized);
+`weight_scale` `[1]`, `[out, 1]` or `[out, groups]`; for asymmetric groups `weight_zero_point` int32
+`[out * bits / 32, groups]`, packed along the outputs; for static activations `input_scale` `[1]`.
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from trtbuild.checkpoint.formats.gptq import FLOATS
+from trtbuild.checkpoint.formats.int32 import count_groups, expect, pack, unpack
+from trtbuild.checkpoint.lazy import LazyTensor
+from trtbuild.checkpoint.quantized_weight import QuantizedWeight
+from trtbuild.errors import UserError
+
+PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "input_scale")
+IGNORED = ("weight_g_idx", "k_scale", "v_scale")  # the cache's scales come from the recipe's own calibration
+
+
+def read(quantization: dict, tensors: Mapping[str, LazyTensor], where: str) -> dict[str, LazyTensor | QuantizedWeight]:
+    """See `read_quantized`."""
+    groups = list(quantization["config_groups"].values())
+    if len(groups) != 1:
+        raise UserError(f"{where}: {len(groups)} config_groups are not supported; all weights must be quantized alike")
+    (group,) = groups
+    for name, value in (
+        ("transform_config", quantization.get("transform_config")),
+        ("output_activations", group.get("output_activations")),
+    ):
+        if value:
+            raise UserError(f"{where}: {name} is not supported; take a checkpoint without it")
+    _check_scheme(group, where)
+    result: dict[str, LazyTensor | QuantizedWeight] = {}
+    for name, tensor in tensors.items():
+        prefix, _, kind = name.rpartition(".")
+        if kind == "weight_scale":
+            result[f"{prefix}.weight"] = _weight(prefix, tensors, group, where)
+        elif kind not in (*PARTS, *IGNORED) and name not in result:
+            result[name] = tensor
+    return result
+
+
+def _check_scheme(group: dict, where: str) -> None:
+    """Raises `UserError` for what no operation here computes."""
+    weights, activations = group["weights"], group.get("input_activations")
+    if not isinstance(weights, dict):
+        raise UserError(f"{where}: weights of config_groups is {weights!r}; a scheme is expected")
+    kind = weights["type"], weights["num_bits"]
+    supported = (
+        kind in (("int", 4), ("int", 8), ("float", 8))
+        and weights["strategy"] in (("tensor", "channel", "group") if kind == ("int", 4) else ("tensor", "channel"))
+        and (weights["symmetric"] or kind == ("int", 4))
+    )
+    if activations is not None:
+        way = activations["strategy"], bool(activations["dynamic"])
+        ways = {("int", 8): [("tensor", False), ("token", True)], ("float", 8): [("tensor", False)]}
+        supported &= (activations["type"], activations["num_bits"]) == kind and way in ways.get(kind, [])
+        supported &= activations["symmetric"]
+    else:
+        supported &= kind[0] == "int"
+    if weights.get("actorder"):
+        raise UserError(f"{where}: actorder {weights['actorder']!r} is not supported; quantize without act-order")
+    if not supported:
+        raise UserError(
+            f"{where}: weights {weights['type']}{weights['num_bits']} per {weights['strategy']} with activations "
+            f"{activations and (activations['type'], activations['num_bits'], activations['strategy'])} are not "
+            "supported; int4 groups, int8, int8 with int8 activations and fp8 with static fp8 activations are"
+        )
+
+
+def _weight(prefix: str, tensors: Mapping[str, LazyTensor], group: dict, where: str) -> QuantizedWeight:
+    scheme, activations = group["weights"], group.get("input_activations")
+    bits, scale = scheme["num_bits"], tensors[f"{prefix}.weight_scale"]
+    if packed := tensors.get(f"{prefix}.weight_packed"):
+        out, width = packed.shape[0], packed.shape[1] * 32 // bits
+        expect(f"{prefix}.weight_packed", packed, (torch.int32,), packed.shape, where)
+        offset = 1 << bits - 1
+        values = LazyTensor(torch.int8, (out, width), lambda: (unpack(packed.load(), bits) - offset).to(torch.int8))
+    else:
+        values = tensors[f"{prefix}.weight"]
+        out, width = values.shape
+        expected = torch.int8 if scheme["type"] == "int" else torch.float8_e4m3fn
+        expect(f"{prefix}.weight", values, (expected,), (out, width), where)
+    groups = count_groups(width, scheme["group_size"], where) if scheme["strategy"] == "group" else 1
+    if scheme["strategy"] == "tensor":
+        scale = LazyTensor(scale.dtype, scale.shape or (1,), lambda scale=scale: scale.load().reshape(-1))
+        expect(f"{prefix}.weight_scale", scale, FLOATS, (1,), where)
+    else:
+        expect(f"{prefix}.weight_scale", scale, FLOATS, (out, groups), where)
+    zeros = None
+    if not scheme["symmetric"]:
+        zero_point = tensors[f"{prefix}.weight_zero_point"]
+        expect(f"{prefix}.weight_zero_point", zero_point, (torch.int32,), (out // 8, groups), where)
+        zeros = LazyTensor(
+            torch.int8, (out, groups), lambda: (unpack(zero_point.load().T) - 8).to(torch.int8).T.contiguous()
+        )
+    input_scale = None
+    if activations and not activations["dynamic"]:
+        static = tensors[f"{prefix}.input_scale"]
+        input_scale = LazyTensor(torch.float32, (1,), lambda: static.load().float().reshape(1))
+    return QuantizedWeight(
+        {("int", 4): "int4", ("int", 8): "int8", ("float", 8): "fp8"}[scheme["type"], bits],
+        values,
+        LazyTensor(scale.dtype, (out, groups), lambda: scale.load().reshape(-1, groups).expand(out, groups)),
+        zeros,
+        "16bit" if not activations else "token" if activations["dynamic"] else "static",
+        input_scale,
+    )
+
+
+def write(prefix: str, weight: QuantizedWeight) -> dict[str, LazyTensor]:
+    """A quantized product's tensors; a scale an output channel, or a group, also where the recipe has one a tensor."""
+    out, width = weight.values.shape
+    tensors = {}
+    if weight.format == "int4":
+        tensors[f"{prefix}.weight_packed"] = LazyTensor(
+            torch.int32, (out, width // 8), lambda: pack(weight.values.load().int() + 8)
+        )
+        tensors[f"{prefix}.weight_shape"] = LazyTensor(torch.int64, (2,), lambda: torch.tensor([out, width]))
+    else:
+        tensors[f"{prefix}.weight"] = weight.values
+    tensors[f"{prefix}.weight_scale"] = weight.scales
+    if weight.zeros is not None:
+        tensors[f"{prefix}.weight_zero_point"] = LazyTensor(
+            torch.int32,
+            (out // 8, weight.scales.shape[1]),
+            lambda: pack(weight.zeros.load().T.int() + 8).T.contiguous(),
+        )
+    if weight.input_scale is not None:
+        tensors[f"{prefix}.input_scale"] = weight.input_scale
+    return tensors
+
+
+def describe(weight: QuantizedWeight, kept: list[str], lm_head: bool) -> dict:
+    """`quantization_config` of a checkpoint whose products are all like `weight`, but for those `kept` in 16 bits."""
+    kind = {"type": "float" if weight.format == "fp8" else "int", "num_bits": 4 if weight.format == "int4" else 8}
+    layout = {"int4": "pack-quantized", "int8": "int-quantized", "fp8": "float-quantized"}[weight.format]
+    grouped = weight.scales.shape[1] > 1
+    weights = kind | {
+        "strategy": "group" if grouped else "channel",
+        "group_size": weight.group_size if grouped else None,
+        "symmetric": weight.zeros is None,
+        "dynamic": False,
+    }
+    activations = None
+    if weight.activations != "16bit":
+        token = weight.activations == "token"
+        activations = kind | {"strategy": "token" if token else "tensor", "symmetric": True, "dynamic": token}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations, "format": layout}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": layout,
+        "config_groups": {"group_0": group},
+        "ignore": kept if lm_head else [*kept, "lm_head"],
+        "quantization_status": "compressed",
+        "kv_cache_scheme": None,
+    }

@@ -1,0 +1,41 @@
+"""Small integers packed into int32 words along the last dimension, the first in the lowest bits."""
+
+import torch
+
+from trtbuild.checkpoint.lazy import LazyTensor
+from trtbuild.errors import UserError
+
+
+def pack(values: torch.Tensor, bits: int = 4) -> torch.Tensor:
+    """Unsigned values (any integer dtype) `[..., n]` to int32 `[..., n * bits / 32]`."""
+    per_word = 32 // bits
+    words = torch.zeros((*values.shape[:-1], values.shape[-1] // per_word), dtype=torch.int32)
+    for i in range(per_word):
+        words |= values[..., i::per_word].int() << bits * i
+    return words
+
+
+def unpack(words: torch.Tensor, bits: int = 4) -> torch.Tensor:
+    """The inverse of `pack`, as int16 (which holds every unsigned byte)."""
+    per_word = 32 // bits
+    values = torch.empty((*words.shape[:-1], words.shape[-1] * per_word), dtype=torch.int16)
+    for i in range(per_word):
+        values[..., i::per_word] = words >> bits * i & (1 << bits) - 1
+    return values
+
+
+def count_groups(width: int, group_size: object, where: str) -> int:
+    """Groups of `width` input channels; a negative size means one. Raises `UserError` for what is no size."""
+    if not isinstance(group_size, int) or group_size == 0:
+        raise UserError(f"{where}: group_size is {group_size!r}; a number of channels, or -1, is expected")
+    return 1 if group_size < 0 else width // group_size
+
+
+def expect(name: str, tensor: LazyTensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], where: str) -> None:
+    """Raises `UserError` unless a tensor is of one of the dtypes and of the shape."""
+    if tensor.dtype not in dtypes or tensor.shape != shape:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise UserError(
+            f"{where}: {name} is {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}; "
+            f"{names} {list(shape)} is expected"
+        )

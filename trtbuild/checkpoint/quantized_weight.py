@@ -1,0 +1,73 @@
+"""A quantized weight as every format on disk is read to, and every engine is built from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from trtbuild.checkpoint.lazy import LazyTensor, concatenate, from_tensor
+
+Activations = Literal["16bit", "static", "token"]
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """`weight[o, i] = (values[o, i] - zeros[o, g]) * scales[o, g]` with `g = i // group_size`.
+
+    `format` int8 and int4: `values` int8 `[out, in]` (int4 within -8 .. 7); fp8: float8_e4m3fn. `scales`
+    `[out, groups]`, float32 where there is one group and the values are 8 bits wide, else in the checkpoint's dtype.
+    `zeros` int8 `[out, groups]`, or None where they are all zero. `activations`: left in 16 bits, or rounded to the
+    same format, with `input_scale` (float32 `[1]`) or with a scale a token.
+    """
+
+    format: Literal["int8", "int4", "fp8"]
+    values: LazyTensor
+    scales: LazyTensor
+    zeros: LazyTensor | None = None
+    activations: Activations = "16bit"
+    input_scale: LazyTensor | None = None
+
+    @property
+    def group_size(self) -> int:
+        return self.values.shape[1] // self.scales.shape[1]
+
+    @property
+    def kind(self) -> tuple:
+        """What weights that are fused into one product must have in common."""
+        return self.format, self.group_size, self.zeros is None, self.activations
+
+    def dequantize(self) -> LazyTensor:
+        """The float32 matrix that the numbers mean."""
+
+        def load() -> torch.Tensor:
+            out, groups = self.scales.shape
+            values = self.values.load().float().view(out, groups, -1)
+            if self.zeros is not None:
+                values -= self.zeros.load().float()[..., None]
+            return (values * self.scales.load().float()[..., None]).view(out, -1)
+
+        return LazyTensor(torch.float32, self.values.shape, load)
+
+
+def fuse(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """One weight of the parts' outputs; they must be of one `kind`.
+
+    They read the same activations, so one static scale serves all of them: the largest.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if any(part.kind != first.kind for part in parts):
+        raise ValueError(f"weights of {[part.kind for part in parts]} cannot be fused")
+    input_scale = None
+    if first.input_scale is not None:
+        input_scale = from_tensor(torch.stack([part.input_scale.load().reshape(1) for part in parts]).amax(0))
+    return QuantizedWeight(
+        first.format,
+        concatenate([part.values for part in parts]),
+        concatenate([part.scales for part in parts]),
+        None if first.zeros is None else concatenate([part.zeros for part in parts]),
+        first.activations,
+        input_scale,
+    )

@@ -1,0 +1,60 @@
+"""Quantization imitated in floating point, in `transformers`' own model: what a quantized engine has to agree with."""
+
+import torch
+
+from trtbuild.checkpoint.canonical import Checkpoint
+from trtbuild.checkpoint.quantized_weight import QuantizedWeight
+from trtbuild.models.decoder import QuantizedCache
+from trtbuild.network.rounding import quantize, scale_for
+
+ROUNDED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype):
+    """`transformers`' model of a checkpoint; a quantized one's weights are widened and its activations rounded."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+
+    if not checkpoint.quantization:
+        return AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, local_files_only=True)
+    config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+    del config.quantization_config  # this is not a job for its own quantizers
+    weights = {name: checkpoint.dequantized(name).load().to(dtype) for name in checkpoint.tensors}
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+    for name, module in model.named_modules():
+        weight = checkpoint.tensors.get(f"{name}.weight")
+        if isinstance(weight, QuantizedWeight) and weight.activations != "16bit":
+            module.register_forward_pre_hook(_rounding(weight))
+    return model
+
+
+def _rounding(weight: QuantizedWeight):
+    dtype = ROUNDED[weight.format]
+    static = weight.input_scale.load() if weight.input_scale else None
+
+    def hook(module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        wide = inputs[0].float()
+        scale = scale_for(wide.abs().amax(-1, keepdim=True), dtype) if static is None else static.to(wide.device)
+        return ((quantize(wide, scale, dtype).float() * scale).to(inputs[0].dtype),)
+
+    return hook
+
+
+def fake_quantized_cache(cache: QuantizedCache):
+    """A `transformers` cache that rounds the keys and values it is given, `[batch, kv_heads, tokens, head_dim]`."""
+    from transformers import DynamicCache
+
+    class FakeQuantizedCache(DynamicCache):
+        def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+            both = [
+                _round_trip(states, scales[layer_idx].to(states.device), cache.dtype)
+                for states, scales in ((key_states, cache.key_scales), (value_states, cache.value_scales))
+            ]
+            return super().update(*both, layer_idx, *args, **kwargs)
+
+    return FakeQuantizedCache()
+
+
+def _round_trip(x: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    scales = scales[:, None, None]
+    return (quantize(x.float(), scales, dtype).float() * scales).to(x.dtype)

@@ -1,0 +1,39 @@
+"""The quality gate: a quantized engine whose perplexity rose too far is not scored as if nothing had happened."""
+
+from trtbuild.errors import UserError
+
+
+def gate(value: dict, baseline: dict, max_increase: float, gate: str) -> dict:
+    """Compares two `perplexity.json`: the engine's and the Hugging Face model's.
+
+    Returns the content of `gate.json`: both perplexities, the increase and its limit in per cent, the verdict, and
+    whether a failed one stops what follows (`gate` "fail") or not ("warn"). Raises `UserError` where the two were
+    measured on different text.
+    """
+    ours, theirs = value["provenance"], baseline["provenance"]
+    for key in ("dataset", "max_input_len"):
+        if ours[key] != theirs[key]:
+            raise UserError(f"the perplexities are not comparable: {key} is {ours[key]} and {theirs[key]}")
+    increase = 100 * (value["perplexity"] / baseline["perplexity"] - 1)
+    return {
+        "baseline": baseline["perplexity"],
+        "value": value["perplexity"],
+        "increase_percent": increase,
+        "limit_percent": max_increase,
+        "verdict": "passed" if increase <= max_increase else "failed",  # NaN fails
+        "gate": gate,
+        "engine_sha256": ours["engine_sha256"],
+    }
+
+
+def check_gate(result: dict, where: str) -> None:
+    """Raises `UserError` for a failed gate that stops; says so on standard output for one that warns."""
+    if result["verdict"] == "passed":
+        return
+    message = (
+        f"{where}: perplexity {result['value']:.3f} is {result['increase_percent']:.1f}% above the "
+        f"{result['baseline']:.3f} of the Hugging Face model; the recipe allows {result['limit_percent']:g}%"
+    )
+    if result["gate"] == "fail":
+        raise UserError(f"{message}. Choose a finer recipe, or set max_perplexity_increase or 'gate: warn' in it")
+    print(f"warning: {message}")

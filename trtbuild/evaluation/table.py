@@ -1,0 +1,66 @@
+"""A model's recipes side by side, as a Markdown table."""
+
+import csv
+from pathlib import Path
+
+from trtbuild.errors import UserError
+from trtbuild.files import read_json
+
+HEADER = (
+    ("recipe", "---"),
+    ("perplexity", "---:"),
+    ("increase %", "---:"),
+    ("ROUGE-1", "---:"),
+    ("ROUGE-L", "---:"),
+    ("portable MB", "---:"),
+    ("TensorRT MB", "---:"),
+    ("quantize s", "---:"),
+    ("build s", "---:"),
+)
+
+
+def recipe_table(folder: Path, recipes: dict[str, str]) -> str:
+    """Quality, engine bytes and build times under `folder`, `results/{model}`.
+
+    `recipes` maps a recipe to the folder that its weights come from, relative to `folder`. Increases are over the
+    Hugging Face model's perplexity; times are those of the rules (`logs/*.tsv`), quantization and build. Raises
+    `UserError` for results that are missing.
+    """
+    baseline = read_json(folder / "hf" / "perplexity.json")["perplexity"]
+    hf = read_json(folder / "hf" / "rouge.json")
+    rows = [("Hugging Face, float32", f"{baseline:.2f}", "", _score(hf, "rouge1"), _score(hf, "rougeL"), *[""] * 4)]
+    for recipe, weights in recipes.items():
+        perplexity = read_json(folder / recipe / "perplexity.json")["perplexity"]
+        rouge = read_json(folder / recipe / "rouge.json")
+        outputs = read_json(folder / recipe / "engine" / "config.json")["outputs"]
+        sizes = {Path(name).suffix: f"{output['bytes'] / 1e6:.1f}" for name, output in outputs.items()}
+        quantize = folder / "logs" / f"quantize.{Path(weights).name}.tsv" if weights != "checkpoint" else None
+        builds = sorted((folder / recipe / "logs").glob("*_engine.rank*.tsv"))
+        rows.append(
+            (
+                recipe,
+                f"{perplexity:.2f}",
+                f"{100 * (perplexity / baseline - 1):+.2f}",
+                _score(rouge, "rouge1"),
+                _score(rouge, "rougeL"),
+                sizes.get(".safetensors", ""),
+                sizes.get(".engine", ""),
+                f"{_seconds(quantize):.0f}" if quantize and quantize.exists() else "",
+                f"{sum(map(_seconds, builds)):.0f}",
+            )
+        )
+    lines = ["| " + " | ".join(cells) + " |" for cells in (*zip(*HEADER, strict=True), *rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _score(result: dict, metric: str) -> str:
+    return f"{result[metric]['mean']:.2f}"
+
+
+def _seconds(path: Path) -> float:
+    """Wall time in a file that Snakemake's `benchmark` wrote."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            return float(next(csv.DictReader(file, delimiter="\t"))["s"])
+    except (OSError, StopIteration, KeyError, ValueError) as error:
+        raise UserError(f"{path} holds no time; make it again with snakemake --forcerun") from error

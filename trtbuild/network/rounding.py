@@ -1,0 +1,19 @@
+"""Rounding to the 8-bit types: the one definition that quantizers, operations and KV caches share."""
+
+import torch
+
+LIMIT = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # what a scale maps the largest magnitude to
+
+
+def quantize(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`x / scale`, rounded to nearest even and saturated, as `dtype` (int8 or float8_e4m3fn); `scale` broadcasts."""
+    scaled = x / scale
+    if dtype == torch.int8:
+        return scaled.round_().clamp_(-128, 127).to(dtype)
+    return scaled.clamp_(-448, 448).to(dtype)
+
+
+def scale_for(absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Float32 scale that maps `absmax` to the type's limit; 1 where all values are zero, so that zero stays zero."""
+    scale = absmax.float() / LIMIT[dtype]
+    return torch.where(scale > 0, scale, torch.ones_like(scale))

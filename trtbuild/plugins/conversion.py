@@ -1,0 +1,73 @@
+"""Small integers to 16-bit floats inside kernels, four at a time; a conversion instruction each would cost too much.
+
+The bits are placed into the mantissa of a power of two, which is then subtracted, all of it exact (arXiv 2211.10017).
+"""
+
+import triton
+import triton.language as tl
+
+ASSEMBLY = tl.constexpr(not triton.knobs.runtime.interpret)  # the interpreter knows no PTX
+
+# Four int8 in one register to two registers of two floats each: 1024 + 128 + q less 1152 in float16; in bfloat16, whose
+# mantissa is a bit too short for that, 128 + the low seven bits of q less 128 or, where q is negative, 256.
+INT8_TO_FLOAT16 = tl.constexpr("""{
+    .reg .b32 biased, power;
+    mov.b32 power, 0x64806480;
+    xor.b32 biased, $2, 0x80808080;
+    prmt.b32 $0, biased, 0x64646464, 0x4140;
+    prmt.b32 $1, biased, 0x64646464, 0x4342;
+    sub.f16x2 $0, $0, power;
+    sub.f16x2 $1, $1, power;
+}""")
+INT8_TO_BFLOAT16 = tl.constexpr("""{
+    .reg .b32 bits, sign, one, low, high;
+    mov.b32 one, 0x3f803f80;
+    and.b32 bits, $2, 0x7f7f7f7f;
+    and.b32 sign, $2, 0x80808080;
+    prmt.b32 low, bits, 0x43434343, 0x4140;
+    prmt.b32 high, bits, 0x43434343, 0x4342;
+    prmt.b32 $0, sign, 0xc3c3c3c3, 0x4140;
+    prmt.b32 $1, sign, 0xc3c3c3c3, 0x4342;
+    fma.rn.bf16x2 $0, low, one, $0;
+    fma.rn.bf16x2 $1, high, one, $1;
+}""")
+# Four bytes to their low and their high nibbles, each added to a float of 1024 or, in bfloat16, 128.
+NIBBLES = """{
+    .reg .b32 low, high;
+    and.b32 low, $4, 0x0f0f0f0f;
+    shr.u32 high, $4, 4;
+    and.b32 high, high, 0x0f0f0f0f;
+    prmt.b32 $0, low, POWER, 0x4140;
+    prmt.b32 $1, low, POWER, 0x4342;
+    prmt.b32 $2, high, POWER, 0x4140;
+    prmt.b32 $3, high, POWER, 0x4342;
+}"""
+NIBBLES_TO_FLOAT16 = tl.constexpr(NIBBLES.replace("POWER", "0x64646464"))
+NIBBLES_TO_BFLOAT16 = tl.constexpr(NIBBLES.replace("POWER", "0x43434343"))
+
+
+@triton.jit
+def from_int8(q, like):
+    """int8 in the dtype of `like`: equals `q.to(like.dtype)`."""
+    if ASSEMBLY and like.dtype != tl.float32:
+        asm: tl.constexpr = INT8_TO_FLOAT16 if like.dtype == tl.float16 else INT8_TO_BFLOAT16
+        return tl.inline_asm_elementwise(asm, "=r,=r,r", [q], dtype=like.dtype, is_pure=True, pack=4)
+    else:
+        return q.to(like.dtype)
+
+
+@triton.jit
+def from_nibbles(q, like):
+    """Low and high nibbles of uint8, each added to a power of two, in the dtype of `like`; and that power, plus 8.
+
+    Equals `(q & 15) + power, (q >> 4) + power, power + 8`; the last, less the first two, are the values -8 .. 7.
+    """
+    power: tl.constexpr = 1024 if like.dtype == tl.float16 else 128
+    if ASSEMBLY:
+        asm: tl.constexpr = NIBBLES_TO_FLOAT16 if like.dtype == tl.float16 else NIBBLES_TO_BFLOAT16
+        low, high = tl.inline_asm_elementwise(
+            asm, "=r,=r,=r,=r,r", [q], dtype=(like.dtype, like.dtype), is_pure=True, pack=4
+        )
+    else:
+        low, high = (q & 15).to(like.dtype) + power, (q >> 4).to(like.dtype) + power
+    return low, high, tl.full((1, 1), power + 8, like.dtype)

@@ -1,0 +1,97 @@
+"""Activations to 8 bits before a product of 8-bit numbers, and its result back to 16 bits: one launch each.
+
+`quantize_rows(x, scale, dtype)` equals, with `quantize` and `scale_for` of trtbuild.network.rounding,
+
+    scale = scale_for(x.float().abs().amax(-1, keepdim=True), dtype)    where none is given
+    quantize(x.float(), scale, dtype), scale
+
+and `scale_product(product, row_scale, column_scale, bias, dtype)` equals
+
+    (product.float() * row_scale * column_scale + bias).to(dtype)
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from trtbuild.network.rounding import LIMIT
+
+
+def quantize_rows(
+    x: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype, min_rows: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[rows, width]` as int8 or float8_e4m3fn, and the scale: float32 `[1]` if given, else `[rows, 1]`, made here.
+
+    With `min_rows` the result has at least that many; those that `x` lacks hold anything.
+    """
+    rows, width = x.shape
+    x = x.contiguous()
+    narrow = x.new_empty(max(rows, min_rows), width, dtype=dtype)
+    scales = x.new_empty(rows, 1, dtype=torch.float32) if scale is None else scale
+    block = triton.next_power_of_2(width)
+    _quantize_kernel[(rows,)](
+        x, narrow, scales, width, STATIC=scale is not None, LIMIT=LIMIT[dtype], INTEGER=dtype == torch.int8,
+        BLOCK=block, num_warps=min(16, max(1, block // 512)),
+    )  # fmt: skip
+    return narrow, scales
+
+
+def scale_product(
+    product: torch.Tensor,
+    row_scale: torch.Tensor,
+    column_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """int32 or float32 `[rows, out]` to `dtype`; `row_scale` float32 `[rows, 1]` or `[1]`, `column_scale` `[out]`."""
+    rows, out = product.shape
+    result = product.new_empty(rows, out, dtype=dtype)
+    grid = (triton.cdiv(out, 1024), rows)
+    _scale_kernel[grid](
+        product,
+        row_scale,
+        column_scale,
+        bias,
+        result,
+        out,
+        product.stride(0),
+        PER_ROW=row_scale.numel() > 1,
+        BLOCK=1024,
+    )
+    return result
+
+
+@triton.jit
+def _quantize_kernel(
+    x, narrow, scales, width, STATIC: tl.constexpr, LIMIT: tl.constexpr, INTEGER: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    values = tl.load(x + row * width + column, mask=column < width, other=0).to(tl.float32)
+    if STATIC:
+        scale = tl.load(scales)
+    else:
+        scale = tl.div_rn(tl.max(tl.abs(values), 0), LIMIT)
+        scale = tl.where(scale > 0, scale, 1.0)
+        tl.store(scales + row, scale)
+    values = tl.div_rn(values, tl.full((BLOCK,), scale, tl.float32))
+    if INTEGER:  # a float32 of 1.5 * 2**23 and more has no fraction: adding that rounds to nearest even
+        values = (tl.clamp(values, -LIMIT - 1, LIMIT) + 12582912.0) - 12582912.0
+    else:
+        values = tl.clamp(values, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(narrow + row * width + column, values.to(narrow.dtype.element_ty), mask=column < width)
+
+
+@triton.jit
+def _scale_kernel(
+    product, row_scale, column_scale, bias, result, out, stride, PER_ROW: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < out
+    values = tl.load(product + row * stride + column, mask=mask, other=0).to(tl.float32)
+    values *= tl.load(row_scale + (row if PER_ROW else 0))
+    values *= tl.load(column_scale + column, mask=mask, other=0)
+    if bias is not None:
+        values += tl.load(bias + column, mask=mask, other=0).to(tl.float32)
+    tl.store(result + row * out + column, values.to(result.dtype.element_ty), mask=mask)

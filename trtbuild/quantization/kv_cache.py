@@ -1,0 +1,53 @@
+"""Scales of an 8-bit KV cache, from the ranges of keys and values."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from trtbuild.checkpoint.canonical import Checkpoint
+from trtbuild.errors import UserError
+from trtbuild.models.decoder import QuantizedCache
+from trtbuild.network.rounding import scale_for
+from trtbuild.quantization.calibration import SMOOTHING_FILE, Calibration, read_calibration
+
+DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+def cache_of(recipe: dict, checkpoint_dir: Path, calibration: Path | None) -> QuantizedCache | None:
+    """The cache of a recipe's engines: None where it is in the recipe's own dtype.
+
+    Raises `UserError` where the calibration file is missing or of another model.
+    """
+    if "kv_cache" not in recipe:
+        return None
+    if calibration is None:
+        raise UserError("a quantized KV cache needs the ranges of keys and values; give the calibration file")
+    checkpoint = Checkpoint(checkpoint_dir)
+    return quantized_cache(checkpoint, read_calibration(calibration, checkpoint), **recipe["kv_cache"])
+
+
+def quantized_cache(checkpoint: Checkpoint, calibration: Calibration, dtype: str, per: str = "layer") -> QuantizedCache:
+    """Keys and values have scales of their own, one a layer, or with `per` "head" one a KV head.
+
+    A quantized checkpoint whose output projection was smoothed has smaller values than the original model, by the
+    factors that it records; they count where it was the original that was calibrated.
+    """
+    config = checkpoint.config
+    smoothing = {}
+    if (file := checkpoint.folder / SMOOTHING_FILE).exists() and not calibration.origin.get("smoothed"):
+        with np.load(file, allow_pickle=False) as content:
+            smoothing = {name: torch.from_numpy(content[name]) for name in content.files}
+    scales: dict[str, list[torch.Tensor]] = {"key": [], "value": []}
+    for i in range(config.num_hidden_layers):
+        attention = f"model.layers.{i}.self_attn"
+        for kind, known in scales.items():
+            absmax = calibration[f"{attention}.{kind}"]
+            if kind == "value" and f"{attention}.o_proj" in smoothing:
+                absmax = absmax / smoothing[f"{attention}.o_proj"]
+            if not absmax.isfinite().all():
+                raise UserError(f"calibration: {attention}.{kind} holds NaN or infinite numbers; calibrate again")
+            heads = absmax.view(config.num_key_value_heads, config.head_dim).amax(1)
+            known.append(heads if per == "head" else heads.amax().expand(len(heads)))
+    keys, values = (scale_for(torch.stack(known), DTYPES[dtype]) for known in scales.values())
+    return QuantizedCache(DTYPES[dtype], keys, values)

@@ -1,0 +1,216 @@
+"""How weights are rounded: to nearest (with SmoothQuant), by GPTQ, by AWQ. Each gives one layer's numbers at a time."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from trtbuild.checkpoint.canonical import Checkpoint
+from trtbuild.errors import UserError
+from trtbuild.network.rounding import scale_for
+from trtbuild.quantization import awq
+from trtbuild.quantization.calibration import Calibration
+from trtbuild.quantization.gptq import gptq, inverse_cholesky
+from trtbuild.quantization.grid import Int4Grid, dequantize, round_8bit
+from trtbuild.quantization.layer import PRODUCTS, LayerWeights, finite
+from trtbuild.quantization.recipe import kept_in_16bit
+from trtbuild.quantization.smoothquant import smoothing_scales
+from trtbuild.quantization.traversal import Stop, Traversal
+
+ROWS = 512  # of a weight, one thread's piece of work; fixed, so that results do not depend on the threads
+DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A projection's numbers on the CPU, in the dtypes of `QuantizedWeight`."""
+
+    values: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None = None
+    input_scale: torch.Tensor | None = None
+
+
+Layer = dict[str, Rounded | torch.Tensor]  # by projection; what stays in 16 bits, by tensor
+
+
+class Round:
+    """To nearest, with smoothed activations where the recipe says so.
+
+    `ranges` and `samples` (token ids) are there where the recipe needs them; `map_` shares out work.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        quantization: dict,
+        ranges: Calibration | None,
+        samples: list[list[int]] | None,
+        device: torch.device,
+        map_: Callable,
+    ) -> None:
+        self.checkpoint, self.quantization, self.ranges = checkpoint, quantization, ranges
+        self.device, self.map = device, map_
+        self.options, self.activations = quantization["weights"], quantization["activations"]
+        self.dtype = getattr(torch, quantization["dtype"])
+        self.smoothing: dict[str, torch.Tensor] = {}  # by product, what `LayerWeights.smooth` was given
+
+    def layer(self, i: int) -> Layer:
+        """All of layer `i`, by names within it."""
+        layer, products = LayerWeights(self.checkpoint, i, self.device), self.products(i)
+        inputs = {product: self._input_range(f"model.layers.{i}.{product}") for product in products}
+        if self.activations and self.activations["smoothquant"] is not None:
+            for product in products:
+                columns = layer.reduce(product, layer.weights[product].abs().amax(0))
+                channels = layer.reduce(product, inputs[product])
+                scales = smoothing_scales(channels, columns, self.activations["smoothquant"])
+                self.smooth(layer, i, product, scales)
+                inputs[product] = inputs[product] / layer.expand(product, scales)
+        result = self.unquantized(layer, products)
+        for product in products:
+            for part, weight in layer.parts(product, layer.weights[product]).items():
+                result[part] = self._round(weight, inputs[product])
+        return result
+
+    def head(self) -> Rounded:
+        """The output product."""
+        return self._round(self.head_weight(), self._input_range("lm_head"))
+
+    def products(self, i: int) -> list[str]:
+        """Those of layer `i` that are quantized."""
+        layer = f"model.layers.{i}."
+        return [name for name, parts in PRODUCTS.items() if not kept_in_16bit(layer + parts[0], self.quantization)]
+
+    def smooth(self, layer: LayerWeights, i: int, product: str, scales: torch.Tensor) -> None:
+        """`layer.smooth`, remembered."""
+        layer.smooth(product, scales)
+        self.smoothing[f"model.layers.{i}.{product}"] = scales.cpu()
+
+    def unquantized(self, layer: LayerWeights, products: list[str]) -> Layer:
+        """What stays in 16 bits: norms, biases, and the products that are kept; smoothing may have changed them."""
+        result: Layer = {name: value.to(self.dtype).cpu() for name, value in layer.vectors.items()}
+        for product in PRODUCTS.keys() - set(products):
+            for part, weight in layer.parts(product, layer.weights[product]).items():
+                result[f"{part}.weight"] = weight.to(self.dtype).cpu()
+        return result
+
+    def head_weight(self) -> torch.Tensor:
+        tied = self.checkpoint.config.tie_word_embeddings
+        name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+        return finite(self.checkpoint[name].load().to(self.device).float(), name, self.checkpoint)
+
+    def grid(self, width: int) -> Int4Grid:
+        """Of a weight with `width` input channels: one group where the recipe has no group size."""
+        return Int4Grid(self.options["group_size"] or width, self.options["symmetric"], self.dtype)
+
+    def stored(self, values: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> Rounded:
+        """int4 numbers in the dtypes that they are kept in."""
+        kept = None if self.options["symmetric"] else zeros.to(torch.int8).cpu()
+        return Rounded(values.to(torch.int8).cpu(), scales.to(self.dtype).cpu(), kept)
+
+    def _round(self, weight: torch.Tensor, input_range: torch.Tensor | None) -> Rounded:
+        if self.options["dtype"] == "int4":
+            return self.stored(*self.grid(weight.shape[1]).round(weight))
+        dtype = DTYPES[self.options["dtype"]]
+        values, scales = round_8bit(weight, dtype, self.options["per"] == "tensor")
+        static = self.activations and self.activations["per"] == "tensor"
+        input_scale = scale_for(input_range.amax(), dtype).reshape(1).cpu() if static else None
+        return Rounded(values.cpu(), scales.cpu(), None, input_scale)
+
+    def _input_range(self, product: str) -> torch.Tensor | None:
+        return self.ranges[f"{product}.input"].to(self.device) if self.ranges else None
+
+
+class _Sampled(Round):
+    """A method that looks at samples of the activations themselves: its layers must be asked for in order."""
+
+    def __init__(self, checkpoint, quantization, ranges, samples, device, map_) -> None:
+        super().__init__(checkpoint, quantization, ranges, samples, device, map_)
+        self.traversal = Traversal(checkpoint, samples, device, map_)
+
+    def gram(self, stop: Stop) -> torch.Tensor:
+        """The sum of `x x^T` over all tokens that reach a product, float32 `[in, in]`."""
+        total = None
+        for part in self.map(_gram, stop.inputs):
+            total = part if total is None else total.add_(part)
+        if not total.isfinite().all():
+            raise UserError(f"the inputs of {stop.name} hold NaN or infinite numbers; the checkpoint is damaged")
+        return total
+
+    def pieces(self, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Rows of a weight, to be worked on side by side."""
+        return weight.split(ROWS if weight.device.type == "cpu" else len(weight))
+
+
+def _gram(x: torch.Tensor) -> torch.Tensor:
+    if x.is_cuda and x.dtype != torch.float32:
+        return torch.mm(x.T, x, out_dtype=torch.float32)
+    return x.T @ x
+
+
+class Gptq(_Sampled):
+    """GPTQ: every product sees the inputs that the quantized ones before it compute."""
+
+    def layer(self, i: int) -> Layer:
+        layer, products = LayerWeights(self.checkpoint, i, self.device), self.products(i)
+        result = self.unquantized(layer, products)
+        for stop in self.traversal.layer(i):
+            product = stop.name.removeprefix(f"model.layers.{i}.")
+            if product in products:
+                numbers = self._gptq(stop, layer.weights.pop(product))
+                parts = [layer.parts(product, x).items() for x in numbers]
+                result |= {part: self.stored(v, s, z) for (part, v), (_, s), (_, z) in zip(*parts, strict=True)}
+        return result
+
+    def head(self) -> Rounded:
+        (rounded,) = (self.stored(*self._gptq(stop, self.head_weight())) for stop in self.traversal.head())
+        return rounded
+
+    def _gptq(self, stop: Stop, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        inverse, grid = inverse_cholesky(self.gram(stop)), self.grid(weight.shape[1])
+        pieces = self.map(lambda rows: gptq(rows, inverse, grid), self.pieces(weight))
+        values, scales, zeros = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+        stop.weight = dequantize(values, scales, zeros).to(stop.weight.dtype)
+        return values, scales, zeros
+
+
+class Awq(_Sampled):
+    """AWQ: scales, then clipping, from the inputs that the original weights compute."""
+
+    def layer(self, i: int) -> Layer:
+        layer, products = LayerWeights(self.checkpoint, i, self.device), self.products(i)
+        grams, means = {}, {}
+        for stop in self.traversal.layer(i):
+            product = stop.name.removeprefix(f"model.layers.{i}.")
+            grams[product], means[product] = self.gram(stop), self._mean(stop)
+        for product in products:
+            grid = self.grid(layer.weights[product].shape[1])
+            scales = awq.search_scales(layer, product, grams[product], means[product], grid, self.map)
+            self.smooth(layer, i, product, scales)
+            wide = layer.expand(product, scales)
+            grams[product] /= wide[:, None] * wide
+        result = self.unquantized(layer, products)
+        for product in products:
+            for part, weight in layer.parts(product, layer.weights[product]).items():
+                result[part] = self._clipped(weight, grams[product], clip=not part.endswith(("q_proj", "k_proj")))
+        return result
+
+    def head(self) -> Rounded:
+        """Clipped alone: its input's norm is shared with nothing, but scaling it would change `model.norm`."""
+        (rounded,) = (self._clipped(self.head_weight(), self.gram(stop), clip=True) for stop in self.traversal.head())
+        return rounded
+
+    def _clipped(self, weight: torch.Tensor, gram: torch.Tensor, clip: bool) -> Rounded:
+        """Rounded after clipping; queries and keys are not clipped, as in the authors' code."""
+        grid = self.grid(weight.shape[1])
+        if clip:
+            weight = torch.cat(list(self.map(lambda rows: awq.clip(rows, gram, grid), self.pieces(weight))))
+        return self.stored(*grid.round(weight))
+
+    def _mean(self, stop: Stop) -> torch.Tensor:
+        """Mean magnitude of every input channel."""
+        sums = self.map(lambda x: x.float().abs().sum(0), stop.inputs)
+        return sum(sums) / sum(len(x) for x in stop.inputs)
+
+
+METHODS = {"round": Round, "gptq": Gptq, "awq": Awq}

@@ -1,0 +1,216 @@
+"""From a checkpoint to a folder of quantized weights, layer by layer, in a published layout."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from trtbuild.checkpoint.canonical import Checkpoint
+from trtbuild.checkpoint.formats import FORMATS
+from trtbuild.checkpoint.lazy import LazyTensor
+from trtbuild.checkpoint.quantized_weight import QuantizedWeight
+from trtbuild.checkpoint.safetensors_stream import write_sharded
+from trtbuild.errors import UserError
+from trtbuild.files import atomic, read_json, refuse_output_over_input, sha256, write_json
+from trtbuild.progress import byte_bar
+from trtbuild.quantization.calibration import SMOOTHING_FILE, read_calibration, refuse_quantized
+from trtbuild.quantization.layer import PRODUCTS, PROJECTIONS
+from trtbuild.quantization.methods import METHODS, Round, Rounded
+from trtbuild.quantization.parallel import workers
+from trtbuild.quantization.recipe import kept_in_16bit, needs_ranges, quantization_of
+from trtbuild.quantization.samples import calibration_samples
+from trtbuild.runtime.open import pick_device
+
+ORIGIN_FILE = "quantization.json"
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "*.jinja", "merges.txt", "vocab*")
+
+
+def quantize(
+    checkpoint_dir: Path,
+    folder: Path,
+    quantization: dict,
+    calibration: Path | None = None,
+    device: str = "auto",
+    samples: list[list[int]] | None = None,
+) -> None:
+    """Writes a quantized checkpoint, which `build` and other programs can load; it appears only when it is complete.
+
+    `quantization` is what `recipe.quantization_of` gives; `calibration` the file that `calibrate` wrote, for static or
+    smoothed activations; `samples` token ids that GPTQ and AWQ see instead of the recipe's own data set. Bit for bit
+    the same for the same inputs on a device, with any number of threads. Raises `UserError` for weights that are not
+    finite or sizes that the group size does not divide.
+    """
+    refuse_output_over_input(folder, checkpoint_dir)
+    checkpoint = Checkpoint(checkpoint_dir)
+    refuse_quantized(checkpoint)
+    projections = quantized_projections(checkpoint, quantization)
+    check_sizes(checkpoint, projections, quantization["weights"])
+    ranges = None
+    if needs_ranges(quantization):
+        if calibration is None:
+            raise UserError("this recipe quantizes activations by their ranges; give the calibration file")
+        ranges = read_calibration(calibration, checkpoint)
+    name = quantization["weights"]["method"]
+    if name != "round" and samples is None:
+        samples = calibration_samples(checkpoint.folder, **quantization["calibration"]).tokens
+    with atomic(folder) as temporary, workers(pick_device(device)) as map_:
+        temporary.mkdir()
+        method = METHODS[name](checkpoint, quantization, ranges, samples, pick_device(device), map_)
+        _write(temporary, checkpoint, quantization, projections, method)
+        inputs = [checkpoint.folder / "config.json", *checkpoint.files, *([calibration] if ranges else [])]
+        origin = {"quantization": quantization, "inputs": {path.name: sha256(path) for path in inputs}}
+        write_json(temporary / ORIGIN_FILE, origin)
+
+
+def quantized_projections(checkpoint: Checkpoint, quantization: dict) -> list[str]:
+    """The projections to quantize, with their layers' names. Raises `UserError` for a pattern that splits a product."""
+    names = []
+    for i in range(checkpoint.config.num_hidden_layers):
+        for product in PRODUCTS.values():
+            parts = [f"model.layers.{i}.{part}" for part in product]
+            kept = [part for part in parts if kept_in_16bit(part, quantization)]
+            if kept and len(kept) < len(parts):
+                raise UserError(
+                    f"keep_16bit matches {kept[0]} but not all of {', '.join(parts)}, which are one product; keep all "
+                    "of them or none"
+                )
+            names += [] if kept else parts
+    names += [] if kept_in_16bit("lm_head", quantization) else ["lm_head"]
+    if not names:
+        raise UserError("keep_16bit matches every weight of the model; nothing is left to quantize")
+    return names
+
+
+def check_sizes(checkpoint: Checkpoint, projections: list[str], options: dict) -> None:
+    """Raises `UserError` for int4 weights whose sizes do not fit, naming the group sizes that would."""
+    if options["dtype"] != "int4":
+        return
+    group_size = options["group_size"]
+    shapes = checkpoint.config.tensor_shapes()
+    hidden = checkpoint.config.hidden_size  # of an output product that shares the embedding's weight
+    widths = {shapes.get(f"{name}.weight", (0, hidden))[1] for name in projections}
+    for name in projections:
+        out = shapes.get(f"{name}.weight", (checkpoint.config.vocab_size,))[0]
+        if out % 8:
+            raise UserError(
+                f"{name} has {out} output channels; int4 layouts pack 8 in a word. Leave it in 16 bits (keep_16bit, "
+                "quantize_lm_head: false)"
+            )
+    bad = sorted(width for width in widths if group_size and width % group_size)
+    if bad:
+        fit = [str(size) for size in (32, 64, 128, 256) if all(width % size == 0 for width in widths)]
+        raise UserError(
+            f"group_size {group_size} does not divide the {bad[0]} input channels of some weights; "
+            + (f"group sizes that fit this model: {', '.join(fit)}" if fit else "no group size fits this model")
+        )
+
+
+def check_weights(recipe: dict, folder: Path) -> None:
+    """Raises `UserError` unless a checkpoint's weights are quantized as a recipe says."""
+    if "quant_checkpoint" in recipe and not Checkpoint(folder).quantization:
+        raise UserError(f"{folder} is not quantized; the recipe wants the published weights of its quant_checkpoint")
+    wanted = quantization_of(recipe)
+    if wanted is None:
+        return
+    made = read_json(folder / ORIGIN_FILE)["quantization"] if (folder / ORIGIN_FILE).exists() else None
+    if made != wanted:
+        state = "is not quantized" if made is None else "was quantized by another recipe"
+        raise UserError(f"{folder} {state}; make the recipe's weights with 'trtbuild quantize' and build from those")
+
+
+class _Streamed:
+    """Layers' numbers, each made when the writer first asks for one of them and forgotten with the next layer."""
+
+    def __init__(self, method: Round, layers: int) -> None:
+        self.method, self.layers = method, layers
+        self.at, self.made = None, {}
+
+    def __call__(self, i: int, name: str) -> Rounded | torch.Tensor:
+        if i != self.at:
+            self.made = {}  # before the next one is made
+            self.made = self.method.layer(i) if i < self.layers else {"lm_head": self.method.head()}
+            self.at = i
+        return self.made[name]
+
+
+def _write(folder: Path, checkpoint: Checkpoint, quantization: dict, projections: list[str], method: Round) -> None:
+    """Weights, config.json and tokenizer."""
+    options = quantization["weights"]
+    layout = {"gptq": "gptq", "awq": "awq", "round": "compressed-tensors"}[options["method"]]
+    quantizes_head = "lm_head" in projections
+    tensors, example = _tensors(checkpoint, quantization, set(projections), layout, method)
+    with byte_bar(sum(tensor.nbytes for tensor in tensors.values()), f"{options['method']} {options['dtype']}") as bar:
+        write_sharded(folder, tensors, progress=bar.update)
+    if method.smoothing:
+        with atomic(folder / SMOOTHING_FILE) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **{name: scales.numpy() for name, scales in method.smoothing.items()})
+    names = (f"model.layers.{i}.{p}" for i in range(checkpoint.config.num_hidden_layers) for p in PROJECTIONS)
+    kept = [name for name in names if name not in set(projections)]
+    description = FORMATS[layout].describe(example, kept, quantizes_head)
+    config = read_json(checkpoint.folder / "config.json")
+    config |= {"dtype": quantization["dtype"], "quantization_config": description}
+    config.pop("torch_dtype", None)
+    if quantizes_head:
+        config["tie_word_embeddings"] = False
+    write_json(folder / "config.json", config)
+    if layout == "gptq":
+        write_json(folder / "quantize_config.json", description)
+    for pattern in TOKENIZER_FILES:
+        for file in checkpoint.folder.glob(pattern):
+            shutil.copyfile(file, folder / file.name)
+
+
+def _tensors(
+    checkpoint: Checkpoint, quantization: dict, projections: set[str], layout: str, method: Round
+) -> tuple[dict[str, LazyTensor], QuantizedWeight]:
+    """What the folder's weights file holds, in layer order, and one of the quantized weights."""
+    config, dtype = checkpoint.config, getattr(torch, quantization["dtype"])
+    shapes = config.tensor_shapes()
+    if "lm_head" in projections:
+        shapes |= {"lm_head.weight": (config.vocab_size, config.hidden_size)}
+    streamed = _Streamed(method, config.num_hidden_layers)
+    tensors: dict[str, LazyTensor] = {}
+    example = None
+    for name, shape in shapes.items():
+        parts = name.split(".")
+        layer = int(parts[2]) if parts[1] == "layers" else config.num_hidden_layers
+        inside = ".".join(parts[3:]) if parts[1] == "layers" else name
+        projection = name.removesuffix(".weight")
+        if projection in projections:
+            make = _bind(streamed, layer, inside.removesuffix(".weight"))
+            weight = _announced(shape, quantization, make)
+            tensors |= FORMATS[layout].write(projection, weight)
+            if example is None or weight.scales.shape[1] > example.scales.shape[1]:
+                example = weight  # one group may be all that a narrow weight has
+        elif parts[1] == "layers":
+            tensors[name] = LazyTensor(dtype, shape, _bind(streamed, layer, inside))
+        else:
+            tensors[name] = checkpoint[name].to(dtype)
+    return tensors, example
+
+
+def _bind(streamed: _Streamed, layer: int, name: str) -> Callable[[], Rounded | torch.Tensor]:
+    return lambda: streamed(layer, name)
+
+
+def _announced(shape: tuple[int, int], quantization: dict, make: Callable[[], Rounded]) -> QuantizedWeight:
+    """A projection's weight before its numbers are made."""
+    options, activations = quantization["weights"], quantization["activations"]
+    out, width = shape
+    groups = width // (options.get("group_size") or width)
+    is_int4 = options["dtype"] == "int4"
+    scale_dtype = getattr(torch, quantization["dtype"]) if is_int4 else torch.float32
+    values = LazyTensor(torch.float8_e4m3fn if options["dtype"] == "fp8" else torch.int8, shape, lambda: make().values)
+    zeros = LazyTensor(torch.int8, (out, groups), lambda: make().zeros)
+    ways = {None: "16bit", "tensor": "static", "token": "token"}
+    way = ways[activations and activations["per"]]
+    return QuantizedWeight(
+        options["dtype"],
+        values,
+        LazyTensor(scale_dtype, (out, groups), lambda: make().scales),
+        zeros if is_int4 and not options["symmetric"] else None,
+        way,
+        LazyTensor(torch.float32, (1,), lambda: make().input_scale) if way == "static" else None,
+    )

@@ -1,0 +1,159 @@
+"""Running calibration samples through the decoder, layer by layer, stopping before every product.
+
+At a stop all samples have arrived, so that a product's weight can be chosen from all its inputs, and its outputs be
+computed with what was chosen. Memory: one layer's weights, and what is alive at a stop: hidden states and one input.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import accumulate
+
+import torch
+
+from trtbuild.checkpoint.canonical import Checkpoint
+from trtbuild.engine.portable import StepContext
+from trtbuild.linear.dense import DenseLinear
+from trtbuild.linear.linear import linear
+from trtbuild.models.decoder import Step, decoder_layer, embedding
+from trtbuild.network import Network, Node, Tensor, ops
+
+Values = dict[str, torch.Tensor]
+GPU_BATCH_TOKENS = 16384  # on a CPU a batch is one sample, which is what its threads share out
+
+
+class Stop:
+    """All samples at a product: its name, its weight `[out, in]` (assign another), its inputs, `[tokens, in]` each."""
+
+    def __init__(self, name: str, weight: torch.Tensor, inputs: list[torch.Tensor]) -> None:
+        self.name, self.weight, self.inputs = name, weight, inputs
+
+
+class Traversal:
+    """Samples, token ids each, on their way through a checkpoint's decoder. `map_` shares out the work.
+
+    `observe(node, inputs, outputs)`, if given, is called in a worker for every operation of a layer and returns what
+    to keep of it; for equal names the larger values are kept, in `observed`.
+
+    Computes in float32 on a CPU, in the checkpoint's own dtype on a GPU. Quantized weights are widened.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        samples: list[list[int]],
+        device: torch.device,
+        map_: Callable,
+        observe: Callable[[Node, list[torch.Tensor], tuple[torch.Tensor, ...]], Values] | None = None,
+    ) -> None:
+        self.config, self.device, self.map, self.observe = checkpoint.config, device, map_, observe
+        self.weights = checkpoint.dequantized
+        self.dtype = torch.float32 if device.type == "cpu" else self.weights("model.embed_tokens.weight").dtype
+        self.max_length = max(len(sample) for sample in samples)
+        self.observed: Values = {}
+        self._batches = [_Batch(batch, device) for batch in _batches(samples, device)]
+        network = Network()
+        hidden, step = embedding(network, self.config, self.weights, self.dtype)
+        outputs = {"hidden": hidden.name, "cos": step.rotary[0].name, "sin": step.rotary[1].name}
+        for _ in self._run(network, outputs):
+            raise AssertionError("an embedding has no products")
+
+    def layer(self, i: int) -> Iterator[Stop]:
+        """Runs layer `i`, yielding at each of its products in order."""
+        network = Network()
+        hidden, step = self._inputs(network)
+        hidden, _ = decoder_layer(self.config, self.weights, i, hidden, step, self.max_length)
+        yield from self._run(network, {"hidden": hidden.name})
+
+    def head(self) -> Iterator[Stop]:
+        """Runs the final normalization, yielding at the output product."""
+        network = Network()
+        hidden, _ = self._inputs(network)
+        norm = network.constant("model.norm.weight", self.weights("model.norm.weight").to(self.dtype))
+        x = ops.rms_norm(hidden, norm, self.config.rms_norm_eps)
+        table = "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head"
+        linear(x, "lm_head", [self.weights(f"{table}.weight")])
+        yield from self._run(network, {})
+
+    def _inputs(self, network: Network) -> tuple[Tensor, Step]:
+        """What a layer's network reads, with the names that `_Batch.values` has."""
+        hidden = network.input("hidden", self.dtype, ("tokens", self.config.hidden_size))
+        cos, sin = (network.input(name, self.dtype, ("tokens", self.config.head_dim)) for name in ("cos", "sin"))
+        integers = {"position_ids": "tokens", "query_starts": "starts", "past_lengths": "batch"}
+        return hidden, Step((cos, sin), *(network.input(name, torch.int32, (size,)) for name, size in integers.items()))
+
+    def _run(self, network: Network, outputs: dict[str, str]) -> Iterator[Stop]:
+        """Runs all batches through a network, one stretch between products at a time; keeps `outputs` in them."""
+        constants = {name: constant.load().to(self.device) for name, constant in network.constants.items()}
+        caches = [network.tensors[name] for name in network.inputs if name not in self._batches[0].values]
+        last_use = {name: i for i, node in enumerate(network.nodes) for name in node.inputs}
+        last_use |= dict.fromkeys(outputs.values(), len(network.nodes))
+
+        def stretch(batch: "_Batch", nodes: range) -> Values:
+            """Runs `nodes` for one batch, forgetting what no later one reads; returns what was observed."""
+            observed = {}
+            for i in nodes:
+                node = network.nodes[i]
+                made = {c.name: batch.empty_cache(c) for c in caches if c.name in node.inputs}
+                inputs = [{**constants, **batch.values, **batch.live, **made}[name] for name in node.inputs]
+                result = node.op.portable(batch.step, *inputs)
+                result = result if isinstance(result, tuple) else (result,)
+                if self.observe:
+                    observed |= self.observe(node, inputs, result)
+                batch.live |= zip(node.outputs, result, strict=True)
+                batch.live = {name: value for name, value in batch.live.items() if last_use.get(name, -1) > i}
+            return observed
+
+        def run(nodes: range) -> None:
+            for observed in self.map(lambda batch: stretch(batch, nodes), self._batches):
+                for name, value in observed.items():
+                    known = self.observed.get(name)
+                    self.observed[name] = value if known is None else torch.maximum(known, value)
+
+        start = 0
+        for i, node in enumerate(network.nodes):
+            if isinstance(node.op, DenseLinear):
+                run(range(start, i))
+                start = i
+                x, weight = node.inputs[:2]
+                inputs = [batch.live.get(x, batch.values.get(x)) for batch in self._batches]
+                stop = Stop(weight.removesuffix(".weight"), constants[weight], inputs)
+                yield stop
+                constants[weight] = stop.weight
+                del inputs, stop
+        run(range(start, len(network.nodes)))
+        for batch in self._batches:
+            batch.values |= {name: batch.live[tensor] for name, tensor in outputs.items()}
+            batch.live = {}
+
+
+class _Batch:
+    """Some samples: `values` by input name of a layer, and what is `live` within the layer that runs."""
+
+    def __init__(self, samples: list[list[int]], device: torch.device) -> None:
+        lengths = [len(sample) for sample in samples]
+        integers = {
+            "input_ids": [token for sample in samples for token in sample],
+            "position_ids": [i for n in lengths for i in range(n)],
+            "sequence_lengths": [n for n in lengths for _ in range(n)],
+            "query_starts": [0, *accumulate(lengths)],
+            "past_lengths": [0] * len(samples),
+        }
+        self.values: Values = {k: torch.tensor(v, dtype=torch.int32, device=device) for k, v in integers.items()}
+        self.live: Values = {}
+        self.step = StepContext(torch.arange(len(samples), device=device), lengths, max(lengths))
+
+    def empty_cache(self, cache: Tensor) -> torch.Tensor:
+        """Memory for a layer's keys or values of these samples."""
+        _, heads, _, head_dim = cache.shape
+        shape = len(self.step.lengths), heads, self.step.kv_bound, head_dim
+        return torch.empty(shape, dtype=cache.dtype, device=self.step.batch_index.device)
+
+
+def _batches(samples: list[list[int]], device: torch.device) -> Iterator[list[list[int]]]:
+    batch: list[list[int]] = []
+    for sample in samples:
+        full = sum(map(len, batch)) + len(sample) > GPU_BATCH_TOKENS
+        if batch and (device.type == "cpu" or full):
+            yield batch
+            batch = []
+        batch.append(sample)
+    yield batch

@@ -1,0 +1,10 @@
+"""Rule calibration."""
+
+from pathlib import Path
+
+from trtbuild.workflow import rule_log
+
+with rule_log(snakemake):
+    from trtbuild.quantization.calibration import calibrate
+
+    calibrate(Path(snakemake.input[0]), Path(snakemake.output[0]), **snakemake.params.settings)

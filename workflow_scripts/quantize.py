@@ -1,0 +1,17 @@
+"""Rule quantize: by a recipe, or from published weights."""
+
+from pathlib import Path
+
+from trtbuild.workflow import rule_log
+
+with rule_log(snakemake):
+    checkpoint, folder = Path(snakemake.input.checkpoint), Path(snakemake.output[0])
+    if source := snakemake.params.source:
+        from trtbuild.checkpoint.sources import make_quantized
+
+        make_quantized(source, checkpoint, folder)
+    else:
+        from trtbuild.quantization.quantize import quantize
+
+        calibration = snakemake.input.get("calibration")
+        quantize(checkpoint, folder, snakemake.params.quantization, Path(calibration) if calibration else None)
