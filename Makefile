@@ -17,7 +17,8 @@ demo: .venv/installed
 	$(BIN)/trtbuild score --summaries $(DEMO)/fp16/summaries.jsonl --baseline $(DEMO)/hf/rouge.json
 
 test: .venv/installed
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 -m "not slow and not gpu"
+	$(BIN)/pytest -m "slow and not gpu"
 
 lint: .venv/installed
 	$(BIN)/ruff check

@@ -11,7 +11,7 @@ import torch
 
 from trtbuild.checkpoint.sources import make_checkpoint
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],

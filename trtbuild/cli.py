@@ -405,7 +405,7 @@ def verify(
     print("{:36} {:>12} {:>8} {:>13} {:>9}".format(*header))
     for a in agreements:
         verdict = "agrees" if a.agrees else "DIFFERS"
-        print(f"{a.name:36} {a.relative_error:12.2e} {a.tolerance:8.0e} {a.equal_tokens:>6}/{a.tokens:<6} {verdict:>9}")
+        print(f"{a.name:36} {a.relative_error:12.2e} {a.tolerance:8.1e} {a.equal_tokens:>6}/{a.tokens:<6} {verdict:>9}")
     if not all(a.agrees for a in agreements):
         raise typer.Exit(1)
 

@@ -31,6 +31,10 @@ def validate(value: object, schema_path: Path, where: str) -> None:
     import jsonschema
     import yaml
 
+    if not schema_path.exists():
+        raise UserError(
+            f"{schema_path} is missing; recipes are checked against it, so run trtbuild from its repository"
+        )
     schema = yaml.safe_load(schema_path.read_text(encoding="utf-8"))
     errors = list(jsonschema.Draft202012Validator(schema).iter_errors(value))
     shapes = [error for error in errors if "allOf" not in error.absolute_schema_path]  # said before contradictions

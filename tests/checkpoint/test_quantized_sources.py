@@ -153,13 +153,13 @@ def test_a_layout_that_is_not_supported(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"model", "published"}
 
 
-def test_the_record_of_smoothing_stays_behind(tmp_path):
-    """It corrects ranges of the original model; a recipe with published weights is calibrated on those themselves."""
+def test_the_record_of_smoothing_comes_along(tmp_path):
+    """It corrects ranges that were measured on the original model."""
     fixture = "gptqmodel-asym"
     model, published = original(fixture, tmp_path / "model"), shutil.copytree(DATA / fixture, tmp_path / "published")
     np.savez(published / "smoothing.npz", **{"model.layers.0.self_attn.o_proj": np.full(64, 2, np.float32)})
     make_quantized({"local": {"path": str(published)}}, model, tmp_path / "quantized")
-    assert not (tmp_path / "quantized" / "smoothing.npz").exists()
+    assert (tmp_path / "quantized" / "smoothing.npz").read_bytes() == (published / "smoothing.npz").read_bytes()
 
 
 @pytest.mark.parametrize("inside", [False, True])

@@ -24,7 +24,6 @@ from trtbuild.quantization.quantize import quantize
 from trtbuild.quantization.recipe import needs_ranges, quantization_of
 
 GROUPS = {"dtype": "int4", "group_size": 128}
-SMOOTHED = {"dtype": "int8", "per": "tensor", "smoothquant": 0.5}
 RECIPES = {
     "round": {"weights": {"dtype": "int8"}},
     "smoothquant": {

@@ -99,7 +99,7 @@ def test_the_file(checkpoint, file):
     samples = calibration_samples(checkpoint, **SAMPLES)
     assert origin == {
         "samples": 8,
-        "smoothed": False,
+        "smoothed": None,
         "tokens": 8 * 48,
         "dataset": NEWS | {"seed": 0, "length": 48, "sha256": samples.sha256},
         "model": {

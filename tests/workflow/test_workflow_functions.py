@@ -97,6 +97,7 @@ def test_matrix_targets():
     assert matrix_targets(config) == [
         "results/a/hf/rouge.json",
         "results/a/hf/perplexity.json",
+        "results/a/recipes.md",
         "results/a/x/rouge.json",
         "results/a/x/perplexity.json",
         "results/a/x/benchmark.json",
@@ -105,6 +106,7 @@ def test_matrix_targets():
         "results/a/y/benchmark.json",
         "results/b/hf/rouge.json",
         "results/b/hf/perplexity.json",
+        "results/b/recipes.md",
     ]
     assert matrix_targets({"matrix": []}) == []
 

@@ -83,9 +83,10 @@ CONTRADICTIONS = {
     "quantize_lm_head and keep_16bit say which weights to quantize": [
         {"quantize_lm_head": True},
         {"keep_16bit": ["lm_head"], "kv_cache": INT8},
-        {"quant_checkpoint": PUBLISHED, "quantize_lm_head": False},
     ],
     "quant_checkpoint brings quantized weights": [
+        {"quant_checkpoint": PUBLISHED, "quantize_lm_head": False},
+        {"quant_checkpoint": PUBLISHED, "activations": INT8},
         {"quant_checkpoint": PUBLISHED, "weights": INT8},
         {"quant_checkpoint": PUBLISHED, "weights": INT8, "activations": INT8},
     ],

@@ -18,7 +18,7 @@ from trtbuild.files import atomic, read_json, refuse_output_over_input, sha256, 
 from trtbuild.models.families import config_from_hugging_face
 from trtbuild.progress import byte_bar
 
-LINKED = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja")
+LINKED = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja", "smoothing.npz")
 HUB_PATTERNS = [*LINKED, "LICENSE*"]
 
 

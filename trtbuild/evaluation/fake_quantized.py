@@ -5,9 +5,7 @@ import torch
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.checkpoint.quantized_weight import QuantizedWeight
 from trtbuild.models.decoder import QuantizedCache
-from trtbuild.network.rounding import quantize, scale_for
-
-ROUNDED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+from trtbuild.network.rounding import DTYPES, quantize, scale_for
 
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype):
@@ -24,15 +22,19 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype):
     for name, module in model.named_modules():
         weight = checkpoint.tensors.get(f"{name}.weight")
         if isinstance(weight, QuantizedWeight) and weight.activations != "16bit":
-            module.register_forward_pre_hook(_rounding(weight))
+            module.register_forward_pre_hook(_rounding(weight, model))
+    model.rounds_activations = True
     return model
 
 
-def _rounding(weight: QuantizedWeight):
-    dtype = ROUNDED[weight.format]
+def _rounding(weight: QuantizedWeight, model: torch.nn.Module):
+    """A hook that rounds a product's input, while `model.rounds_activations`."""
+    dtype = DTYPES[weight.format]
     static = weight.input_scale.load() if weight.input_scale else None
 
     def hook(module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        if not model.rounds_activations:
+            return inputs
         wide = inputs[0].float()
         scale = scale_for(wide.abs().amax(-1, keepdim=True), dtype) if static is None else static.to(wide.device)
         return ((quantize(wide, scale, dtype).float() * scale).to(inputs[0].dtype),)

@@ -34,11 +34,13 @@ class HuggingFaceModel:
         model = load_model(self.checkpoint, getattr(torch, dtype))
         model.generation_config = GenerationConfig()  # greedy means greedy, whatever penalties the checkpoint suggests
         self.model = model.to(self.device).eval()
+        self.rounds = cache is not None or any(w.activations != "16bit" for w in self.checkpoint.quantized())
 
     @torch.inference_mode()
-    def logits(self, ids: list[int]) -> torch.Tensor:
-        """Float32 logits of every token, `[tokens, vocab]`, on the CPU."""
-        options = {"past_key_values": fake_quantized_cache(self.cache)} if self.cache else {}
+    def logits(self, ids: list[int], rounded: bool = True) -> torch.Tensor:
+        """Float32 logits of every token, `[tokens, vocab]`, on the CPU; not `rounded`: from the weights alone."""
+        self.model.rounds_activations = rounded
+        options = {"past_key_values": fake_quantized_cache(self.cache)} if self.cache and rounded else {}
         return self.model(torch.tensor([ids], device=self.device), **options).logits[0].float().cpu()
 
     @torch.inference_mode()

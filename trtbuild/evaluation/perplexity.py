@@ -29,4 +29,5 @@ def perplexity(texts: list[list[int]], logits: Callable[[list[int]], torch.Tenso
             bar.update()
     if not count:
         raise UserError("there is no text to compute a perplexity of; every text has fewer than two tokens")
-    return {"perplexity": math.exp(total / count), "mean_nll": total / count, "tokens": count}
+    value = math.exp(total / count) if total / count < 700 else math.inf
+    return {"perplexity": value, "mean_nll": total / count, "tokens": count}

@@ -15,7 +15,7 @@ from trtbuild.evaluation.perplexity import perplexity
 from trtbuild.evaluation.provenance import provenance
 from trtbuild.evaluation.rouge import METRICS, score
 from trtbuild.evaluation.summarization import read_summaries, summarization_prompts, write_summaries
-from trtbuild.evaluation.verify import ROUNDED_TOLERANCE, TOLERANCE, Agreement, verify
+from trtbuild.evaluation.verify import TOLERANCE, Agreement, verify
 from trtbuild.files import sha256
 from trtbuild.models.decoder import cache_of_network
 from trtbuild.progress import item_bar
@@ -168,7 +168,6 @@ def verify_engine(
     network, _ = read_portable(Path(engine_dir) / rank_file(0, "portable"))
     cache = cache_of_network(network)
     baseline = HuggingFaceModel(checkpoint_dir, "float32", cache=cache)
-    rounds = cache is not None or any(w.activations != "16bit" for w in baseline.checkpoint.quantized())
     names = {
         "interpreted": "TensorRT network, interpreted",
         "portable": "portable engine",
@@ -178,6 +177,5 @@ def verify_engine(
     for runtime in runtimes:
         opened = open_engine(engine_dir, runtime)
         name = f"{names.get(runtime, runtime)} ({opened.dtype})"
-        tolerance = ROUNDED_TOLERANCE if rounds else TOLERANCE[opened.dtype]
-        agreements.append(verify(name, opened.session, tolerance, baseline, prompts, max_output_len))
+        agreements.append(verify(name, opened.session, TOLERANCE[opened.dtype], baseline, prompts, max_output_len))
     return agreements

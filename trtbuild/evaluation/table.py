@@ -28,14 +28,25 @@ def recipe_table(folder: Path, recipes: dict[str, str]) -> str:
     """
     baseline = read_json(folder / "hf" / "perplexity.json")["perplexity"]
     hf = read_json(folder / "hf" / "rouge.json")
-    rows = [("Hugging Face, float32", f"{baseline:.2f}", "", _score(hf, "rouge1"), _score(hf, "rougeL"), *[""] * 4)]
+    rows = [
+        (
+            f"Hugging Face, {hf['provenance']['dtype']}",
+            f"{baseline:.2f}",
+            "",
+            _score(hf, "rouge1"),
+            _score(hf, "rougeL"),
+            *[""] * 4,
+        )
+    ]
     for recipe, weights in recipes.items():
         perplexity = read_json(folder / recipe / "perplexity.json")["perplexity"]
         rouge = read_json(folder / recipe / "rouge.json")
         outputs = read_json(folder / recipe / "engine" / "config.json")["outputs"]
         sizes = {Path(name).suffix: f"{output['bytes'] / 1e6:.1f}" for name, output in outputs.items()}
         quantize = folder / "logs" / f"quantize.{Path(weights).name}.tsv" if weights != "checkpoint" else None
-        builds = sorted((folder / recipe / "logs").glob("*_engine.rank*.tsv"))
+        logs = folder / recipe / "logs"
+        kinds = {".safetensors": "portable", ".engine": "tensorrt"}
+        builds = [logs / f"{kinds[Path(name).suffix]}_engine.{Path(name).stem}.tsv" for name in outputs]
         rows.append(
             (
                 recipe,

@@ -30,7 +30,7 @@ class Fp8Linear(Op):
         return (product + bias[0] if bias else product).to(x.dtype)
 
     def portable(self, step, x, weight, scale, input_scale, *bias):
-        if x.is_cuda:
+        if x.is_cuda and _has_kernel(weight):
             from trtbuild.plugins.quantize_rows import quantize_rows, scale_product
 
             narrow, _ = quantize_rows(x, input_scale, torch.float8_e4m3fn)
@@ -46,3 +46,9 @@ class Fp8Linear(Op):
         wide = lowering.cast(x, torch.float32)
         product = lowering.quantized_matmul(wide, input_scale, weight, scale)
         return lowering.cast_like(lowering.add_bias(product, *bias), x)
+
+
+def _has_kernel(weight: torch.Tensor) -> bool:
+    """Whether cuBLAS has a product of this FP8 weight: sizes in sixteens, on a GPU with FP8."""
+    sixteens = not any(size % 16 for size in weight.shape)
+    return sixteens and torch.cuda.get_device_capability(weight.device) >= (8, 9)

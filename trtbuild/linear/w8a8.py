@@ -9,6 +9,7 @@ from trtbuild.linear.int8 import check
 from trtbuild.network.network import Op, Tensor
 from trtbuild.network.rounding import LIMIT, quantize, scale_for
 
+INT_MM_MULTIPLE = 8  # of both sizes of a weight, for cuBLAS; others are widened
 INT_MM_MIN_ROWS = 32  # of torch's product of integers on CUDA: cuBLAS wants more than 16
 
 
@@ -36,9 +37,9 @@ class W8A8Linear(Op):
         return (product + bias[0] if bias else product).to(x.dtype)
 
     def portable(self, step, x, weight, scale, *rest):
-        """Float32 sums of products of integers: exact for up to 1040 terms, within 1e-7 of exact beyond."""
+        """Float32 sums of products of integers: exact for up to 1032 terms, within 1e-7 of exact beyond."""
         input_scale, bias = self._split(rest)
-        if x.is_cuda:
+        if x.is_cuda and not any(size % INT_MM_MULTIPLE for size in weight.shape):
             from trtbuild.plugins.quantize_rows import quantize_rows, scale_product
 
             integers, s = quantize_rows(x, *(input_scale or (None,)), torch.int8, INT_MM_MIN_ROWS)

@@ -14,7 +14,7 @@ import torch
 
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.errors import UserError
-from trtbuild.files import atomic, refuse_output_over_input
+from trtbuild.files import atomic, refuse_output_over_input, sha256
 from trtbuild.linear.dense import DenseLinear
 from trtbuild.network import Node
 from trtbuild.network.ops.attention import Attention
@@ -62,7 +62,7 @@ def calibrate(
 
 def write_calibration(path: Path, ranges: dict[str, torch.Tensor], origin: dict, checkpoint: Checkpoint) -> None:
     """Writes the file that `read_calibration` opens; `origin` says what the ranges were measured with."""
-    origin = origin | {"model": model_shape(checkpoint), "smoothed": (checkpoint.folder / SMOOTHING_FILE).exists()}
+    origin = origin | {"model": model_shape(checkpoint), "smoothed": smoothing_of(checkpoint)}
     with atomic(path) as temporary, open(temporary, "wb") as file:
         np.savez(
             file,
@@ -109,7 +109,7 @@ def _absmax(x: torch.Tensor) -> torch.Tensor:
 
 
 def read_calibration(path: Path, checkpoint: Checkpoint) -> Calibration:
-    """Opens a calibration file and checks that it is of this model; raises `UserError` if not."""
+    """Opens a calibration file and checks that it is of a model of these sizes; raises `UserError` if not."""
     try:
         with np.load(path, allow_pickle=False) as file:
             content = {name: file[name] for name in file.files}
@@ -124,6 +124,12 @@ def read_calibration(path: Path, checkpoint: Checkpoint) -> Calibration:
             f"{model_shape(checkpoint)}; calibrate this one"
         )
     return Calibration(path, {name: torch.from_numpy(value) for name, value in content.items()}, origin)
+
+
+def smoothing_of(checkpoint: Checkpoint) -> str | None:
+    """The sha256 of the factors that a quantized checkpoint's channels were smoothed with, if they were."""
+    file = checkpoint.folder / SMOOTHING_FILE
+    return sha256(file) if file.exists() else None
 
 
 def model_shape(checkpoint: Checkpoint) -> dict:

@@ -45,7 +45,7 @@ def gptq(
 
 
 def inverse_cholesky(gram: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
-    """The upper Cholesky factor of the inverse of `gram` `[in, in]`, the sum of `x x^T` over the inputs `x`.
+    """The upper Cholesky factor of the inverse of `gram` `[in, in]`, a sum of `x x^T` over inputs `x`.
 
     The diagonal is damped by a share of its mean, more where that is not enough. Channels that are never active get the
     mean, which leaves them to plain rounding. Raises `UserError` where no damping helps.

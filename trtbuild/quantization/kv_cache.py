@@ -8,10 +8,8 @@ import torch
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.errors import UserError
 from trtbuild.models.decoder import QuantizedCache
-from trtbuild.network.rounding import scale_for
-from trtbuild.quantization.calibration import SMOOTHING_FILE, Calibration, read_calibration
-
-DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+from trtbuild.network.rounding import DTYPES, scale_for
+from trtbuild.quantization.calibration import SMOOTHING_FILE, Calibration, read_calibration, smoothing_of
 
 
 def cache_of(recipe: dict, checkpoint_dir: Path, calibration: Path | None) -> QuantizedCache | None:
@@ -35,7 +33,10 @@ def quantized_cache(checkpoint: Checkpoint, calibration: Calibration, dtype: str
     """
     config = checkpoint.config
     smoothing = {}
-    if (file := checkpoint.folder / SMOOTHING_FILE).exists() and not calibration.origin.get("smoothed"):
+    file, measured = checkpoint.folder / SMOOTHING_FILE, calibration.origin.get("smoothed")
+    if measured and measured != smoothing_of(checkpoint):
+        raise UserError(f"{calibration.path} was measured on other, smoothed weights; calibrate the original model")
+    if file.exists() and not measured:
         with np.load(file, allow_pickle=False) as content:
             smoothing = {name: torch.from_numpy(content[name]) for name in content.files}
     scales: dict[str, list[torch.Tensor]] = {"key": [], "value": []}

@@ -7,7 +7,7 @@ import torch
 
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.errors import UserError
-from trtbuild.network.rounding import scale_for
+from trtbuild.network.rounding import DTYPES, scale_for
 from trtbuild.quantization import awq
 from trtbuild.quantization.calibration import Calibration
 from trtbuild.quantization.gptq import gptq, inverse_cholesky
@@ -18,7 +18,6 @@ from trtbuild.quantization.smoothquant import smoothing_scales
 from trtbuild.quantization.traversal import Stop, Traversal
 
 ROWS = 512  # of a weight, one thread's piece of work; fixed, so that results do not depend on the threads
-DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,15 @@ class Rounded:
 
 
 Layer = dict[str, Rounded | torch.Tensor]  # by projection; what stays in 16 bits, by tensor
+
+
+def fitting(value: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """`value` in `dtype`; `UserError` where it is not finite there."""
+    result = value.to(dtype)
+    if not result.isfinite().all():
+        kind = str(dtype).removeprefix("torch.")
+        raise UserError(f"{name} holds numbers that are NaN, infinite or too large for {kind}; use bfloat16 or float32")
+    return result
 
 
 class Round:
@@ -88,10 +96,10 @@ class Round:
 
     def unquantized(self, layer: LayerWeights, products: list[str]) -> Layer:
         """What stays in 16 bits: norms, biases, and the products that are kept; smoothing may have changed them."""
-        result: Layer = {name: value.to(self.dtype).cpu() for name, value in layer.vectors.items()}
+        result: Layer = {name: fitting(value, self.dtype, name).cpu() for name, value in layer.vectors.items()}
         for product in PRODUCTS.keys() - set(products):
             for part, weight in layer.parts(product, layer.weights[product]).items():
-                result[f"{part}.weight"] = weight.to(self.dtype).cpu()
+                result[f"{part}.weight"] = fitting(weight, self.dtype, part).cpu()
         return result
 
     def head_weight(self) -> torch.Tensor:
@@ -106,7 +114,7 @@ class Round:
     def stored(self, values: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> Rounded:
         """int4 numbers in the dtypes that they are kept in."""
         kept = None if self.options["symmetric"] else zeros.to(torch.int8).cpu()
-        return Rounded(values.to(torch.int8).cpu(), scales.to(self.dtype).cpu(), kept)
+        return Rounded(values.to(torch.int8).cpu(), fitting(scales, self.dtype, "a scale").cpu(), kept)
 
     def _round(self, weight: torch.Tensor, input_range: torch.Tensor | None) -> Rounded:
         if self.options["dtype"] == "int4":
@@ -128,10 +136,10 @@ class _Sampled(Round):
         super().__init__(checkpoint, quantization, ranges, samples, device, map_)
         self.traversal = Traversal(checkpoint, samples, device, map_)
 
-    def gram(self, stop: Stop) -> torch.Tensor:
-        """The sum of `x x^T` over all tokens that reach a product, float32 `[in, in]`."""
+    def gram(self, stop: Stop, prepare: Callable[[torch.Tensor], torch.Tensor] = lambda x: x) -> torch.Tensor:
+        """The sum of `x x^T` over all tokens that reach a product, after `prepare`, float32 `[in, in]`."""
         total = None
-        for part in self.map(_gram, stop.inputs):
+        for part in self.map(lambda x: _gram(prepare(x)), stop.inputs):
             total = part if total is None else total.add_(part)
         if not total.isfinite().all():
             raise UserError(f"the inputs of {stop.name} hold NaN or infinite numbers; the checkpoint is damaged")
@@ -148,8 +156,18 @@ def _gram(x: torch.Tensor) -> torch.Tensor:
     return x.T @ x
 
 
+def _unit(x: torch.Tensor) -> torch.Tensor:
+    """Tokens of norm 1; a token of zeros stays one."""
+    norms = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
+    return (x / norms.clamp_min(1e-6)).to(x.dtype)
+
+
 class Gptq(_Sampled):
-    """GPTQ: every product sees the inputs that the quantized ones before it compute."""
+    """GPTQ: every product sees the inputs that the quantized ones before it compute.
+
+    Each token counts alike, whatever its norm. As the paper has it, with squared norms as weights, the few tokens that
+    gather attention (arXiv 2309.17453), a thousand times as large, decide alone what is kept (BENCHMARKS.md).
+    """
 
     def layer(self, i: int) -> Layer:
         layer, products = LayerWeights(self.checkpoint, i, self.device), self.products(i)
@@ -167,7 +185,7 @@ class Gptq(_Sampled):
         return rounded
 
     def _gptq(self, stop: Stop, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        inverse, grid = inverse_cholesky(self.gram(stop)), self.grid(weight.shape[1])
+        inverse, grid = inverse_cholesky(self.gram(stop, _unit)), self.grid(weight.shape[1])
         pieces = self.map(lambda rows: gptq(rows, inverse, grid), self.pieces(weight))
         values, scales, zeros = (torch.cat(parts) for parts in zip(*pieces, strict=True))
         stop.weight = dequantize(values, scales, zeros).to(stop.weight.dtype)

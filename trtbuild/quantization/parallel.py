@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import torch
 
+from trtbuild.errors import UserError
+
 T, R = TypeVar("T"), TypeVar("R")
 
 
@@ -17,7 +19,12 @@ T, R = TypeVar("T"), TypeVar("R")
 def workers(device: torch.device) -> Iterator[Callable[[Callable[[T], R], Iterable[T]], Iterable[R]]]:
     """Yields a `map` that works in as many threads as torch had, each computing alone; on a GPU, plain `map`."""
     if device.type != "cpu":
-        yield map
+        try:
+            yield map
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                "the GPU's memory is too small for the calibration samples; take fewer or shorter ones, or a larger GPU"
+            ) from error
         return
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

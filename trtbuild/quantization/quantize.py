@@ -1,5 +1,6 @@
 """From a checkpoint to a folder of quantized weights, layer by layer, in a published layout."""
 
+import fnmatch
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from trtbuild.files import atomic, read_json, refuse_output_over_input, sha256, 
 from trtbuild.progress import byte_bar
 from trtbuild.quantization.calibration import SMOOTHING_FILE, read_calibration, refuse_quantized
 from trtbuild.quantization.layer import PRODUCTS, PROJECTIONS
-from trtbuild.quantization.methods import METHODS, Round, Rounded
+from trtbuild.quantization.methods import METHODS, Round, Rounded, fitting
 from trtbuild.quantization.parallel import workers
 from trtbuild.quantization.recipe import kept_in_16bit, needs_ranges, quantization_of
 from trtbuild.quantization.samples import calibration_samples
@@ -52,6 +53,8 @@ def quantize(
         if calibration is None:
             raise UserError("this recipe quantizes activations by their ranges; give the calibration file")
         ranges = read_calibration(calibration, checkpoint)
+        if ranges.origin.get("smoothed"):
+            raise UserError(f"{calibration} was measured on smoothed weights; calibrate the original model")
     name = quantization["weights"]["method"]
     if name != "round" and samples is None:
         samples = calibration_samples(checkpoint.folder, **quantization["calibration"]).tokens
@@ -66,6 +69,12 @@ def quantize(
 
 def quantized_projections(checkpoint: Checkpoint, quantization: dict) -> list[str]:
     """The projections to quantize, with their layers' names. Raises `UserError` for a pattern that splits a product."""
+    every = [f"model.layers.{i}.{part}" for i in range(checkpoint.config.num_hidden_layers) for part in PROJECTIONS]
+    for pattern in quantization["keep_16bit"]:
+        if not fnmatch.filter([*every, "lm_head"], pattern):
+            raise UserError(f"keep_16bit: {pattern!r} matches nothing; names are like {every[0]} or *.down_proj")
+        if quantization["quantize_lm_head"] and fnmatch.fnmatchcase("lm_head", pattern):
+            raise UserError(f"keep_16bit: {pattern!r} keeps lm_head, which quantize_lm_head quantizes; remove one")
     names = []
     for i in range(checkpoint.config.num_hidden_layers):
         for product in PRODUCTS.values():
@@ -187,7 +196,8 @@ def _tensors(
         elif parts[1] == "layers":
             tensors[name] = LazyTensor(dtype, shape, _bind(streamed, layer, inside))
         else:
-            tensors[name] = checkpoint[name].to(dtype)
+            source = checkpoint[name]
+            tensors[name] = LazyTensor(dtype, shape, lambda s=source, n=name: fitting(s.load(), dtype, n))
     return tensors, example
 
 

@@ -16,7 +16,7 @@ DEFAULT_CALIBRATION = {
 }
 # Per cent of perplexity, by the weakest part of a recipe: what small models lose where nothing is broken. W8A8 is meant
 # with a scale a token; a 135M model with static scales, or with int4 and no groups, loses more (README).
-MAX_PERPLEXITY_INCREASE = {"int8": 5.0, "fp8": 5.0, "w8a8": 10.0, "int4-groups": 40.0, "int4": 60.0}
+MAX_PERPLEXITY_INCREASE = {"int8": 5.0, "fp8": 5.0, "w8a8": 25.0, "int4-groups": 30.0, "int4": 75.0}
 
 
 def quantization_of(recipe: dict) -> dict | None:
@@ -74,7 +74,7 @@ def quantization_id(quantization: dict) -> str:
 
 
 def kept_in_16bit(name: str, quantization: dict) -> bool:
-    """Whether a product, such as `model.layers.0.mlp.down_proj` or `lm_head`, is left alone."""
+    """Whether a projection, such as `model.layers.0.mlp.down_proj` or `lm_head`, is left alone."""
     if name == "lm_head" and not quantization["quantize_lm_head"]:
         return True
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in quantization["keep_16bit"])

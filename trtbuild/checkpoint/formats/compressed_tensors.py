@@ -100,6 +100,8 @@ def _weight(prefix: str, tensors: Mapping[str, LazyTensor], group: dict, where: 
     input_scale = None
     if activations and not activations["dynamic"]:
         static = tensors[f"{prefix}.input_scale"]
+        if static.shape not in ((), (1,)):
+            expect(f"{prefix}.input_scale", static, FLOATS, (1,), where)
         input_scale = LazyTensor(torch.float32, (1,), lambda: static.load().float().reshape(1))
     return QuantizedWeight(
         {("int", 4): "int4", ("int", 8): "int8", ("float", 8): "fp8"}[scheme["type"], bits],

@@ -37,6 +37,8 @@ def read(quantization: dict, tensors: Mapping[str, LazyTensor], where: str) -> d
         prefix, _, kind = name.rpartition(".")
         if kind == "qweight":
             result[f"{prefix}.weight"] = _weight(prefix, tensors, quantization, version, where)
+        elif kind == "bias" and f"{prefix}.qweight" in tensors and not tensor.load().any():
+            continue  # AutoGPTQ wrote biases of zeros for models that have none
         elif kind not in ("qzeros", "scales", "g_idx"):
             result[name] = tensor
     return result

@@ -28,6 +28,8 @@ def count_groups(width: int, group_size: object, where: str) -> int:
     """Groups of `width` input channels; a negative size means one. Raises `UserError` for what is no size."""
     if not isinstance(group_size, int) or group_size == 0:
         raise UserError(f"{where}: group_size is {group_size!r}; a number of channels, or -1, is expected")
+    if group_size > 0 and width % group_size:
+        raise UserError(f"{where}: group_size {group_size} does not divide {width} input channels")
     return 1 if group_size < 0 else width // group_size
 
 

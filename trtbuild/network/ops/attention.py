@@ -98,7 +98,7 @@ class Attention(Op):
         sequences, positions = step.slots(position_ids)
         key_cache[sequences, :, positions] = k
         value_cache[sequences, :, positions] = v
-        if q.is_cuda and q.dtype != torch.float32:
+        if q.is_cuda and _has_kernel(q, key_cache):
             from trtbuild.plugins.decode_attention import decode_attention
 
             return decode_attention(q, key_cache, value_cache, *(scales or (None, None)), position_ids, step.kv_bound)
@@ -146,6 +146,13 @@ class Attention(Op):
             read = presents
         output = lowering.attend(lowering.scale(q, self.head_dim**-0.5), *read, position_ids)
         return lowering.merge_heads(output, self.sizes[0]), *presents
+
+
+def _has_kernel(q: torch.Tensor, cache: torch.Tensor) -> bool:
+    """Whether the decode kernel takes these: 16-bit queries, head sizes that are powers of two, FP8 on GPUs with it."""
+    head_dim = q.shape[-1]
+    fp8_missing = cache.dtype == torch.float8_e4m3fn and torch.cuda.get_device_capability(q.device) < (8, 9)
+    return q.dtype != torch.float32 and head_dim >= 16 and head_dim & (head_dim - 1) == 0 and not fp8_missing
 
 
 def _stored(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None) -> torch.Tensor:

@@ -1,0 +1,49 @@
+"""The table of a model's recipes."""
+
+import pytest
+
+from trtbuild.errors import UserError
+from trtbuild.evaluation.table import recipe_table
+from trtbuild.files import write_json
+
+
+def rouge(one: float, long: float) -> dict:
+    return {"rouge1": {"mean": one}, "rougeL": {"mean": long}, "provenance": {"dtype": "float32"}}
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A model's results: the baseline, a plain recipe and a quantized one with both engines."""
+    write_json(tmp_path / "hf/perplexity.json", {"perplexity": 20.0})
+    write_json(tmp_path / "hf/rouge.json", rouge(30, 20))
+    for recipe, value in (("fp16", 20.1), ("int8", 21.0)):
+        write_json(tmp_path / recipe / "perplexity.json", {"perplexity": value})
+        write_json(tmp_path / recipe / "rouge.json", rouge(29.5, 19.25))
+        outputs = {"rank0.safetensors": {"bytes": 2_500_000}, "rank0.engine": {"bytes": 3_000_000}}
+        write_json(tmp_path / recipe / "engine/config.json", {"outputs": outputs})
+        for kind in ("portable", "tensorrt"):
+            (tmp_path / recipe / "logs").mkdir(exist_ok=True)
+            (tmp_path / recipe / f"logs/{kind}_engine.rank0.tsv").write_text("s\th:m:s\n4.5\t0:00:04\n")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/quantize.round-int8-1.tsv").write_text("s\th:m:s\n7.25\t0:00:07\n")
+    return tmp_path
+
+
+def test_table(results):
+    lines = recipe_table(results, {"fp16": "checkpoint", "int8": "quantized/round-int8-1"}).splitlines()
+    assert lines[2] == "| Hugging Face, float32 | 20.00 |  | 30.00 | 20.00 |  |  |  |  |"
+    assert lines[3] == "| fp16 | 20.10 | +0.50 | 29.50 | 19.25 | 2.5 | 3.0 |  | 9 |"
+    assert lines[4] == "| int8 | 21.00 | +5.00 | 29.50 | 19.25 | 2.5 | 3.0 | 7 | 9 |"
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_results_that_are_missing(results):
+    (results / "int8/rouge.json").unlink()
+    with pytest.raises(UserError, match=r"int8/rouge\.json does not exist"):
+        recipe_table(results, {"int8": "checkpoint"})
+
+
+def test_a_time_that_is_missing(results):
+    (results / "fp16/logs/tensorrt_engine.rank0.tsv").write_text("")
+    with pytest.raises(UserError, match=r"tensorrt_engine\.rank0\.tsv holds no time"):
+        recipe_table(results, {"fp16": "checkpoint"})
