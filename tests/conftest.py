@@ -31,6 +31,15 @@ TINY = {
 }
 
 
+@pytest.fixture
+def one_thread():
+    """Small operations: threads that wait for each other take several times as long on busy cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def tiny_config() -> dict:
     """A Hugging Face LLaMA configuration: 2 layers, 4 heads, 2 KV heads, head size 16."""

@@ -82,10 +82,11 @@ def quantizations(recipes: dict) -> dict[str, dict]:
     """What `results/{model}/quantized/` can hold, by folder name: `quantization` to make or `source` to take."""
     found = {}
     for recipe in recipes.values():
+        name = Path(weights_folder(recipe)).name
         if quantization := quantization_of(recipe):
-            found[quantization_id(quantization)] = {"quantization": quantization}
+            found[name] = {"quantization": quantization}
         elif source := recipe.get("quant_checkpoint"):
-            found[f"published-{identity(source)}"] = {"source": source}
+            found[name] = {"source": source}
     return found
 
 

@@ -5,6 +5,7 @@ from itertools import accumulate
 
 import pytest
 import torch
+from numerics import run_reference, step_logits
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -115,14 +116,6 @@ def random_inputs(network: Network, lengths, past) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def run_reference(network: Network, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    values = inputs | {name: constant.load() for name, constant in network.constants.items()}
-    for node in network.nodes:
-        result = node.op.reference(*(values[name] for name in node.inputs))
-        values |= zip(node.outputs, result if isinstance(result, tuple) else (result,), strict=True)
-    return {name: values[name] for name in network.outputs}
-
-
 def run_lowered(interpreter, network, inputs, lengths, packed) -> dict[str, torch.Tensor]:
     """The interpreter's outputs, packed again where the layout is padded."""
     layout = context_inputs([[0] * n for n in lengths], False, packed)
@@ -181,12 +174,6 @@ def random_decoder(config: dict, dtype: torch.dtype) -> Network:
         for name, shape in shapes.items()
     }
     return decoder(model, lambda name: from_tensor(weights[name]), dtype, LIMITS.max_length)
-
-
-def step_logits(session, prompts, new_tokens, all_logits) -> torch.Tensor:
-    """Logits of the prompts, then of every decode step, in rows."""
-    logits = [session.prefill(prompts, all_logits)]
-    return torch.cat(logits + [session.decode(tokens).clone() for tokens in new_tokens])
 
 
 @layouts

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from numerics import run_reference, step_logits
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -79,14 +80,6 @@ def linear_network(dtype: torch.dtype, out: int, width: int, case: str, bias: bo
     parts = [quantized(n, width, *LINEARS[case]) for n in (out, out // 2)]  # two fused into one product
     network.mark_output(linear(x, "product", parts, biases), "result")
     return network
-
-
-def run_reference(network: Network, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    values = inputs | {name: constant.load() for name, constant in network.constants.items()}
-    for node in network.nodes:
-        result = node.op.reference(*(values[name] for name in node.inputs))
-        values |= zip(node.outputs, result if isinstance(result, tuple) else (result,), strict=True)
-    return {name: values[name] for name in network.outputs}
 
 
 @dtypes
@@ -205,12 +198,6 @@ def quantized_decoder(config: dict, dtype: torch.dtype, kind: str, cache_dtype: 
         scales = scale_for(torch.full((model.num_hidden_layers, model.num_key_value_heads), 6.0), cache_dtype)
         cache = QuantizedCache(cache_dtype, scales, 0.5 * scales)
     return decoder(model, weight, dtype, LIMITS.max_length, cache)
-
-
-def step_logits(session, prompts, new_tokens) -> torch.Tensor:
-    """Logits of the prompts, then of every decode step, in rows."""
-    logits = [session.prefill(prompts, True)]
-    return torch.cat(logits + [session.decode(tokens).clone() for tokens in new_tokens])
 
 
 @layouts

@@ -25,13 +25,7 @@ RECIPES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small operations: threads that wait for each other take several times as long on busy cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

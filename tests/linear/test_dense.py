@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numerics import error
 
 from trtbuild.linear.dense import DenseLinear
 from trtbuild.network import Network
@@ -20,10 +21,6 @@ def case(rows: int, inner: int, outer: int, bias: bool, dtype: torch.dtype):
     inputs += [torch.randn(outer).to(dtype)] if bias else []
     x, weight, *b = (t.double().numpy() for t in inputs)
     return inputs, x @ weight.T + (b[0] if bias else 0)
-
-
-def error(actual: torch.Tensor, expected: np.ndarray) -> float:
-    return np.linalg.norm(actual.double().numpy() - expected) / np.linalg.norm(expected)
 
 
 @dtypes

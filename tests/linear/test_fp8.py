@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numerics import error
 
 from trtbuild.linear.fp8 import Fp8Linear
 from trtbuild.network import Network
@@ -36,10 +37,6 @@ def case(rows: int, inner: int, outer: int, bias: bool, dtype: torch.dtype):
     weight = weight * (input_scale * scale)[:, None]
     magnitude = np.abs(narrow) @ np.abs(weight).T + (np.abs(b[0]) if bias else 0)
     return inputs, narrow @ weight.T + (b[0] if bias else 0), magnitude
-
-
-def error(actual: torch.Tensor, expected: np.ndarray) -> float:
-    return np.linalg.norm(actual.double().numpy() - expected) / np.linalg.norm(expected)
 
 
 @dtypes

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numerics import error
 
 from trtbuild.linear.int4 import Int4Linear, dequantize, pack, unpack
 from trtbuild.network import Network
@@ -31,10 +32,6 @@ def case(rows: int, groups: int, group_size: int, outer: int, symmetric: bool, b
     weight = (values - zeros) * scales
     magnitude = np.abs(x) @ ((np.abs(values) + np.abs(zeros)) * scales).T + np.abs(b)
     return inputs, x @ weight.T + b, magnitude
-
-
-def error(actual: torch.Tensor, expected: np.ndarray) -> float:
-    return np.linalg.norm(actual.double().numpy() - expected) / np.linalg.norm(expected)
 
 
 @dtypes

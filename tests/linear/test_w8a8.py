@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numerics import error
 
 from trtbuild.linear.w8a8 import W8A8Linear
 from trtbuild.network import Network
@@ -38,10 +39,6 @@ def case(rows: int, inner: int, outer: int, bias: bool, per_token: bool, dtype: 
     inputs.append(10 ** (torch.rand(outer) * 2 - 4))
     inputs += [] if per_token else [torch.rand(1) * 0.01 + 0.01]
     return inputs + ([torch.randn(outer).to(dtype)] if bias else [])
-
-
-def error(actual: torch.Tensor, expected: np.ndarray) -> float:
-    return np.linalg.norm(actual.double().numpy() - expected) / np.linalg.norm(expected)
 
 
 @dtypes

@@ -37,10 +37,7 @@ class DenseLinear(Op):
         return wide.to(x.dtype)
 
     def to_tensorrt(self, lowering, x, weight, *bias):
-        product = lowering.matmul(x, weight, transpose_b=True)
-        for b in bias:
-            product = lowering.elementwise("SUM", product, lowering.reshape(b, (1, -1)))
-        return product
+        return lowering.add_bias(lowering.matmul(x, weight, transpose_b=True), *bias)
 
 
 def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

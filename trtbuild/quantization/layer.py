@@ -7,6 +7,7 @@ import torch
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.checkpoint.lazy import concatenate
 from trtbuild.errors import UserError
+from trtbuild.models.config import ModelConfig
 
 # A layer's products, in the order in which they run, and the projections that each computes at once.
 PRODUCTS = {
@@ -17,6 +18,11 @@ PRODUCTS = {
 }
 PROJECTIONS = [part for parts in PRODUCTS.values() for part in parts]
 NORMS = {"self_attn.qkv_proj": "input_layernorm", "mlp.gate_up_proj": "post_attention_layernorm"}
+
+
+def every_projection(config: ModelConfig) -> list[str]:
+    """Names of all layers' projections, in order."""
+    return [f"model.layers.{i}.{part}" for i in range(config.num_hidden_layers) for part in PROJECTIONS]
 
 
 class LayerWeights:

@@ -17,7 +17,7 @@ from trtbuild.errors import UserError
 from trtbuild.files import atomic, read_json, refuse_output_over_input, sha256, write_json
 from trtbuild.progress import byte_bar
 from trtbuild.quantization.calibration import SMOOTHING_FILE, read_calibration, refuse_quantized
-from trtbuild.quantization.layer import PRODUCTS, PROJECTIONS
+from trtbuild.quantization.layer import PRODUCTS, every_projection
 from trtbuild.quantization.methods import METHODS, Round, Rounded, fitting
 from trtbuild.quantization.parallel import workers
 from trtbuild.quantization.recipe import kept_in_16bit, needs_ranges, quantization_of
@@ -58,9 +58,10 @@ def quantize(
     name = quantization["weights"]["method"]
     if name != "round" and samples is None:
         samples = calibration_samples(checkpoint.folder, **quantization["calibration"]).tokens
-    with atomic(folder) as temporary, workers(pick_device(device)) as map_:
+    target = pick_device(device)
+    with atomic(folder) as temporary, workers(target) as map_:
         temporary.mkdir()
-        method = METHODS[name](checkpoint, quantization, ranges, samples, pick_device(device), map_)
+        method = METHODS[name](checkpoint, quantization, ranges, samples, target, map_)
         _write(temporary, checkpoint, quantization, projections, method)
         inputs = [checkpoint.folder / "config.json", *checkpoint.files, *([calibration] if ranges else [])]
         origin = {"quantization": quantization, "inputs": {path.name: sha256(path) for path in inputs}}
@@ -69,7 +70,7 @@ def quantize(
 
 def quantized_projections(checkpoint: Checkpoint, quantization: dict) -> list[str]:
     """The projections to quantize, with their layers' names. Raises `UserError` for a pattern that splits a product."""
-    every = [f"model.layers.{i}.{part}" for i in range(checkpoint.config.num_hidden_layers) for part in PROJECTIONS]
+    every = every_projection(checkpoint.config)
     for pattern in quantization["keep_16bit"]:
         if not fnmatch.filter([*every, "lm_head"], pattern):
             raise UserError(f"keep_16bit: {pattern!r} matches nothing; names are like {every[0]} or *.down_proj")
@@ -148,15 +149,15 @@ def _write(folder: Path, checkpoint: Checkpoint, quantization: dict, projections
     """Weights, config.json and tokenizer."""
     options = quantization["weights"]
     layout = {"gptq": "gptq", "awq": "awq", "round": "compressed-tensors"}[options["method"]]
-    quantizes_head = "lm_head" in projections
-    tensors, example = _tensors(checkpoint, quantization, set(projections), layout, method)
+    quantized = set(projections)
+    quantizes_head = "lm_head" in quantized
+    tensors, example = _tensors(checkpoint, quantization, quantized, layout, method)
     with byte_bar(sum(tensor.nbytes for tensor in tensors.values()), f"{options['method']} {options['dtype']}") as bar:
         write_sharded(folder, tensors, progress=bar.update)
     if method.smoothing:
         with atomic(folder / SMOOTHING_FILE) as temporary, open(temporary, "wb") as file:
             np.savez(file, **{name: scales.numpy() for name, scales in method.smoothing.items()})
-    names = (f"model.layers.{i}.{p}" for i in range(checkpoint.config.num_hidden_layers) for p in PROJECTIONS)
-    kept = [name for name in names if name not in set(projections)]
+    kept = [name for name in every_projection(checkpoint.config) if name not in quantized]
     description = FORMATS[layout].describe(example, kept, quantizes_head)
     config = read_json(checkpoint.folder / "config.json")
     config |= {"dtype": quantization["dtype"], "quantization_config": description}

@@ -5,7 +5,6 @@ computed with what was chosen. Memory: one layer's weights, and what is alive at
 """
 
 from collections.abc import Callable, Iterator
-from itertools import accumulate
 
 import torch
 
@@ -15,6 +14,7 @@ from trtbuild.linear.dense import DenseLinear
 from trtbuild.linear.linear import linear
 from trtbuild.models.decoder import Step, decoder_layer, embedding
 from trtbuild.network import Network, Node, Tensor, ops
+from trtbuild.runtime.session import packed_inputs
 
 Values = dict[str, torch.Tensor]
 GPU_BATCH_TOKENS = 16384  # on a CPU a batch is one sample, which is what its threads share out
@@ -93,7 +93,8 @@ class Traversal:
             for i in nodes:
                 node = network.nodes[i]
                 made = {c.name: batch.empty_cache(c) for c in caches if c.name in node.inputs}
-                inputs = [{**constants, **batch.values, **batch.live, **made}[name] for name in node.inputs]
+                known = constants | batch.values | batch.live | made
+                inputs = [known[name] for name in node.inputs]
                 result = node.op.portable(batch.step, *inputs)
                 result = result if isinstance(result, tuple) else (result,)
                 if self.observe:
@@ -130,14 +131,7 @@ class _Batch:
 
     def __init__(self, samples: list[list[int]], device: torch.device) -> None:
         lengths = [len(sample) for sample in samples]
-        integers = {
-            "input_ids": [token for sample in samples for token in sample],
-            "position_ids": [i for n in lengths for i in range(n)],
-            "sequence_lengths": [n for n in lengths for _ in range(n)],
-            "query_starts": [0, *accumulate(lengths)],
-            "past_lengths": [0] * len(samples),
-        }
-        self.values: Values = {k: torch.tensor(v, dtype=torch.int32, device=device) for k, v in integers.items()}
+        self.values: Values = packed_inputs(samples, False, device)
         self.live: Values = {}
         self.step = StepContext(torch.arange(len(samples), device=device), lengths, max(lengths))
 

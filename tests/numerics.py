@@ -1,0 +1,26 @@
+"""What many tests compute: a relative error, and a network by its operations' definitions."""
+
+import numpy as np
+import torch
+
+from trtbuild.network import Network
+
+
+def error(actual: torch.Tensor, expected: np.ndarray) -> float:
+    """Norm of the difference over the norm of what is expected."""
+    return np.linalg.norm(actual.double().numpy() - expected) / np.linalg.norm(expected)
+
+
+def run_reference(network: Network, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A network's outputs by its operations' `reference`."""
+    values = inputs | {name: constant.load() for name, constant in network.constants.items()}
+    for node in network.nodes:
+        result = node.op.reference(*(values[name] for name in node.inputs))
+        values |= zip(node.outputs, result if isinstance(result, tuple) else (result,), strict=True)
+    return {name: values[name] for name in network.outputs}
+
+
+def step_logits(session, prompts, new_tokens, all_logits: bool = True) -> torch.Tensor:
+    """Logits of the prompts, then of every decode step, in rows."""
+    logits = [session.prefill(prompts, all_logits)]
+    return torch.cat(logits + [session.decode(tokens).clone() for tokens in new_tokens])
