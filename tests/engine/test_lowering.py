@@ -18,9 +18,11 @@ from trtbuild.engine.portable import PortableEngine, read_portable
 from trtbuild.engine.tensorrt import LoweredNetwork, profile_shapes
 from trtbuild.errors import UserError
 from trtbuild.linear.dense import DenseLinear
-from trtbuild.models.decoder import decoder
+from trtbuild.models.alibi import alibi_slopes
+from trtbuild.models.decoder import QuantizedCache, decoder
 from trtbuild.models.families import config_from_hugging_face
 from trtbuild.network import Network, ops
+from trtbuild.network.rounding import scale_for
 from trtbuild.runtime.lowered_session import InterpretedSession, context_inputs
 from trtbuild.runtime.open import open_engine
 from trtbuild.runtime.session import PortableSession, packed_inputs
@@ -65,16 +67,26 @@ def rotary(network, dtype, *dynamic):
     )
 
 
-def attention(network, dtype, heads, kv_heads, dim):
+def by_prompt(network):
+    """Rows for prompts of up to 2, 4, 8 and 16 tokens."""
+    table = network.constant("table", from_tensor(torch.rand(4, 8)))
+    return ops.prompt_ntk(table, network.input("prompt_lengths", torch.int32, ("tokens",)), 2)
+
+
+def attention(network, dtype, heads, kv_heads, dim, alibi=False, logn=False):
     cache = [network.input(f"{x}_cache.0", dtype, ("batch", kv_heads, MAX_LENGTH, dim)) for x in ("key", "value")]
     integers = [
         network.input(name, torch.int32, (size,))
         for name, size in (("position_ids", "tokens"), ("query_starts", "starts"), ("past_lengths", "batch"))
     ]
     frequencies = network.constant("f", from_tensor(1e3 ** (-torch.arange(0, dim, 2) / dim)))
-    angles = ops.rotary_embedding(integers[0], frequencies, dtype)
+    if alibi:
+        positional = (network.constant("alibi.slopes", from_tensor(alibi_slopes(heads))),)
+    else:
+        positional = ops.rotary_embedding(integers[0], frequencies, dtype)
+    factors = ops.log_n(integers[0], 3, dtype) if logn else None
     x = tokens_by(network, (heads + 2 * kv_heads) * dim, dtype)
-    return ops.attention(x, angles, tuple(cache), *integers, heads, kv_heads, dim)
+    return ops.attention(x, positional, tuple(cache), *integers, heads, kv_heads, dim, factors)
 
 
 CASES = {
@@ -88,8 +100,16 @@ CASES = {
     "linear with bias": lambda n, d: dense(n, d, bias=True),
     "rotary": rotary,
     "dynamic rotary": lambda n, d: rotary(n, d, 4.0, 8),
+    "log n": lambda n, d: ops.log_n(n.input("position_ids", torch.int32, ("tokens",)), 5, d),
+    "prompt ntk": lambda n, d: by_prompt(n),
+    "prompt ntk rotary": lambda n, d: ops.rotary_embedding(
+        n.input("position_ids", torch.int32, ("tokens",)), by_prompt(n), d
+    ),
     "attention": lambda n, d: attention(n, d, 4, 4, 16),
     "attention in groups": lambda n, d: attention(n, d, 6, 2, 8),
+    "attention with log-n": lambda n, d: attention(n, d, 6, 2, 8, logn=True),
+    "attention with biases": lambda n, d: attention(n, d, 5, 5, 8, alibi=True),
+    "attention with biases and log-n, in groups": lambda n, d: attention(n, d, 6, 2, 8, alibi=True, logn=True),
 }
 # Lengths of this step's tokens, and of what the caches hold before it.
 BATCHES = [
@@ -157,15 +177,17 @@ def test_operation(case, dtype, packed):
 # The tiny decoder
 
 LIMITS = BuildLimits(max_batch_size=3, max_input_len=24, max_output_len=8)
-ROPES = {
-    "default": None,
-    "linear": {"rope_type": "linear", "factor": 2.0},
-    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
-    "llama3": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16},
+POSITIONS = {
+    "default": {},
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    "dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+    "llama3": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16}},
+    "alibi": {"trtbuild": {"family": "baichuan", "position_embedding": "alibi"}},
+    "qwen": {"trtbuild": {"family": "qwen", "ntk_length": 7, "logn_length": 9}},
 }
 
 
-def random_decoder(config: dict, dtype: torch.dtype) -> Network:
+def random_decoder(config: dict, dtype: torch.dtype, cache_dtype: torch.dtype | None = None) -> Network:
     """Weights that make every part matter: unit-scale activations, norms away from 1, biases away from 0."""
     model = config_from_hugging_face(config, "test")
     shapes = model.tensor_shapes()
@@ -173,19 +195,24 @@ def random_decoder(config: dict, dtype: torch.dtype) -> Network:
         name: 1 + 0.2 * torch.randn(shape) if "norm" in name else torch.randn(shape) * shape[-1] ** -0.5
         for name, shape in shapes.items()
     }
-    return decoder(model, lambda name: from_tensor(weights[name]), dtype, LIMITS.max_length)
+    cache = None
+    if cache_dtype:
+        scales = scale_for(torch.full((model.num_hidden_layers, model.num_key_value_heads), 6.0), cache_dtype)
+        cache = QuantizedCache(cache_dtype, scales, 0.5 * scales)
+    return decoder(model, lambda name: from_tensor(weights[name]), dtype, LIMITS.max_length, cache)
 
 
 @layouts
-@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("lengths", [(1,), (24,), (7, 1, 20)], ids=str)
-def test_decoder(tiny_config, rope, lengths, packed):
+def test_decoder(tiny_config, positions, lengths, packed):
     """Prefill and four decode steps: the definition computes what the portable engine does, to 1e-5 in float32.
 
-    With 16 positions, `dynamic` is beyond its limit for some sequences and reaches it while decoding for others.
+    With 16 positions, `dynamic` is beyond its limit for some sequences and reaches it while decoding for others; so is
+    `qwen` with 7, whose frequencies then stay, and log-n with 9.
     """
     print("torch.manual_seed", torch.seed())
-    config = tiny_config | {"rope_scaling": ROPES[rope], "attention_bias": True, "max_position_embeddings": 16}
+    config = tiny_config | {"attention_bias": True, "max_position_embeddings": 16} | POSITIONS[positions]
     network = random_decoder(config, torch.float32)
     prompts = [torch.randint(320, (n,)).tolist() for n in lengths]
     new_tokens = torch.randint(320, (4, len(lengths)), dtype=torch.int32)
@@ -197,16 +224,40 @@ def test_decoder(tiny_config, rope, lengths, packed):
 
 
 @layouts
+@pytest.mark.parametrize("positions", ["default", "alibi", "qwen"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 4e-3), (torch.bfloat16, 3e-2)], ids=str)
-def test_decoder_in_16_bits(tiny_config, dtype, tolerance, packed):
+def test_decoder_in_16_bits(tiny_config, dtype, tolerance, positions, packed):
     torch.manual_seed(0)
-    network = random_decoder(tiny_config, dtype)
+    network = random_decoder(tiny_config | POSITIONS[positions], dtype)
     prompts = [torch.randint(320, (n,)).tolist() for n in (7, 1, 20)]
     new_tokens = torch.randint(320, (4, 3), dtype=torch.int32)
     portable = PortableSession(PortableEngine(network, LIMITS, torch.device("cpu")))
     expected = step_logits(portable, prompts, new_tokens, True)
     results = step_logits(InterpretedSession(network, LIMITS, packed), prompts, new_tokens, True)
     assert error(results, expected) < tolerance
+
+
+@layouts
+@pytest.mark.parametrize("positions", ["alibi", "qwen"])
+@pytest.mark.parametrize("cache_dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_decoder_with_a_cache_of_8_bits(tiny_config, cache_dtype, positions, packed):
+    torch.manual_seed(0)  # a number between two steps of a cache may be rounded either way
+    network = random_decoder(tiny_config | POSITIONS[positions], torch.float32, cache_dtype)
+    prompts = [torch.randint(320, (n,)).tolist() for n in (7, 1, 20)]
+    new_tokens = torch.randint(320, (4, 3), dtype=torch.int32)
+    portable = PortableSession(PortableEngine(network, LIMITS, torch.device("cpu")))
+    interpreted = InterpretedSession(network, LIMITS, packed)
+    for _ in range(2):  # the second run finds the caches used
+        expected = step_logits(portable, prompts, new_tokens)
+        assert error(step_logits(interpreted, prompts, new_tokens), expected) < 1e-3
+
+
+def test_biases_are_finite_where_masked(tiny_config):
+    """A score added to them does not overflow, and a block of them alone is not NaN after the softmax."""
+    network = random_decoder(tiny_config | POSITIONS["alibi"], torch.float16)
+    buffers = LoweredNetwork(network, True).lowering.buffers.values()
+    scalars = [x.item() for x in buffers if x.dtype == torch.float16 and x.shape == (1, 1, 1, 1)]
+    assert min(scalars) == torch.finfo(torch.float16).min / 2
 
 
 def test_interpreted_runtime_of_an_engine_folder(tiny_engine):
@@ -248,6 +299,22 @@ def test_serialized_engine(tiny_engine, packed):
     assert head[:64] in bytes(engine)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("positions", ["alibi", "qwen"])
+def test_positions_build(tiny_config, positions, dtype):
+    """ALiBi's mask is of the network's dtype; log-n and the frequencies by prompt length add an input."""
+    network = random_decoder(tiny_config | POSITIONS[positions], dtype)
+    lowered = LoweredNetwork(network, dtype != torch.bfloat16)
+    assert ("prompt_lengths" in lowered.lowering.inputs) == (positions == "qwen")
+    assert lowered.build(LIMITS, ["8.6"]).nbytes > sum(constant.nbytes for constant in network.constants.values())
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_biases_build_with_a_cache_of_8_bits(tiny_config, cache_dtype):
+    network = random_decoder(tiny_config | POSITIONS["alibi"], torch.float16, cache_dtype)
+    assert LoweredNetwork(network, True).build(LIMITS, ["8.9"]).nbytes
+
+
 @pytest.mark.parametrize("capability", ["9.0", "1.2.3", "abc"])
 def test_an_unknown_compute_capability_is_refused(tiny_engine, capability):
     network, limits = read_portable(tiny_engine / "rank0.safetensors")
@@ -264,6 +331,8 @@ def test_an_unknown_compute_capability_is_refused(tiny_engine, capability):
         ("pad_index", (-1, -1), True, [(1, 1), (4, 50), (8, 100)], [(1, 1), (4, 1), (8, 1)]),
         ("input_ids", (-1, -1), False, [(1, 1), (4, 50), (8, 100)], [(1, 1), (4, 1), (8, 1)]),
         ("sequence_lengths", (-1, -1), False, [(1, 1), (4, 50), (8, 100)], [(1, 1), (4, 1), (8, 1)]),
+        ("prompt_lengths", (-1,), True, [1, 4 * 50, 8 * 100], [1, 4, 8]),
+        ("prompt_lengths", (-1, -1), False, [(1, 1), (4, 50), (8, 100)], [(1, 1), (4, 1), (8, 1)]),
         ("logits_indices", (-1,), True, [1, 4, 100], [1, 4, 8]),
         ("kv_lengths", (-1,), True, [1, 4, 8], [1, 4, 8]),
         ("past_lengths", (-1,), False, [1, 4, 8], [1, 4, 8]),

@@ -61,7 +61,7 @@ def test_file_is_safetensors_in_the_recipes_dtype(tiny_checkpoint, tmp_path, dty
         expected = Checkpoint(tiny_checkpoint)[name].load().to(getattr(torch, dtype))
         assert torch.equal(file.get_tensor(name), expected)
         metadata = json.loads(file.metadata()[METADATA_KEY])
-    assert metadata["format_version"] == 1
+    assert metadata["format_version"] == 2
     assert metadata["limits"] == dataclasses.asdict(limits)
     assert read_config(tmp_path / "engine")["outputs"][FILE]["bytes"] == (tmp_path / "engine" / FILE).stat().st_size
 
@@ -103,7 +103,7 @@ def other_version(path):
         (lambda path: path.write_bytes(b"no engine"), "is truncated or not a safetensors file"),
         (lambda path: path.unlink(), "missing weights file"),
         (lambda path: save_file({"x": torch.ones(2)}, path), "is a safetensors file but not an engine"),
-        (other_version, "has engine format 99, this version reads 1; build it again"),
+        (other_version, "has engine format 99, this version reads 2; build it again"),
     ],
     ids=["truncated", "text", "missing", "plain safetensors", "other version"],
 )
@@ -182,6 +182,36 @@ def test_mask_is_made_once_a_step_and_not_where_lengths_are_exact():
     step = StepContext(torch.arange(2), None, 5)
     assert step.mask(positions, torch.float32) is step.mask(positions, torch.float32)
     assert StepContext(torch.arange(2), None, 5, exact=True).mask(positions, torch.float32) is None
+
+
+SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+
+
+def test_biases_of_the_context_phase():
+    """Of every head, slope * (key - query), minus infinity in the future; a shorter prompt's are their corner."""
+    step = StepContext(torch.arange(2), [3, 1], 3)
+    biases = step.alibi(torch.tensor([0, 1, 2, 0], dtype=torch.int32), SLOPES, 2, torch.float32)
+    no = float("-inf")
+    expected = torch.tensor([[0, no, no], [-1, 0, no], [-2, -1, 0]])
+    assert torch.equal(biases, (SLOPES[:, None, None] * expected)[None])
+
+
+def test_biases_of_the_generation_phase():
+    """Of every sequence; head 3 is the second of KV head 1."""
+    step = StepContext(torch.arange(2), None, 4)
+    biases = step.alibi(torch.tensor([3, 1], dtype=torch.int32), SLOPES, 2, torch.float32)
+    no = float("-inf")
+    assert biases.shape == (2, 2, 2, 4)
+    assert biases[0, 1, 1].tolist() == [-3 / 16, -2 / 16, -1 / 16, 0]
+    assert biases[1, 0, 1].tolist() == [-1 / 4, 0, no, no]
+
+
+@pytest.mark.parametrize("lengths", [[3, 1], None])
+def test_biases_are_made_once_a_step(lengths):
+    step, positions = StepContext(torch.arange(2), lengths, 3), torch.tensor([2, 0], dtype=torch.int32)
+    first = step.alibi(positions, SLOPES, 2, torch.float16)
+    assert step.alibi(positions, SLOPES, 2, torch.float16) is first
+    assert all(stride % 8 == 0 for stride in first.stride()[:-1])
 
 
 # Sequences

@@ -1,13 +1,16 @@
-"""The portable engine on one GPU: SmolLM2's tokens against the CPU's, and LLaMA-7B's speed beside transformers'.
+"""The portable engine on one GPU: SmolLM2's tokens against the CPU's, and a model's speed beside transformers'.
 
     python tests/gpu/run.py --smollm2 SmolLM2-135M-Instruct.Q4_1.gguf     (also needs the package gguf)
     python tests/gpu/run.py --batch-sizes 1 16 --contexts 128 2048 --peers eager compiled
     python tests/gpu/run.py --batch-sizes 1 16 --contexts 128 2048 --recipes fp16 int8wo int4 int8kv fp8 sq --peers
+    python tests/gpu/run.py --model baichuan-v2_13b --recipes fp16 int8kv
 
-Needs torch, triton, transformers, safetensors and numpy alone; LLaMA-7B's dummy weights are made on the GPU, and there
-rounded to nearest; scales of activations and caches are constants. The table: time to first token, ms per generated
-token, the floor that the measured memory bandwidth sets for the bytes a token reads, and the ratios to that floor and
-to the first engine.
+Needs torch, triton, transformers, safetensors, numpy and yaml alone; a model of config/models.yaml (LLaMA-7B) has dummy
+weights that are made on the GPU, and there rounded to nearest; scales of activations and caches are constants. For
+ALiBi, which transformers has no such model with, the peer is its LLaMA of the same sizes.
+
+The table: time to first token, ms per generated token, the floor that the measured memory bandwidth sets for the bytes
+a token reads, and the ratios to that floor and to the first engine.
 """
 
 import argparse
@@ -22,6 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
+import yaml
 
 import trtbuild
 from trtbuild.checkpoint.dummy import dummy_tensors
@@ -33,7 +37,7 @@ from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.portable import PortableEngine
 from trtbuild.models.config import ModelConfig
 from trtbuild.models.decoder import QuantizedCache, decoder
-from trtbuild.models.families import config_from_hugging_face
+from trtbuild.models.families import canonical_config, config_from_hugging_face
 from trtbuild.models.mapping import Mapping
 from trtbuild.quantization.grid import Int4Grid, round_8bit
 from trtbuild.runtime.generation import generate
@@ -41,19 +45,8 @@ from trtbuild.runtime.sampling import SamplingParams
 from trtbuild.runtime.session import PortableSession
 from trtbuild.runtime.tokenizer import Tokenizer
 
-LLAMA_7B = {
-    "model_type": "llama",
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-}
+MODELS = yaml.safe_load((Path(__file__).parents[2] / "config/models.yaml").read_text())
+LLAMA_7B = MODELS["llama-7b"]["config"]
 NEW_TOKENS = 64
 RECIPES = {  # formats of the weights, of activations, and of the cache
     "fp16": (None, None, None),
@@ -187,6 +180,7 @@ def smollm2(gguf: Path, new_tokens: int = 100) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smollm2", type=Path, metavar="GGUF", help="compare tokens of this model, and nothing else")
+    parser.add_argument("--model", choices=MODELS, default="llama-7b", metavar="NAME", help="of config/models.yaml")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 2048])
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["fp16"])
@@ -199,9 +193,10 @@ def main() -> None:
         return
     bandwidth = copy_bandwidth()
     device = torch.cuda.get_device_name()
-    print(f"{device}, torch {torch.__version__}, copy bandwidth {bandwidth / 1e12:.2f} TB/s")
+    print(f"{args.model} on {device}, torch {torch.__version__}, copy bandwidth {bandwidth / 1e12:.2f} TB/s")
 
-    config = config_from_hugging_face(LLAMA_7B, "LLaMA-7B")
+    published = MODELS[args.model]["config"]
+    config = config_from_hugging_face(published, args.model)
     rows = []
     limits = BuildLimits(max(args.batch_sizes), max(args.contexts), NEW_TOKENS + 16)
     cases = [(b, c) for b in args.batch_sizes for c in args.contexts]
@@ -224,9 +219,11 @@ def main() -> None:
         torch.cuda.empty_cache()
 
     if args.peers:
-        from transformers import AutoModelForCausalLM, LlamaConfig
+        from transformers import AutoConfig, AutoModelForCausalLM
 
-        hf_config = LlamaConfig(**{k: v for k, v in LLAMA_7B.items() if k != "model_type"})
+        sizes = canonical_config(published, args.model)
+        kind = sizes.pop("model_type")
+        hf_config = AutoConfig.for_model("llama" if kind == "baichuan" else kind, **sizes)
         with torch.device("cuda"):
             model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float16).eval()
         model.generation_config.eos_token_id = None

@@ -8,6 +8,7 @@ from trtbuild.linear.fp8 import Fp8Linear
 from trtbuild.linear.int4 import Int4Linear, dequantize, pack
 from trtbuild.linear.int8 import Int8Linear
 from trtbuild.linear.w8a8 import W8A8Linear
+from trtbuild.models.alibi import alibi_slopes
 from trtbuild.network.ops.attention import Attention
 from trtbuild.network.rounding import quantize
 
@@ -108,6 +109,7 @@ def test_quantized_rows_equal_the_cpus(width, dtype):
 
 
 @dtypes
+@pytest.mark.parametrize("position", ["rope", "alibi"])
 @pytest.mark.parametrize("cache_dtype", [None, torch.int8, FP8], ids=str)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim"), [(32, 32, 128), (64, 8, 128), (9, 3, 64), (20, 1, 64), (4, 2, 16)]
@@ -116,12 +118,14 @@ def test_quantized_rows_equal_the_cpus(width, dtype):
     ("positions", "bound"),
     [([0], 256), ([255], 256), ([2047], 2048), ([5, 0, 700, 1023], 1024), ([*range(3, 1603, 100)], 1792)],
 )
-def test_attention(heads, kv_heads, head_dim, positions, bound, cache_dtype, dtype):
+def test_attention(heads, kv_heads, head_dim, positions, bound, cache_dtype, position, dtype):
     """A generation step, caches included; what lies beyond a sequence's end is poisoned where NaN exists."""
-    op, batch = Attention(heads, kv_heads, head_dim), len(positions)
+    op, batch = Attention(heads, kv_heads, head_dim, position), len(positions)
     qkv = torch.randn(batch, sum(op.sizes), device="cuda").to(dtype)
     angles = torch.rand(batch, head_dim, device="cuda")
-    rotary = angles.cos().to(dtype), angles.sin().to(dtype)
+    positional = [angles.cos().to(dtype), angles.sin().to(dtype)]
+    if position == "alibi":
+        positional = [alibi_slopes(heads).cuda()]
     caches = list(torch.randn(2, batch, kv_heads, bound + 8, head_dim, device="cuda").to(dtype))
     scales = ()
     if cache_dtype:
@@ -129,15 +133,33 @@ def test_attention(heads, kv_heads, head_dim, positions, bound, cache_dtype, dty
         caches = [quantize(c.float(), s[:, None, None], cache_dtype) for c, s in zip(caches, scales, strict=True)]
     if cache_dtype != torch.int8:
         for cache in caches:
-            for b, position in enumerate(positions):
-                cache[b, :, position:] = float("nan")
+            for b, end in enumerate(positions):
+                cache[b, :, end:] = float("nan")
     position_ids = torch.tensor(positions, dtype=torch.int32, device="cuda")
     starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
-    wide = [x.double() for x in (qkv, *rotary)] + [c if scales else c.double() for c in caches]
-    expected, *_ = op.reference(*wide, position_ids, starts, position_ids, *scales)
+    wide = [qkv.double(), *(c if scales else c.double() for c in caches)]
+    extra = [x.double() for x in positional]
+    expected, *_ = op.reference(*wide, position_ids, starts, position_ids, *extra, *scales)
     step = StepContext(torch.arange(batch, device="cuda"), None, bound)
-    actual, *_ = op.portable(step, qkv, *rotary, *caches, position_ids, starts, position_ids, *scales)
+    actual, *_ = op.portable(step, qkv, *caches, position_ids, starts, position_ids, *positional, *scales)
     tolerance = ATTENTION_TOLERANCE[dtype] * (10 if scales else 1)  # q, k, v are rounded before they are quantized
+    assert (actual.double() - expected).norm() / expected.norm() < tolerance
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), *ATTENTION_TOLERANCE.items()], ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(40, 40), (12, 4), (5, 1)])
+@pytest.mark.parametrize("lengths", [[100, 100], [301, 1, 77]], ids=str)
+def test_biased_attention_of_the_context_phase(lengths, heads, kv_heads, dtype, tolerance):
+    op, batch, tokens = Attention(heads, kv_heads, 64, "alibi"), len(lengths), sum(lengths)
+    qkv = torch.randn(tokens, sum(op.sizes), device="cuda").to(dtype)
+    caches = list(torch.zeros(2, batch, kv_heads, 310, 64, device="cuda", dtype=dtype))
+    slopes, past = alibi_slopes(heads).cuda(), torch.zeros(batch, dtype=torch.int32, device="cuda")
+    positions = torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths]).cuda()
+    starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).int().cuda()
+    wide = [qkv.double(), *(cache.double() for cache in caches)]
+    expected, *_ = op.reference(*wide, positions, starts, past, slopes.double())
+    step = StepContext(torch.arange(batch, device="cuda"), lengths, max(lengths))
+    actual, *_ = op.portable(step, qkv, *caches, positions, starts, past, slopes)
     assert (actual.double() - expected).norm() / expected.norm() < tolerance
 
 

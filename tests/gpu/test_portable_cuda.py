@@ -18,8 +18,21 @@ LIMITS = BuildLimits(max_batch_size=4, max_input_len=300, max_output_len=300)
 PROMPTS = [list(range(2, 2 + n)) for n in (5, 1, 250, 93)]  # the third crosses a graph's bound of 256
 
 
+ALIBI = {"family": "baichuan", "position_embedding": "alibi"}
+QWEN = {"family": "qwen", "ntk_length": 32, "logn_length": 32}
+
+
 @pytest.fixture(
-    scope="module", params=[{}, {"num_key_value_heads": 4}, {"rope_scaling": {"type": "dynamic", "factor": 2}}]
+    scope="module",
+    params=[
+        {},
+        {"num_key_value_heads": 4},
+        {"rope_scaling": {"type": "dynamic", "factor": 2}},
+        {"trtbuild": ALIBI},
+        {"trtbuild": ALIBI, "num_attention_heads": 5, "num_key_value_heads": 5},
+        {"trtbuild": QWEN},
+    ],
+    ids=str,
 )
 def model(request, tiny_config):
     config = config_from_hugging_face(tiny_config | request.param, "test")

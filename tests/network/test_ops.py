@@ -1,19 +1,26 @@
 """Every operation's `reference` against a formula in float64 numpy, and `portable` against `reference`."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from trtbuild.engine.portable import StepContext
+from trtbuild.models.alibi import alibi_slopes
+from trtbuild.models.config import RopeConfig
 from trtbuild.network import Network, ops
 from trtbuild.network.ops.add import Add
 from trtbuild.network.ops.attention import Attention
 from trtbuild.network.ops.cast import Cast
 from trtbuild.network.ops.embedding import Embedding
+from trtbuild.network.ops.log_n import LogN
+from trtbuild.network.ops.prompt_ntk import PromptNtk
 from trtbuild.network.ops.rms_norm import RmsNorm
 from trtbuild.network.ops.rotary_embedding import RotaryEmbedding
 from trtbuild.network.ops.select_rows import SelectRows
 from trtbuild.network.ops.swiglu import SwiGlu
+from trtbuild.network.rounding import quantize
 
 # Norm of the difference over the norm of the float64 result, for inputs that are already rounded to the dtype.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -168,89 +175,205 @@ def test_dynamic_ntk_grows_each_sequences_base(dtype):
         assert error(result, expected) < ROTARY_TOLERANCE[dtype]
 
 
+def doublings(length: int, limit: int) -> int:
+    """How often `limit` is doubled to hold `length`."""
+    return next(c for c in range(30) if length <= limit * 2**c)
+
+
+@pytest.mark.parametrize(("limit", "max_length"), [(2048, 32768), (8192, 8193), (3, 50)])
+def test_prompt_ntk(limit, max_length):
+    """Every length: Qwen's base, alpha = 2^ceil(log2(length / limit) + 1) - 1 or 1, to its powers of two exactly."""
+    theta, head_dim = 1e4, 128
+    rope = RopeConfig(theta, "qwen", original_max_position_embeddings=limit)
+    table = rope.qwen_frequencies(head_dim, max_length)
+    lengths = torch.arange(1, max_length + 1, dtype=torch.int32)
+    rows = PromptNtk(limit).reference(torch.arange(len(table))[:, None], lengths)[:, 0]
+    assert rows.tolist() == [doublings(n, limit) for n in range(1, max_length + 1)]
+    for n in (1, limit - 1, limit, limit + 1, 2 * limit - 1, 2 * limit, 2 * limit + 1, 4 * limit + 1, max_length):
+        if n <= max_length:
+            alpha = max(2 ** math.ceil(math.log2(n / limit) + 1) - 1, 1)
+            base = theta * alpha ** (head_dim / (head_dim - 2))
+            (frequencies,) = PromptNtk(limit).reference(table, torch.tensor([n], dtype=torch.int32))
+            assert error(frequencies, base ** (-2 * np.arange(head_dim // 2) / head_dim)) < 1e-7
+
+
+def test_prompt_ntk_refuses_a_table_without_a_choice():
+    network = Network()
+    lengths = network.input("lengths", torch.int32, ("tokens",))
+    for i, shape in enumerate([(1, 8), (8,)]):
+        with pytest.raises(ValueError, match="RoPE frequencies"):
+            ops.prompt_ntk(network.input(f"table{i}", torch.float32, shape), lengths, 16)
+
+
+@dtypes
+def test_rotary_embedding_with_each_tokens_own_frequencies(dtype):
+    positions = torch.randint(300, (20,), dtype=torch.int32)
+    theta = 1e4 * (1 + 7 * np.random.default_rng().random(20))
+    frequencies = torch.from_numpy(theta[:, None] ** (-2 * np.arange(8) / 16))
+    op = RotaryEmbedding(str(dtype).removeprefix("torch."))
+    results = op.reference(positions, frequencies if dtype == torch.float64 else frequencies.float())
+    for result, expected in zip(results, rotary_formula(positions.numpy(), theta, 16), strict=True):
+        assert error(result, expected) < ROTARY_TOLERANCE[dtype]
+
+
+@working_dtypes
+@pytest.mark.parametrize("length", [2, 100, 8192])
+def test_log_n(dtype, length):
+    positions = torch.tensor([0, 1, length - 2, length - 1, length, 3 * length, 32767], dtype=torch.int32)
+    result = LogN(str(dtype).removeprefix("torch."), length).reference(positions)
+    expected = np.maximum(1, np.log(positions.numpy() + 1.0) / np.log(length))
+    assert result.dtype == dtype
+    assert error(result, expected) < TOLERANCE[dtype]
+    assert (result[:4] == 1).all() or length == 2
+
+
 # Attention
 
 
-def attention_inputs(dtype, lengths, past, heads, kv_heads, dim, max_length):
-    """Random inputs in the operation's order; what the caches hold beyond `past` is noise."""
+def attention_inputs(dtype, lengths, past, heads, kv_heads, dim, max_length, options=None):
+    """Random inputs in the operation's order; what the caches hold beyond `past` is noise.
+
+    With scales, which are powers of two, new keys and values are such that the cache holds them exactly.
+    """
+    position, logn, cache_dtype = (options or PLAIN).values()
     tokens, batch = sum(lengths), len(lengths)
     angles = torch.rand(tokens, dim // 2, dtype=torch.float64) * 6
     cos, sin = angles.cos(), angles.sin()
     cache = [torch.randn(batch, kv_heads, max_length, dim).to(dtype) for _ in range(2)]
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim)
+    extra = [torch.cat((cos, cos), 1).to(dtype), torch.cat((-sin, sin), 1).to(dtype)]
+    if position == "alibi":
+        extra = [alibi_slopes(heads).to(torch.float64 if dtype == torch.float64 else torch.float32)]
+    if logn:
+        extra.append((1 + torch.rand(tokens)).to(dtype))
+    if cache_dtype:
+        largest = torch.tensor(2.0**-5 if cache_dtype == torch.int8 else 1.0)
+        scales = largest, largest / 2
+        cache = [quantize(x.float(), scale, cache_dtype) for x, scale in zip(cache, scales, strict=True)]
+        for new, scale in zip(qkv[:, heads * dim :].chunk(2, 1), scales, strict=True):
+            new.copy_(quantize(new, scale, cache_dtype).float() * scale)
+        extra += [scale.expand(kv_heads) for scale in scales]
     positions = torch.cat([torch.arange(p, p + n, dtype=torch.int32) for n, p in zip(lengths, past, strict=True)])
     return [
-        torch.randn(tokens, (heads + 2 * kv_heads) * dim).to(dtype),
-        torch.cat((cos, cos), 1).to(dtype),
-        torch.cat((-sin, sin), 1).to(dtype),
+        qkv.to(dtype),
         *cache,
         positions,
         torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
         torch.tensor(past, dtype=torch.int32),
+        *extra,
     ]
 
 
-def attention_formula(inputs, lengths, past, heads, kv_heads, dim):
+def attention_formula(inputs, lengths, past, heads, kv_heads, dim, options=None):
     """One token, one head at a time: rotate, append to the cache, softmax over what is there."""
-    qkv, cos, sin, keys, values = (wide(x).copy() for x in inputs[:5])
+    position, logn, cache_dtype = (options or PLAIN).values()
+    qkv, keys, values = (wide(x).copy() for x in inputs[:3])
+    if cache_dtype:
+        keys, values = keys * inputs[-2][0].item(), values * inputs[-1][0].item()
+    extra = [wide(x) for x in inputs[6:]]
     half, group, output, row = dim // 2, heads // kv_heads, np.zeros((len(qkv), heads * dim)), 0
 
-    def rotate(x, c, s):
+    def rotate(x):
+        if position == "alibi":
+            return x
+        c, s = (x[row] for x in extra[:2])
         return np.concatenate((x[:half] * c[:half] - x[half:] * s[half:], x[half:] * c[half:] + x[:half] * s[half:]))
 
     for b, (n, p) in enumerate(zip(lengths, past, strict=True)):
-        for position in range(p, p + n):
+        for i in range(p, p + n):
             vectors = qkv[row].reshape(-1, dim)
             for g in range(kv_heads):
-                keys[b, g, position] = rotate(vectors[heads + g], cos[row], sin[row])
-                values[b, g, position] = vectors[heads + kv_heads + g]
+                keys[b, g, i] = rotate(vectors[heads + g])
+                values[b, g, i] = vectors[heads + kv_heads + g]
             for h in range(heads):
-                scores = keys[b, h // group, : position + 1] @ rotate(vectors[h], cos[row], sin[row]) / np.sqrt(dim)
+                scores = keys[b, h // group, : i + 1] @ rotate(vectors[h]) / np.sqrt(dim)
+                if logn:
+                    scores *= extra[1 if position == "alibi" else 2][row]
+                if position == "alibi":
+                    scores += extra[0][h] * (np.arange(i + 1) - i)
                 weights = np.exp(scores - scores.max())
-                mixed = weights @ values[b, h // group, : position + 1] / weights.sum()
+                mixed = weights @ values[b, h // group, : i + 1] / weights.sum()
                 output[row, h * dim : (h + 1) * dim] = mixed
             row += 1
     return output, keys, values
 
 
 HEADS = pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
+PLAIN = {"position": "rope", "logn": False, "cache_dtype": None}
+OPTIONS = {
+    "rope": PLAIN,
+    "log-n": PLAIN | {"logn": True},
+    "alibi": PLAIN | {"position": "alibi"},
+    "alibi and log-n": PLAIN | {"position": "alibi", "logn": True},
+}
+options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+QUANTIZED = {
+    f"alibi, log-n {logn}, {dtype}": {"position": "alibi", "logn": logn, "cache_dtype": dtype}
+    for logn in (False, True)
+    for dtype in (torch.int8, torch.float8_e4m3fn)
+}
+
+
+def attention_op(heads: int, kv_heads: int, options: dict) -> Attention:
+    return Attention(heads, kv_heads, 8, options["position"], options["logn"])
 
 
 @dtypes
+@options
 @HEADS
 @pytest.mark.parametrize(
     ("lengths", "past"),
     [((1,), (0,)), ((1,), (7,)), ((9,), (0,)), ((5, 1, 8), (0, 0, 0)), ((5, 1, 3), (2, 10, 0)), ((1, 1, 1), (4, 0, 9))],
 )
-def test_attention(dtype, heads, kv_heads, lengths, past):
-    inputs = attention_inputs(dtype, lengths, past, heads, kv_heads, 8, max_length=14)
-    results = Attention(heads, kv_heads, 8).reference(*inputs)
-    for result, expected in zip(results, attention_formula(inputs, lengths, past, heads, kv_heads, 8), strict=True):
+def test_attention(dtype, options, heads, kv_heads, lengths, past):
+    inputs = attention_inputs(dtype, lengths, past, heads, kv_heads, 8, 14, options)
+    results = attention_op(heads, kv_heads, options).reference(*inputs)
+    formula = attention_formula(inputs, lengths, past, heads, kv_heads, 8, options)
+    for result, expected in zip(results, formula, strict=True):
         assert result.dtype == dtype
         assert error(result, expected) < TOLERANCE[dtype]
 
 
-def check_portable_attention(dtype, step, lengths, past, heads, kv_heads):
-    inputs = attention_inputs(dtype, lengths, past, heads, kv_heads, 8, max_length=24)
-    op = Attention(heads, kv_heads, 8)
+@dtypes
+@pytest.mark.parametrize("options", QUANTIZED.values(), ids=QUANTIZED)
+def test_attention_with_a_cache_of_8_bits(dtype, options):
+    lengths, past = (5, 1, 3), (2, 10, 0)
+    inputs = attention_inputs(dtype, lengths, past, 6, 2, 8, 14, options)
+    result, keys, values = attention_op(6, 2, options).reference(*inputs)
+    expected, *caches = attention_formula(inputs, lengths, past, 6, 2, 8, options)
+    assert error(result, expected) < TOLERANCE[dtype]
+    for cache, scale, wanted in zip((keys, values), inputs[-2:], caches, strict=True):
+        assert error(cache.double() * scale[0], wanted) == 0
+
+
+def check_portable_attention(dtype, step, lengths, past, heads, kv_heads, options):
+    inputs = attention_inputs(dtype, lengths, past, heads, kv_heads, 8, 24, options)
+    op = attention_op(heads, kv_heads, options)
     expected, *expected_caches = op.reference(*inputs)
     result, *caches = op.portable(step, *inputs)
+    assert result.dtype == dtype
     assert error(result, expected) < TOLERANCE[dtype]
-    formula, *_ = attention_formula(inputs, lengths, past, heads, kv_heads, 8)
+    formula, *_ = attention_formula(inputs, lengths, past, heads, kv_heads, 8, options)
     assert error(result, formula) < TOLERANCE[dtype]
-    for cache, given, wanted in zip(caches, inputs[3:5], expected_caches, strict=True):
+    for cache, given, wanted in zip(caches, inputs[1:3], expected_caches, strict=True):
         assert cache.data_ptr() == given.data_ptr()  # updated in place
-        assert torch.equal(cache, wanted)
+        assert torch.equal(cache.float(), wanted.float())
+
+
+every_option = pytest.mark.parametrize("options", (OPTIONS | QUANTIZED).values(), ids=OPTIONS | QUANTIZED)
 
 
 @working_dtypes
+@every_option
 @HEADS
 @pytest.mark.parametrize("lengths", [(1,), (9,), (6, 6, 6), (1, 1), (5, 1, 8), (7, 7, 2)])
-def test_portable_attention_context_phase(dtype, heads, kv_heads, lengths):
+def test_portable_attention_context_phase(dtype, options, heads, kv_heads, lengths):
     step = StepContext(torch.arange(len(lengths)), list(lengths), max(lengths))
-    check_portable_attention(dtype, step, lengths, (0,) * len(lengths), heads, kv_heads)
+    check_portable_attention(dtype, step, lengths, (0,) * len(lengths), heads, kv_heads, options)
 
 
 @working_dtypes
+@every_option
 @HEADS
 @pytest.mark.parametrize(
     ("past", "bound", "exact"),
@@ -263,22 +386,28 @@ def test_portable_attention_context_phase(dtype, heads, kv_heads, lengths):
         ((2, 9), 24, False),
     ],
 )
-def test_portable_attention_generation_phase(dtype, heads, kv_heads, past, bound, exact):
-    """One token a sequence; `exact` needs no mask, a larger bound or ragged lengths do."""
+def test_portable_attention_generation_phase(dtype, options, heads, kv_heads, past, bound, exact):
+    """One token a sequence; `exact` needs no mask but ALiBi's, a larger bound or ragged lengths do."""
     step = StepContext(torch.arange(len(past)), None, bound, exact)
-    check_portable_attention(dtype, step, (1,) * len(past), past, heads, kv_heads)
+    check_portable_attention(dtype, step, (1,) * len(past), past, heads, kv_heads, options)
 
 
 # Shape rules
 
 
-def attention_of(width=48, key=("batch", 2, 32, 8), value=("batch", 2, 32, 8), dtype=torch.float32):
+ROTARY = [("tokens", 8)] * 2
+
+
+def attention_of(
+    width=48, key=("batch", 2, 32, 8), value=("batch", 2, 32, 8), dtype=torch.float32, positional=ROTARY, logn=None
+):
     network = Network()
     x = network.input("x", dtype, ("tokens", width))
-    rotary = [network.input(name, dtype, ("tokens", 8)) for name in ("cos", "sin")]
+    positional = [network.input(f"positional{i}", torch.float32, shape) for i, shape in enumerate(positional)]
+    logn = logn and network.input("logn", *logn)
     cache = [network.input(name, dtype, shape) for name, shape in (("key", key), ("value", value))]
     integers = [network.input(name, torch.int32, (dim,)) for name, dim in (("p", "tokens"), ("s", "s"), ("l", "batch"))]
-    return ops.attention(x, tuple(rotary), tuple(cache), *integers, 2, 2, 8)
+    return ops.attention(x, tuple(positional), tuple(cache), *integers, 2, 2, 8, logn)
 
 
 def test_attention_infers_its_outputs():
@@ -294,6 +423,10 @@ def test_attention_infers_its_outputs():
         {"value": ("batch", 2, 31, 8)},
         {"key": ("batch", 1, 32, 8), "value": ("batch", 1, 32, 8)},
         {"key": ("batch", 2, 32, 4), "value": ("batch", 2, 32, 4)},
+        {"positional": [("tokens", 4)] * 2},
+        {"positional": [(3,)]},
+        {"logn": (torch.float32, ("rows",))},
+        {"logn": (torch.float16, ("tokens",))},
     ],
 )
 def test_attention_refuses_shapes_that_do_not_fit(arguments):
@@ -322,5 +455,10 @@ def test_inferred_shapes():
     assert (hidden.dtype, hidden.shape) == (torch.float16, ("tokens", 8))
     assert ops.swiglu(hidden).shape == ("tokens", 4)
     assert ops.select_rows(hidden, network.input("indices", torch.int32, ("rows",))).shape == ("rows", 8)
+    factors = ops.log_n(ids, 100, torch.bfloat16)
+    assert (factors.dtype, factors.shape) == (torch.bfloat16, ("tokens",))
+    frequencies = ops.prompt_ntk(network.input("rows_of_frequencies", torch.float32, (3, 4)), ids, 16)
+    assert (frequencies.dtype, frequencies.shape) == (torch.float32, ("tokens", 4))
+    assert [x.shape for x in ops.rotary_embedding(ids, frequencies, torch.float16)] == [("tokens", 8)] * 2
     cos, sin = ops.rotary_embedding(ids, network.input("f", torch.float32, (4,)), torch.float16)
     assert (cos.dtype, cos.shape, sin.shape) == (torch.float16, ("tokens", 8), ("tokens", 8))

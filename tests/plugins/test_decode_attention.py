@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from trtbuild.models.alibi import alibi_slopes
 from trtbuild.network.ops.attention import Attention
 from trtbuild.network.rounding import quantize
 
@@ -11,10 +12,18 @@ pytest.importorskip("triton", "3.9")  # earlier interpreters fail with numpy 2.4
 from trtbuild.plugins.decode_attention import decode_attention
 
 
-def case(heads: int, kv_heads: int, head_dim: int, positions: list[int], max_length: int, cache_dtype: torch.dtype):
+def case(
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    positions: list[int],
+    max_length: int,
+    cache_dtype: torch.dtype,
+    alibi: bool = False,
+):
     """Arguments of the kernel, and what `Attention.reference` makes of them in float64."""
     torch.manual_seed(heads)
-    op = Attention(heads, kv_heads, head_dim)
+    op = Attention(heads, kv_heads, head_dim, "alibi" if alibi else "rope")
     batch = len(positions)
     qkv = torch.randn(batch, sum(op.sizes)).half()
     caches, scales = torch.randn(2, batch, kv_heads, max_length, head_dim).half(), ()
@@ -25,15 +34,18 @@ def case(heads: int, kv_heads: int, head_dim: int, positions: list[int], max_len
         for cache, scale in zip(caches, scales or (None, None), strict=True)
     )
     position_ids, starts = torch.tensor(positions, dtype=torch.int32), torch.arange(batch + 1, dtype=torch.int32)
-    rotary = torch.ones(batch, head_dim), torch.zeros(batch, head_dim)
+    positional = (alibi_slopes(heads),) if alibi else (torch.ones(batch, head_dim), torch.zeros(batch, head_dim))
     wide = [cache if scales else cache.double() for cache in (keys, values)]
     output, *present = op.reference(
-        qkv.double(), *(x.double() for x in rotary), *wide, position_ids, starts, position_ids, *scales
+        qkv.double(), *wide, position_ids, starts, position_ids, *(x.double() for x in positional), *scales
     )
-    q = op.rotated(qkv, *(x.half() for x in rotary))[0]
-    return (q, *(p.to(cache_dtype) for p in present), *(scales or (None, None)), position_ids, max_length), output
+    q = op.heads(qkv)[0]  # not rotated: by an angle of 0
+    slopes = positional[0] if alibi else None
+    caches = (p.to(cache_dtype) for p in present)
+    return (q, *caches, *(scales or (None, None)), position_ids, max_length, slopes), output
 
 
+@pytest.mark.parametrize("alibi", [False, True], ids=["plain", "alibi"])
 @pytest.mark.parametrize("cache_dtype", [torch.float16, torch.int8, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "positions", "max_length"),
@@ -45,14 +57,15 @@ def case(heads: int, kv_heads: int, head_dim: int, positions: list[int], max_len
         (20, 1, 16, [90], 100),  # more heads in a group than a block of rows
     ],
 )
-def test_decode_attention(heads, kv_heads, head_dim, positions, max_length, cache_dtype):
-    arguments, expected = case(heads, kv_heads, head_dim, positions, max_length, cache_dtype)
+def test_decode_attention(heads, kv_heads, head_dim, positions, max_length, cache_dtype, alibi):
+    arguments, expected = case(heads, kv_heads, head_dim, positions, max_length, cache_dtype, alibi)
     actual = decode_attention(*arguments)
     assert (actual.double() - expected).norm() / expected.norm() < 1e-3
 
 
-def test_what_lies_beyond_a_sequence_does_not_matter():
-    arguments, expected = case(4, 2, 16, [100, 3], 200, torch.float16)
+@pytest.mark.parametrize("alibi", [False, True], ids=["plain", "alibi"])
+def test_what_lies_beyond_a_sequence_does_not_matter(alibi):
+    arguments, expected = case(4, 2, 16, [100, 3], 200, torch.float16, alibi)
     for cache in arguments[1:3]:
         cache[0, :, 101:] = cache[1, :, 4:] = float("nan")
     assert (decode_attention(*arguments).double() - expected).norm() / expected.norm() < 1e-3

@@ -6,10 +6,15 @@ from outlier_models import write_model
 from transformers import AutoModelForCausalLM
 
 from trtbuild.checkpoint.canonical import Checkpoint
+from trtbuild.engine.config import BuildLimits
+from trtbuild.engine.portable import PortableEngine
+from trtbuild.models.decoder import decoder
+from trtbuild.quantization.calibration import activation_ranges
 from trtbuild.quantization.layer import PRODUCTS
 from trtbuild.quantization.quantize import quantize
 from trtbuild.quantization.recipe import quantization_of
 from trtbuild.quantization.traversal import Traversal
+from trtbuild.runtime.session import PortableSession
 
 CPU = torch.device("cpu")
 SAMPLES = [list(range(2, 2 + n)) for n in (5, 1, 30, 5)]
@@ -132,6 +137,37 @@ def test_observe_keeps_the_largest(folder):
     assert kinds.count("DenseLinear") == 8 * len(SAMPLES)
     assert kinds.count("Attention") == 2 * len(SAMPLES)
     assert all(x.ndim == 1 for name, x in traversal.observed.items() if "attention" not in name)
+
+
+POSITIONS = {
+    "alibi": {"family": "baichuan", "position_embedding": "alibi"},
+    "qwen": {"family": "qwen", "ntk_length": 16, "logn_length": 8},
+    "qwen, short": {"family": "qwen", "ntk_length": 512, "logn_length": 512},
+}
+
+
+@pytest.mark.parametrize("extension", POSITIONS.values(), ids=POSITIONS)
+def test_positions_that_no_transformers_model_has(tmp_path, extension):
+    """Layer by layer as in a session: what the head reads, and the keys and values that the caches receive."""
+    checkpoint = Checkpoint(write_model(tmp_path / "checkpoint", trtbuild=extension))
+    limits = BuildLimits(max_batch_size=1, max_input_len=32, max_output_len=1)
+    network = decoder(checkpoint.config, checkpoint.__getitem__, torch.float32, limits.max_length)
+    session = PortableSession(PortableEngine(network, limits, CPU))
+    logits, largest = [], {}
+    for sample in SAMPLES:
+        logits.append(session.prefill([sample], all_logits=True))
+        for name, cache in session.cache.buffers.items():
+            kind, layer = name.split("_cache.")
+            x = cache[0, :, : len(sample)].abs().amax(1).flatten()
+            name = f"model.layers.{layer}.self_attn.{kind}"
+            largest[name] = torch.maximum(x, largest.get(name, x))
+    inputs, _ = traverse(checkpoint.folder)
+    head = checkpoint["lm_head.weight"].load()
+    assert error([x @ head.T for x in inputs["lm_head"]], logits) < 1e-5
+    ranges = activation_ranges(checkpoint, SAMPLES, CPU)
+    names = [name for name in ranges if name.endswith(("self_attn.key", "self_attn.value"))]
+    assert {*names} == {*largest}
+    assert error([ranges[name] for name in names], [largest[name] for name in names]) < 1e-5
 
 
 def test_quantized_weights_are_widened(tmp_path):

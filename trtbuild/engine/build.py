@@ -14,6 +14,7 @@ from trtbuild.files import atomic, refuse_output_over_input
 from trtbuild.models.decoder import QuantizedCache, decoder
 from trtbuild.models.mapping import Mapping
 from trtbuild.progress import byte_bar
+from trtbuild.rehearsal import marker
 
 
 def build_portable(
@@ -83,6 +84,7 @@ def write_engine_config(
         limits=dataclasses.asdict(limits),
         remove_input_padding=remove_input_padding,
         builders=builders,
+        **marker(model),
     )
 
 

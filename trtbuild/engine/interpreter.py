@@ -144,6 +144,7 @@ def _unary(layer):
         "ABS": torch.abs,
         "COS": torch.cos,
         "SIN": torch.sin,
+        "LOG": torch.log,
     }[layer.op.name]
 
 
@@ -282,6 +283,8 @@ def _attention(attention):
     inputs += [attention.mask, attention.key_value_lengths]
 
     def compute(q, k, v, mask, kv_lengths):
+        if mask.dtype not in (torch.bool, q.dtype):
+            raise TypeError(f"attention of {q.dtype} with a mask of {mask.dtype}")
         inside = torch.arange(k.shape[2]) < kv_lengths[:, None, None, None]
         if mask.dtype == torch.bool:
             allowed = torch.zeros(mask.shape).masked_fill(~(mask & inside), float("-inf"))

@@ -37,8 +37,13 @@ class Lowering:
             torch.uint8: trt.int4,  # two a byte, see `constant`
         }[dtype]
 
+    def torch_dtype(self, x) -> torch.dtype:
+        """The floating-point type of a tensor."""
+        dtypes = (torch.float32, torch.float16, torch.bfloat16)
+        return next(dtype for dtype in dtypes if self.dtype(dtype) == x.dtype)
+
     def once(self, key, make):
-        """`make()` the first time `key` is asked for, the same tensor afterwards."""
+        """`make()` the first time `key` is asked for, the same afterwards."""
         if key not in self._once:
             self._once[key] = make()
         return self._once[key]
@@ -217,12 +222,12 @@ class Lowering:
         return self.definition.add_rotary_embedding(x, cos, sin, False, x.shape[3]).get_output(0)
 
     def scale(self, x, factor: float):
-        dtype = next(
-            torch_type
-            for torch_type in (torch.float32, torch.float16, torch.bfloat16)
-            if self.dtype(torch_type) == x.dtype
-        )
-        return self.elementwise("PROD", x, self.scalar(factor, dtype, rank=4))
+        return self.elementwise("PROD", x, self.scalar(factor, self.torch_dtype(x), rank=4))
+
+    def scale_tokens(self, x, factors):
+        """`x` `[batch, heads, query_len, head_dim]` times a factor a token, `[tokens]`, in its dtype."""
+        padded = self.once(("padded", factors.name), lambda: self.reshape(self.pad(factors, 1), (0, 1, -1, 1)))
+        return self.elementwise("PROD", x, padded)
 
     def update_cache(self, cache, new, write_indices):
         """Writes `[batch, kv_heads, query_len, head_dim]` into the cache from each sequence's write index on."""
@@ -254,20 +259,49 @@ class Lowering:
         rows = self.elementwise("MIN", self.elementwise("MAX", ahead, zero), last)
         return self.reshape(self.elementwise("LESS", ahead, zero), (0, 1, -1, 1)), rows
 
-    def attend(self, q, keys, values, position_ids):
-        """Attention of scaled queries over whole caches, masked by position."""
+    def attend(self, q, keys, values, position_ids, slopes=None):
+        """Attention of scaled queries over whole caches, masked by position; ALiBi with `slopes` `[heads]`."""
         trt = self.trt
         layer = self.definition.add_attention_v2(
             q, keys, values, trt.AttentionNormalizationOp.SOFTMAX, trt.CausalMaskKind.NONE
         )
-        layer.mask = self.once("mask", lambda: self._mask(position_ids, keys.shape[2]))
+        max_length = keys.shape[2]
+        layer.mask = self.once(
+            "mask",
+            lambda: (
+                self._mask(position_ids, max_length)
+                if slopes is None
+                else self._biased_mask(position_ids, slopes, max_length, like=q)
+            ),
+        )
         layer.key_value_lengths = self.inputs["kv_lengths"]
         layer.decomposable = True
         return layer.get_output(0)
 
     def _mask(self, position_ids, max_length: int):
         """`[batch, 1, query_len, max_length]`: true where the key's position is not after the query's."""
-        positions = self.reshape(self.pad(position_ids, 1), (0, 1, -1, 1))
-        keys = self.constant(torch.arange(max_length, dtype=torch.int32).reshape(1, 1, 1, -1))
-        limit = self.elementwise("SUM", positions, self.scalar(1, torch.int32, rank=4))
-        return self.elementwise("LESS", keys, limit)
+        queries, keys = self._positions(position_ids, max_length)
+        return self.elementwise("LESS", keys, self.elementwise("SUM", queries, self.scalar(1, torch.int32, rank=4)))
+
+    def _biased_mask(self, position_ids, slopes, max_length: int, like):
+        """ALiBi's biases in the dtype of `like`, `[batch, heads, query_len, max_length]`.
+
+        Where `_mask` is false, half the dtype's lowest number: minus infinity can become NaN in a softmax that goes
+        block by block and meets a block that is masked as a whole, and the lowest number may overflow with a score.
+        """
+        queries, keys = self._positions(position_ids, max_length)
+        distances = self.cast(self.elementwise("SUB", keys, queries), torch.float32)
+        bias = self.elementwise("PROD", distances, self.reshape(slopes, (1, -1, 1, 1)))
+        dtype = self.torch_dtype(like)
+        masked = self.scalar(torch.finfo(dtype).min / 2, dtype, rank=4)
+        allowed = self._mask(position_ids, max_length)
+        return self.definition.add_select(allowed, self.cast(bias, dtype), masked).get_output(0)
+
+    def _positions(self, position_ids, max_length: int):
+        """Of the queries, `[batch, 1, query_len, 1]`, and of the keys, `[1, 1, 1, max_length]`."""
+
+        def make():
+            queries = self.reshape(self.pad(position_ids, 1), (0, 1, -1, 1))
+            return queries, self.constant(torch.arange(max_length, dtype=torch.int32).reshape(1, 1, 1, -1))
+
+        return self.once("positions", make)

@@ -15,7 +15,7 @@ from trtbuild.linear import linear  # noqa: F401 (makes the weight formats' oper
 from trtbuild.network import Network, ops  # noqa: F401 (makes the operations known)
 
 METADATA_KEY = "trtbuild"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def write_portable(
@@ -63,6 +63,7 @@ class StepContext:
         self.exact = exact
         self._slots: tuple[torch.Tensor, torch.Tensor] | None = None
         self._mask: torch.Tensor | None = None
+        self._alibi: torch.Tensor | None = None
 
     def slots(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Sequence and position, int64, of the cache entry that each sequence's new token takes; made once a step."""
@@ -81,6 +82,30 @@ class StepContext:
             mask = torch.zeros(beyond.shape, device=device, dtype=dtype).masked_fill_(beyond, float("-inf"))
             self._mask = mask[:, None, None]
         return self._mask
+
+    def alibi(
+        self, position_ids: torch.Tensor, slopes: torch.Tensor, kv_heads: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """ALiBi's biases to add to scores, minus infinity where a query may not look; made once a step.
+
+        Context phase: `[1, heads, n, n]`, n the longest prompt; for a shorter one take what its positions need.
+        Generation phase: `[batch, kv_heads, group, kv_bound]`. In `dtype`; float32 on a CPU, where that is free.
+        """
+        if self._alibi is None:
+            device = slopes.device
+            keys = torch.arange(self.kv_bound, device=device, dtype=torch.int32)
+            if self.lengths is None:
+                queries, slopes = position_ids[:, None, None, None], slopes.view(kv_heads, -1, 1)
+            else:
+                queries, slopes = keys[:, None], slopes[None, :, None, None]
+            distances = (keys - queries).float()
+            distances.masked_fill_(distances > 0, float("-inf"))
+            *rows, width = torch.broadcast_shapes(slopes.shape, distances.shape)
+            # Rows start at multiples of 8: of others, fused attention on CUDA would make such a copy in every layer.
+            dtype = dtype if slopes.is_cuda else torch.float32
+            biases = torch.empty(*rows, -(-width // 8) * 8, device=device, dtype=dtype)[..., :width]
+            self._alibi = torch.mul(slopes, distances, out=biases)
+        return self._alibi
 
 
 class PortableEngine:

@@ -9,7 +9,7 @@ from trtbuild.errors import UserError
 from trtbuild.network import Network
 from trtbuild.progress import item_bar
 
-TOKEN_INPUTS = ("input_ids", "position_ids", "sequence_lengths")  # one number a token
+TOKEN_INPUTS = ("input_ids", "position_ids", "sequence_lengths", "prompt_lengths")  # one number a token
 
 
 class LoweredNetwork:

@@ -1,7 +1,7 @@
 """What the decoder needs to know of a model."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -9,6 +9,14 @@ import torch
 from trtbuild.errors import UserError
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
+EXTENSION = "trtbuild"  # key of config.json with what Hugging Face's LLaMA configuration has no words for
+# A layer's products, in the order in which they run, and the projections that each computes at once.
+PRODUCTS = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attn.o_proj": ("self_attn.o_proj",),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down_proj": ("mlp.down_proj",),
+}
 
 
 @dataclass(frozen=True)
@@ -16,7 +24,8 @@ class RopeConfig:
     """Rotary position embedding: base and scaling, in the terms of Hugging Face's `rope_parameters`.
 
     Sources: RoFormer (arXiv 2104.09864); linear: position interpolation (arXiv 2306.15595); dynamic: NTK-aware base
-    that grows with the sequence; llama3: frequency-dependent interpolation as released with Llama 3.1.
+    that grows with the sequence; llama3: frequency-dependent interpolation as released with Llama 3.1. qwen: the first
+    Qwen's dynamic NTK (arXiv 2309.16609), whose base is chosen once a sequence, by the length of its prompt.
     """
 
     theta: float = 10000.0
@@ -49,7 +58,7 @@ class RopeConfig:
         )
 
     def inverse_frequencies(self, head_dim: int) -> torch.Tensor:
-        """`[head_dim / 2]` float32, radians per position; for `dynamic`, those of a sequence within the limit."""
+        """`[head_dim / 2]` float32, radians per position; of `dynamic` and `qwen`, for a sequence within the limit."""
         exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
         frequencies = 1.0 / self.theta**exponents
         if self.type == "linear":
@@ -66,6 +75,18 @@ class RopeConfig:
             frequencies = torch.where((wavelengths <= low) & (wavelengths >= high), blended, scaled)
         return frequencies
 
+    def qwen_frequencies(self, head_dim: int, max_length: int) -> torch.Tensor:
+        """`[n, head_dim / 2]` float32; row 0 serves prompts up to `original_max_position_embeddings`.
+
+        Row c is for prompts of up to `2**c` times that, with `alpha ** (d / (d - 2))` times the base and `alpha =
+        2**(c + 1) - 1`; n rows serve up to `max_length`.
+        """
+        rows = 1 + max(0, math.ceil(math.log2(max_length / self.original_max_position_embeddings)))
+        alphas = 2.0 ** torch.arange(1, rows + 1, dtype=torch.float64) - 1
+        bases = self.theta * alphas ** (head_dim / (head_dim - 2))
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+        return (bases[:, None] ** -exponents).float()
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -81,11 +102,53 @@ class ModelConfig:
     head_dim: int
     max_position_embeddings: int
     rms_norm_eps: float
-    rope: RopeConfig
+    rope: RopeConfig | None  # None: ALiBi (arXiv 2108.12409)
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     attention_out_bias: bool = False
     mlp_bias: bool = False
+    # Queries at position p >= logn_length are multiplied by log(p + 1) / log(logn_length) (Qwen); 0: never.
+    logn_length: int = 0
+
+    @classmethod
+    def from_canonical(cls, config: dict, where: Path | str) -> "ModelConfig":
+        """Reads a canonical `config.json`: Hugging Face's LLaMA configuration, and what that lacks under `trtbuild`.
+
+        Raises `KeyError` for a missing key and `UserError` for one that is wrong.
+        """
+        extension = config.get(EXTENSION, {})
+        heads = config["num_attention_heads"]
+        kv_heads = config.get("num_key_value_heads") or heads
+        if heads % kv_heads:
+            raise UserError(f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+        if not config.get("head_dim") and config["hidden_size"] % heads:
+            raise UserError(f"{where}: hidden_size {config['hidden_size']} is not a multiple of the {heads} heads")
+        if config.get("hidden_act", "silu") != "silu":
+            raise UserError(f"{where}: hidden_act {config['hidden_act']!r} is not supported; SwiGLU models use 'silu'")
+        rope = None
+        if extension.get("position_embedding") != "alibi":
+            rope = RopeConfig.from_hugging_face(config, where)
+        if ntk_length := extension.get("ntk_length"):
+            rope = replace(rope, type="qwen", original_max_position_embeddings=ntk_length)
+        bias = bool(config.get("attention_bias", False))
+        return cls(
+            family=extension.get("family", "llama"),
+            vocab_size=config["vocab_size"],
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"],
+            num_hidden_layers=config["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            max_position_embeddings=config["max_position_embeddings"],
+            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+            rope=rope,
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            attention_bias=bias,
+            attention_out_bias=bool(extension.get("attention_out_bias", bias)),
+            mlp_bias=bool(config.get("mlp_bias", False)),
+            logn_length=extension.get("logn_length", 0),
+        )
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical name to shape of every tensor the model has, in the order in which they are stored."""

@@ -7,6 +7,7 @@ import torch
 
 from trtbuild.checkpoint.lazy import from_tensor
 from trtbuild.linear.linear import Weight, linear
+from trtbuild.models.alibi import alibi_slopes
 from trtbuild.models.config import ModelConfig
 from trtbuild.models.mapping import Mapping
 from trtbuild.network import Network, Tensor, ops
@@ -26,9 +27,13 @@ class QuantizedCache:
 
 @dataclass(frozen=True)
 class Step:
-    """What every layer of a network reads besides the hidden states."""
+    """What every layer of a network reads besides the hidden states.
 
-    rotary: tuple[Tensor, Tensor]
+    `positional`: RoPE's cos and sin, or ALiBi's slopes; `logn`: the queries' factors, where there are such.
+    """
+
+    positional: tuple[Tensor, ...]
+    logn: Tensor | None
     position_ids: Tensor
     query_starts: Tensor
     past_lengths: Tensor
@@ -46,11 +51,12 @@ def decoder(
 
     `weights` maps a canonical name to its tensor, quantized or not. Inputs, all int32: `input_ids`, `position_ids`
     `[tokens]`; `query_starts` `[batch + 1]`, the packed rows at which sequences start; `past_lengths` `[batch]`;
-    `logits_indices` `[rows]`; with dynamic RoPE `sequence_lengths` `[tokens]`; then `key_cache.i` and `value_cache.i`,
-    `[batch, kv_heads, max_length, head_dim]`. Outputs: `logits` `[rows, vocab]`, `present_key.i`, `present_value.i`.
+    `logits_indices` `[rows]`; where RoPE's base follows a sequence's length `sequence_lengths` `[tokens]`, its prompt's
+    `prompt_lengths` `[tokens]`; then `key_cache.i` and `value_cache.i`, `[batch, kv_heads, max_length, head_dim]`.
+    Outputs: `logits` `[rows, vocab]`, `present_key.i`, `present_value.i`.
     """
     network = Network()
-    hidden, step = embedding(network, config, weights, dtype)
+    hidden, step = embedding(network, config, weights, dtype, max_length)
     logits_indices = network.input("logits_indices", torch.int32, ("rows",))
     presents = []
     for i in range(config.num_hidden_layers):
@@ -67,13 +73,22 @@ def decoder(
     return network
 
 
-def embedding(network: Network, config: ModelConfig, weights: Weights, dtype: torch.dtype) -> tuple[Tensor, Step]:
-    """Declares a step's inputs; the first layer's hidden states, `[tokens, hidden]`, and what all layers share."""
+def embedding(
+    network: Network, config: ModelConfig, weights: Weights, dtype: torch.dtype, max_length: int
+) -> tuple[Tensor, Step]:
+    """Declares a step's inputs; the first layer's hidden states, `[tokens, hidden]`, and what all layers share.
+
+    What a model does to sequences longer than `max_length` alone is left out.
+    """
     input_ids = network.input("input_ids", torch.int32, ("tokens",))
     position_ids = network.input("position_ids", torch.int32, ("tokens",))
     query_starts = network.input("query_starts", torch.int32, ("starts",))
     past_lengths = network.input("past_lengths", torch.int32, ("batch",))
-    step = Step(_rotary(network, config, position_ids, dtype), position_ids, query_starts, past_lengths)
+    positional = _positional(network, config, position_ids, dtype, max_length)
+    logn = None
+    if 0 < config.logn_length < max_length:
+        logn = ops.log_n(position_ids, config.logn_length, dtype)
+    step = Step(positional, logn, position_ids, query_starts, past_lengths)
     table = network.constant("model.embed_tokens.weight", weights("model.embed_tokens.weight").to(dtype))
     return ops.embedding(input_ids, table), step
 
@@ -108,7 +123,7 @@ def decoder_layer(
     qkv = project(x, f"{attn}.qkv_proj", *(f"{attn}.{name}_proj" for name in "qkv"), bias=config.attention_bias)
     x, *present = ops.attention(
         qkv,
-        step.rotary,
+        step.positional,
         kv_cache,
         step.position_ids,
         step.query_starts,
@@ -116,6 +131,7 @@ def decoder_layer(
         config.num_attention_heads,
         config.num_key_value_heads,
         config.head_dim,
+        step.logn,
     )
     hidden = ops.add(hidden, project(x, f"{attn}.o_proj", f"{attn}.o_proj", bias=config.attention_out_bias))
 
@@ -139,16 +155,25 @@ def _norm(network: Network, weights: Weights, name: str, dtype: torch.dtype) -> 
     return network.constant(f"{name}.weight", weights(f"{name}.weight").to(dtype))
 
 
-def _rotary(network: Network, config: ModelConfig, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    frequencies = from_tensor(config.rope.inverse_frequencies(config.head_dim))
-    inverse_frequencies = network.constant("rotary.inverse_frequencies", frequencies)
-    if config.rope.type != "dynamic":
+def _positional(
+    network: Network, config: ModelConfig, position_ids: Tensor, dtype: torch.dtype, max_length: int
+) -> tuple[Tensor, ...]:
+    """RoPE's cos and sin, or ALiBi's slopes."""
+    rope = config.rope
+    if rope is None:
+        return (network.constant("alibi.slopes", from_tensor(alibi_slopes(config.num_attention_heads))),)
+
+    def frequencies(values: torch.Tensor) -> Tensor:
+        return network.constant("rotary.inverse_frequencies", from_tensor(values))
+
+    def lengths(of: str) -> Tensor:
+        return network.input(f"{of}_lengths", torch.int32, ("tokens",))
+
+    limit = rope.original_max_position_embeddings
+    if rope.type == "qwen" and max_length > limit:
+        table = frequencies(rope.qwen_frequencies(config.head_dim, max_length))
+        return ops.rotary_embedding(position_ids, ops.prompt_ntk(table, lengths("prompt"), limit), dtype)
+    inverse_frequencies = frequencies(rope.inverse_frequencies(config.head_dim))
+    if rope.type != "dynamic":
         return ops.rotary_embedding(position_ids, inverse_frequencies, dtype)
-    return ops.rotary_embedding(
-        position_ids,
-        inverse_frequencies,
-        dtype,
-        network.input("sequence_lengths", torch.int32, ("tokens",)),
-        config.rope.factor,
-        config.rope.original_max_position_embeddings,
-    )
+    return ops.rotary_embedding(position_ids, inverse_frequencies, dtype, lengths("sequence"), rope.factor, limit)

@@ -1,10 +1,10 @@
 """Attention of one new token a sequence over its cache, with grouped heads and a cache of 16 or 8 bits.
 
-`decode_attention(q, key_cache, value_cache, key_scale, value_scale, position_ids, kv_bound)` equals, for every sequence
-`b`, query head `h` and its KV head `g = h // (heads / kv_heads)`, with `n = position_ids[b] + 1`,
+`decode_attention(q, key_cache, value_cache, key_scale, value_scale, position_ids, kv_bound, slopes)` equals, for every
+sequence `b`, query head `h` and its KV head `g = h // (heads / kv_heads)`, with `n = position_ids[b] + 1`,
 
     keys, values = key_cache[b, g, :n] * key_scale[g], value_cache[b, g, :n] * value_scale[g]
-    output[b, h] = softmax(keys @ q[b, h] * head_dim**-0.5) @ values
+    output[b, h] = softmax(keys @ q[b, h] * head_dim**-0.5 + slopes[h] * (arange(n) - (n - 1))) @ values
 
 A step reads the cache and little else, and one sequence has fewer KV heads than a GPU has multiprocessors. So the cache
 is split along its length: a program attends over one part for all query heads of a KV head, and a second, small kernel
@@ -24,6 +24,7 @@ from trtbuild.plugins.processors import processors
 PROGRAMS_PER_PROCESSOR = 4  # to keep enough loads in flight
 MIN_PART = 128  # positions; a shorter part costs more in merging than it gains
 BLOCK = 64  # positions read at a time
+LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 def decode_attention(
@@ -34,11 +35,13 @@ def decode_attention(
     value_scale: torch.Tensor | None,
     position_ids: torch.Tensor,
     kv_bound: int,
+    slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`[batch, heads, head_dim]` to `[batch, heads * head_dim]`.
 
     Caches `[batch, kv_heads, max_length, head_dim]` in float16, bfloat16, or int8 or float8_e4m3fn with scales float32
-    `[kv_heads]`; `position_ids` int32 `[batch]`, all below `kv_bound`; `head_dim` a power of two.
+    `[kv_heads]`; `position_ids` int32 `[batch]`, all below `kv_bound`; `head_dim` a power of two; for ALiBi
+    `slopes`, float32 `[heads]`.
     """
     batch, heads, head_dim = q.shape
     kv_heads = key_cache.shape[1]
@@ -50,7 +53,7 @@ def decode_attention(
         partial = q.new_empty(batch, heads, parts, head_dim, dtype=torch.float32)
         sums = q.new_empty(batch, heads, parts, dtype=torch.float32)
     _part_kernel[parts, kv_heads, batch](
-        q, key_cache, value_cache, key_scale, value_scale, position_ids, partial, sums,
+        q, key_cache, value_cache, key_scale, value_scale, position_ids, slopes, partial, sums,
         *q.stride()[:2], *key_cache.stride()[:2], heads, head_dim**-0.5 * math.log2(math.e),
         GROUP=heads // kv_heads, BLOCK_H=max(16, triton.next_power_of_2(heads // kv_heads)), BLOCK=BLOCK,
         HEAD_DIM=head_dim, num_warps=4, num_stages=2,
@@ -64,7 +67,7 @@ def decode_attention(
 
 @triton.jit
 def _part_kernel(
-    q, key_cache, value_cache, key_scale, value_scale, position_ids, partial, sums,
+    q, key_cache, value_cache, key_scale, value_scale, position_ids, slopes, partial, sums,
     q_stride, q_head_stride, cache_stride, cache_head_stride, heads, score_scale,
     GROUP: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
@@ -86,6 +89,8 @@ def _part_kernel(
     values = value_cache + start_of_head + d[None, :]
     if key_scale is not None:
         score_scale *= tl.load(key_scale + kv_head)
+    if slopes is not None:
+        slope = tl.load(slopes + head, mask=member < GROUP, other=0.0) * LOG2_E
 
     highest = tl.full((BLOCK_H,), float("-inf"), tl.float32)
     weight_sum = tl.zeros((BLOCK_H,), tl.float32)
@@ -94,6 +99,8 @@ def _part_kernel(
         at = start + t
         k = tl.load(keys + at[None, :] * HEAD_DIM, mask=at[None, :] < end, other=0.0)
         scores = tl.dot(queries, _widened(k, queries), input_precision="ieee") * score_scale
+        if slopes is not None:
+            scores += slope[:, None] * (at + 1 - length)[None, :]
         scores = tl.where(at[None, :] < end, scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
         weights = tl.exp2(scores - higher[:, None])

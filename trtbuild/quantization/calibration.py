@@ -97,8 +97,9 @@ def _observe(node: Node, inputs: list[torch.Tensor], outputs: tuple[torch.Tensor
         name = node.inputs[1].removesuffix(".weight")
         return {f"{name}.input": _absmax(inputs[0]), f"{name}.output": _absmax(outputs[0])}
     if isinstance(node.op, Attention):
-        _, keys, values = node.op.rotated(*inputs[:3])
-        layer = node.inputs[3].rpartition(".")[2]
+        rotary, *_ = node.op.options(inputs[6:])
+        _, keys, values = node.op.heads(inputs[0], rotary)
+        layer = node.inputs[1].rpartition(".")[2]  # of the key cache
         names = (f"model.layers.{layer}.self_attn.{kind}" for kind in ("key", "value"))
         return {name: _absmax(x.flatten(1)) for name, x in zip(names, (keys, values), strict=True)}
     return {}

@@ -7,15 +7,8 @@ import torch
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.checkpoint.lazy import concatenate
 from trtbuild.errors import UserError
-from trtbuild.models.config import ModelConfig
+from trtbuild.models.config import PRODUCTS, ModelConfig
 
-# A layer's products, in the order in which they run, and the projections that each computes at once.
-PRODUCTS = {
-    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "self_attn.o_proj": ("self_attn.o_proj",),
-    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
-    "mlp.down_proj": ("mlp.down_proj",),
-}
 PROJECTIONS = [part for parts in PRODUCTS.values() for part in parts]
 NORMS = {"self_attn.qkv_proj": "input_layernorm", "mlp.gate_up_proj": "post_attention_layernorm"}
 

@@ -7,12 +7,13 @@ import torch
 
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.errors import UserError
+from trtbuild.models.config import PRODUCTS
 from trtbuild.network.rounding import DTYPES, scale_for
 from trtbuild.quantization import awq
 from trtbuild.quantization.calibration import Calibration
 from trtbuild.quantization.gptq import gptq, inverse_cholesky
 from trtbuild.quantization.grid import Int4Grid, dequantize, round_8bit
-from trtbuild.quantization.layer import PRODUCTS, LayerWeights, finite
+from trtbuild.quantization.layer import LayerWeights, finite
 from trtbuild.quantization.recipe import kept_in_16bit
 from trtbuild.quantization.smoothquant import smoothing_scales
 from trtbuild.quantization.traversal import Stop, Traversal

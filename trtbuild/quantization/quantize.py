@@ -15,9 +15,10 @@ from trtbuild.checkpoint.quantized_weight import QuantizedWeight
 from trtbuild.checkpoint.safetensors_stream import write_sharded
 from trtbuild.errors import UserError
 from trtbuild.files import atomic, read_json, refuse_output_over_input, sha256, write_json
+from trtbuild.models.config import PRODUCTS
 from trtbuild.progress import byte_bar
 from trtbuild.quantization.calibration import SMOOTHING_FILE, read_calibration, refuse_quantized
-from trtbuild.quantization.layer import PRODUCTS, every_projection
+from trtbuild.quantization.layer import every_projection
 from trtbuild.quantization.methods import METHODS, Round, Rounded, fitting
 from trtbuild.quantization.parallel import workers
 from trtbuild.quantization.recipe import kept_in_16bit, needs_ranges, quantization_of

@@ -51,8 +51,11 @@ class Traversal:
         self.observed: Values = {}
         self._batches = [_Batch(batch, device) for batch in _batches(samples, device)]
         network = Network()
-        hidden, step = embedding(network, self.config, self.weights, self.dtype)
-        outputs = {"hidden": hidden.name, "cos": step.rotary[0].name, "sin": step.rotary[1].name}
+        hidden, self._step = embedding(network, self.config, self.weights, self.dtype, self.max_length)
+        self._constants = network.constants
+        shared = (*self._step.positional, self._step.logn)
+        outputs = {x.name: x.name for x in shared if x and x.name not in network.constants}
+        outputs["hidden"] = hidden.name
         for _ in self._run(network, outputs):
             raise AssertionError("an embedding has no products")
 
@@ -75,10 +78,17 @@ class Traversal:
 
     def _inputs(self, network: Network) -> tuple[Tensor, Step]:
         """What a layer's network reads, with the names that `_Batch.values` has."""
+
+        def known(x: Tensor) -> Tensor:
+            if x.name in self._constants:
+                return network.constant(x.name, self._constants[x.name])
+            return network.input(x.name, x.dtype, x.shape)
+
         hidden = network.input("hidden", self.dtype, ("tokens", self.config.hidden_size))
-        cos, sin = (network.input(name, self.dtype, ("tokens", self.config.head_dim)) for name in ("cos", "sin"))
-        integers = {"position_ids": "tokens", "query_starts": "starts", "past_lengths": "batch"}
-        return hidden, Step((cos, sin), *(network.input(name, torch.int32, (size,)) for name, size in integers.items()))
+        step = self._step
+        logn = known(step.logn) if step.logn else None
+        integers = map(known, (step.position_ids, step.query_starts, step.past_lengths))
+        return hidden, Step(tuple(map(known, step.positional)), logn, *integers)
 
     def _run(self, network: Network, outputs: dict[str, str]) -> Iterator[Stop]:
         """Runs all batches through a network, one stretch between products at a time; keeps `outputs` in them."""

@@ -8,7 +8,7 @@ import torch
 
 from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.interpreter import Interpreter
-from trtbuild.engine.tensorrt import LoweredNetwork
+from trtbuild.engine.tensorrt import TOKEN_INPUTS, LoweredNetwork
 from trtbuild.engine.tensorrt_api import api, is_rtx, logger
 from trtbuild.errors import UserError
 from trtbuild.network import Network
@@ -31,7 +31,7 @@ class LoweredSession(Session):
     def _prefill(self, prompts: list[list[int]], all_logits: bool) -> torch.Tensor:
         inputs = context_inputs(prompts, all_logits, self.packed)
         inputs = {name: value.to(self.device) for name, value in inputs.items()}
-        self._positions = inputs["kv_lengths"].clone()
+        self._prompt_lengths = self._positions = inputs["kv_lengths"].clone()
         return self._execute(inputs | self.cache.views(len(prompts)), CONTEXT)
 
     def _decode(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -42,6 +42,7 @@ class LoweredSession(Session):
             "input_ids": tokens.reshape(shape),
             "position_ids": self._positions.reshape(shape),
             "sequence_lengths": (self._positions + 1).reshape(shape),
+            "prompt_lengths": self._prompt_lengths.reshape(shape),
             "past_lengths": self._positions,
             "kv_lengths": self._positions + 1,
             "logits_indices": rows,
@@ -67,7 +68,7 @@ def context_inputs(prompts: list[list[int]], all_logits: bool, packed: bool) -> 
     inputs["unpad_index"] = torch.cat([b * longest + slots[:n] for b, n in enumerate(lengths)])
     if not packed:
         inputs["logits_indices"] = inputs["unpad_index"][inputs["logits_indices"]]
-        for name in ("input_ids", "position_ids", "sequence_lengths"):
+        for name in TOKEN_INPUTS:
             inputs[name] = inputs[name][inputs["pad_index"]]
     return inputs
 

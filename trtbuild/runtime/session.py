@@ -85,6 +85,7 @@ def packed_inputs(prompts: list[list[int]], all_logits: bool, device: torch.devi
         "input_ids": [token for prompt in prompts for token in prompt],
         "position_ids": [i for n in lengths for i in range(n)],
         "sequence_lengths": [n for n in lengths for _ in range(n)],
+        "prompt_lengths": [n for n in lengths for _ in range(n)],
         "query_starts": starts,
         "past_lengths": [0] * len(prompts),
         "logits_indices": list(rows),
@@ -109,7 +110,8 @@ class PortableSession(Session):
         if batch not in self._batches:
             self._batches[batch] = self._decode_inputs(batch)
         self._decode_state = self._batches[batch]
-        self._decode_state["position_ids"].copy_(inputs["query_starts"].diff())
+        for name in ("position_ids", "prompt_lengths"):
+            self._decode_state[name].copy_(inputs["query_starts"].diff())
         step = StepContext(self._decode_state["batch_index"], self.lengths, max(self.lengths))
         return self.engine.run(step, inputs | self.cache.views(batch))
 
@@ -125,6 +127,7 @@ class PortableSession(Session):
             "position_ids": positions,
             "past_lengths": positions,
             "sequence_lengths": integers(batch),
+            "prompt_lengths": integers(batch),
             "query_starts": integers(batch + 1),
             "logits_indices": integers(batch),
             "batch_index": torch.arange(batch, device=self.device),

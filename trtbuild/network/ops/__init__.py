@@ -4,9 +4,22 @@ from trtbuild.network.ops.add import add
 from trtbuild.network.ops.attention import attention
 from trtbuild.network.ops.cast import cast
 from trtbuild.network.ops.embedding import embedding
+from trtbuild.network.ops.log_n import log_n
+from trtbuild.network.ops.prompt_ntk import prompt_ntk
 from trtbuild.network.ops.rms_norm import rms_norm
 from trtbuild.network.ops.rotary_embedding import rotary_embedding
 from trtbuild.network.ops.select_rows import select_rows
 from trtbuild.network.ops.swiglu import swiglu
 
-__all__ = ["add", "attention", "cast", "embedding", "rms_norm", "rotary_embedding", "select_rows", "swiglu"]
+__all__ = [
+    "add",
+    "attention",
+    "cast",
+    "embedding",
+    "log_n",
+    "prompt_ntk",
+    "rms_norm",
+    "rotary_embedding",
+    "select_rows",
+    "swiglu",
+]

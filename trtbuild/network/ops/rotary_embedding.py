@@ -21,7 +21,7 @@ class RotaryEmbedding(Op):
     max_positions: int = 0
 
     def infer(self, position_ids: Tensor, inverse_frequencies: Tensor, *sequence_lengths: Tensor):
-        head_dim = 2 * inverse_frequencies.shape[0]
+        head_dim = 2 * inverse_frequencies.shape[-1]
         return [(getattr(torch, self.dtype), (*position_ids.shape, head_dim))] * 2
 
     def reference(self, position_ids: torch.Tensor, inverse_frequencies: torch.Tensor, *sequence_lengths: torch.Tensor):
@@ -42,8 +42,8 @@ class RotaryEmbedding(Op):
         return torch.arange(half, device=frequencies.device, dtype=frequencies.dtype) / (1 - half)
 
     def to_tensorrt(self, lowering, position_ids, inverse_frequencies, *sequence_lengths):
-        half = inverse_frequencies.shape[0]
-        frequencies = lowering.reshape(inverse_frequencies, (1, half))
+        half = inverse_frequencies.shape[-1]
+        frequencies = lowering.reshape(inverse_frequencies, (-1, half))
         if sequence_lengths:
             limit = lowering.scalar(self.max_positions, torch.int32, rank=1)
             lengths = lowering.cast(lowering.elementwise("MAX", sequence_lengths[0], limit), torch.float32)
@@ -74,6 +74,7 @@ def rotary_embedding(
 ) -> tuple[Tensor, Tensor]:
     """`[tokens]` int32 positions and `[head_dim / 2]` float32 frequencies to cos and sin, `[tokens, head_dim]` each.
 
+    Frequencies of each token's own are `[tokens, head_dim / 2]`.
     Dynamic NTK also takes `sequence_lengths`, `[tokens]` int32: the length of each token's sequence after this step.
     """
     op = RotaryEmbedding(str(dtype).removeprefix("torch."), ntk_factor, max_positions)
