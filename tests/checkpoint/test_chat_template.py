@@ -1,0 +1,174 @@
+"""The shipped chat templates: the text that they give, and its tokens with the tokenizers that they are for."""
+
+import json
+
+import pytest
+from jinja2.exceptions import TemplateError
+from test_fast_tokenizer import MODELS, convert, convert_tiktoken, train_sentencepiece, train_tiktoken
+
+from trtbuild.checkpoint.chat_template import apply, names
+from trtbuild.errors import UserError
+from trtbuild.runtime.tokenizer import Tokenizer
+
+QUESTION = "世界上第二高的山峰是哪座？"
+ANSWER = "乔戈里峰。"
+NEXT = "How high is it?"
+SYSTEM = "Answer in one sentence."
+ONE = [("user", QUESTION)]
+MORE = [("user", QUESTION), ("assistant", ANSWER), ("user", NEXT)]
+WITH_SYSTEM = [("system", SYSTEM), *MORE]
+INST = f"[INST] <<SYS>>\n{SYSTEM}\n<</SYS>>\n\n{QUESTION} [/INST]"
+USER = ["<|im_start|>", "user", "\n", QUESTION, "<|im_end|>", "\n"]
+REST = ["<|im_start|>", "assistant", "\n", ANSWER, "<|im_end|>", "\n", "<|im_start|>", "user", "\n", NEXT, "<|im_end|>"]
+PROMPT = ["<|im_start|>", "assistant", "\n"]
+
+
+def system(text):
+    return ["<|im_start|>", "system", "\n", text, "<|im_end|>", "\n"]
+
+
+# Template, messages and the parts of the prompt, each of which the model's own code encodes by itself.
+PROMPTS = [
+    ("llama2", ONE, ["<s>", f"[INST] {QUESTION} [/INST]"]),
+    ("llama2", MORE, ["<s>", f"[INST] {QUESTION} [/INST] {ANSWER} ", "</s>", "<s>", f"[INST] {NEXT} [/INST]"]),
+    ("llama2", WITH_SYSTEM, ["<s>", f"{INST} {ANSWER} ", "</s>", "<s>", f"[INST] {NEXT} [/INST]"]),
+    ("llama2", [("user", f" {QUESTION}\n")], ["<s>", f"[INST] {QUESTION} [/INST]"]),
+    ("llama2", [("system", SYSTEM), ("user", f"{QUESTION} \n")], ["<s>", INST]),
+    ("chatml", ONE, [*USER, *PROMPT]),
+    ("chatml", MORE, [*USER, *REST, "\n", *PROMPT]),
+    ("chatml", WITH_SYSTEM, [*system(SYSTEM), *USER, *REST, "\n", *PROMPT]),
+    ("qwen", ONE, [*system("You are a helpful assistant."), *USER, *PROMPT]),
+    ("qwen", MORE, [*system("You are a helpful assistant."), *USER, *REST, "\n", *PROMPT]),
+    ("qwen", WITH_SYSTEM, [*system(SYSTEM), *USER, *REST, "\n", *PROMPT]),
+    ("baichuan", ONE, ["<reserved_102>", QUESTION, "<reserved_103>"]),
+    (
+        "baichuan",
+        MORE,
+        ["<reserved_102>", QUESTION, "<reserved_103>", ANSWER, "</s>", "<reserved_102>", NEXT, "<reserved_103>"],
+    ),
+    ("baichuan2", ONE, ["<reserved_106>", QUESTION, "<reserved_107>"]),
+    ("baichuan2", MORE[:2], ["<reserved_106>", QUESTION, "<reserved_107>", ANSWER]),
+    (
+        "baichuan2",
+        WITH_SYSTEM,
+        [SYSTEM, "<reserved_106>", QUESTION, "<reserved_107>", ANSWER, "<reserved_106>", NEXT, "<reserved_107>"],
+    ),
+    ("plain", ONE, [QUESTION]),
+    ("plain", MORE, [QUESTION + ANSWER + NEXT]),
+    ("plain-bos", ONE, ["<s>", QUESTION]),
+    ("plain-bos", WITH_SYSTEM, ["<s>", SYSTEM + QUESTION + ANSWER + NEXT]),
+]
+REFUSED = [
+    ("llama2", ["assistant"]),
+    ("llama2", ["user", "user"]),
+    ("llama2", ["user", "system"]),
+    ("chatml", ["tool"]),
+    ("qwen", ["user", "system"]),
+    ("qwen", ["tool"]),
+    ("baichuan", ["system", "user"]),
+    ("baichuan2", ["user", "system"]),
+    ("baichuan2", ["tool"]),
+]
+
+
+def messages(pairs):
+    return [{"role": role, "content": content} for role, content in pairs]
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    """For each template a function that encodes a text as the model's own code does, and the converted tokenizer."""
+    roles = {"baichuan": ["<reserved_102>", "<reserved_103>"], "baichuan2": ["<reserved_106>", "<reserved_107>"]}
+    made = {}
+    for name in names():
+        folder = tmp_path_factory.mktemp(name)
+        if name == "qwen":
+            made[name] = convert_tiktoken(train_tiktoken(), folder)
+            continue
+        options = MODELS["no prefix" if name in ("chatml", "baichuan2") else "prefix"]
+        if name == "chatml":
+            options = {**options, "user_defined_symbols": ["\n"], "control_symbols": ["<|im_start|>", "<|im_end|>"]}
+        model = train_sentencepiece(**options)
+        processor, tokenizer = convert(model, folder, add_bos=True, special_tokens=roles.get(name, ()))
+        made[name] = processor.encode, tokenizer
+    for name, (_, tokenizer) in made.items():
+        apply(tokenizer.folder, name)
+    return {name: (encode, Tokenizer(tokenizer.folder)) for name, (encode, tokenizer) in made.items()}
+
+
+@pytest.mark.parametrize(("name", "pairs", "parts"), PROMPTS)
+def test_prompt(tokenizers, name, pairs, parts):
+    encode, tokenizer = tokenizers[name]
+    render = tokenizer._tokenizer.apply_chat_template
+    assert render(messages(pairs), add_generation_prompt=True, tokenize=False) == "".join(parts)
+    ids = render(messages(pairs), add_generation_prompt=True, return_dict=False)
+    special = tokenizer._tokenizer.get_added_vocab()
+    assert ids == [i for part in parts for i in ([special[part]] if part in special else encode(part))]
+    if len(pairs) == 1:
+        assert tokenizer.encode(pairs[0][1], chat=True) == ids
+
+
+def test_every_template_is_tested():
+    assert {name for name, *_ in PROMPTS} == set(names())
+
+
+@pytest.mark.parametrize(("name", "pairs", "parts"), PROMPTS)
+def test_without_the_prompt_of_an_answer(tokenizers, name, pairs, parts):
+    render = tokenizers[name][1]._tokenizer.apply_chat_template
+    prompt = {"chatml": "".join(PROMPT), "qwen": "".join(PROMPT), "baichuan": "<reserved_103>"}.get(name, "")
+    if name == "baichuan2" and pairs[-1][0] == "user":
+        prompt = "<reserved_107>"
+    assert render(messages(pairs), add_generation_prompt=False, tokenize=False) + prompt == "".join(parts)
+
+
+@pytest.mark.parametrize(("name", "roles"), REFUSED)
+def test_roles_that_cannot_be(tokenizers, name, roles):
+    with pytest.raises(TemplateError, match=r"^roles must be "):
+        tokenizers[name][1]._tokenizer.apply_chat_template(messages((role, "text") for role in roles))
+
+
+def test_plain_bos_needs_such_a_token(tmp_path):
+    _, tokenizer = convert(train_sentencepiece(bos_id=-1), tmp_path)
+    apply(tokenizer.folder, "plain-bos")
+    with pytest.raises(TemplateError, match="no token for the beginning of a sequence; use plain"):
+        Tokenizer(tokenizer.folder).encode("text", chat=True)
+
+
+def test_a_template_replaces_what_is_there(tokenizers, tmp_path):
+    """The configuration's template, one in a file, and one in a file that is a link to somebody else's."""
+    _, tokenizer = convert(train_sentencepiece(), tmp_path)
+    folder = tokenizer.folder
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": "theirs"}))
+    theirs = tmp_path / "theirs.jinja"
+    theirs.write_text("theirs")
+    assert Tokenizer(folder)._tokenizer.chat_template == "theirs"
+    apply(folder, "plain")
+    assert Tokenizer(folder).encode(QUESTION, chat=True) == tokenizer.encode(QUESTION)
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.jinja").symlink_to(theirs)
+    apply(folder, "chatml")
+    assert not (folder / "chat_template.jinja").is_symlink()
+    assert "<|im_start|>" in Tokenizer(folder)._tokenizer.chat_template
+    assert theirs.read_text() == "theirs"
+
+
+def test_own_template(tmp_path):
+    own = tmp_path / "own.jinja"
+    own.write_text("问：{{ messages[0]['content'] }}", encoding="utf-8")
+    apply(tmp_path / "folder", str(own))
+    assert (tmp_path / "folder/chat_template.jinja").read_text(encoding="utf-8") == own.read_text(encoding="utf-8")
+
+
+def test_templates_that_are_not_there(tmp_path):
+    with pytest.raises(UserError, match="there is no chat template 'qwen3'; use baichuan, baichuan2, chatml, llama2, "):
+        apply(tmp_path, "qwen3")
+    with pytest.raises(UserError, match=rf"the chat template {tmp_path}/own\.jinja does not exist"):
+        apply(tmp_path, f"{tmp_path}/own.jinja")
+    (tmp_path / "folder.jinja").mkdir()
+    with pytest.raises(UserError, match=rf"cannot read the chat template {tmp_path}/folder\.jinja: "):
+        apply(tmp_path, f"{tmp_path}/folder.jinja")
+    (tmp_path / "latin.jinja").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=rf"the chat template {tmp_path}/latin\.jinja is not UTF-8 text"):
+        apply(tmp_path, f"{tmp_path}/latin.jinja")
+    assert not (tmp_path / "chat_template.jinja").exists()
