@@ -86,7 +86,7 @@ def test_truncated_weights(copy):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported are llama"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported are baichuan"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "RoPE scaling 'yarn' is not supported"),
     ],

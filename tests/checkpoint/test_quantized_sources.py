@@ -232,5 +232,5 @@ def test_old_configurations_beside_it_come_along(published, tmp_path):
 
 def test_a_model_needs_its_tokenizer(tmp_path):
     make = lambda: make_checkpoint({"local": {"path": str(DATA / "autoawq-gemm")}}, tmp_path / "x")  # noqa: E731
-    refused(make, r"autoawq-gemm has no tokenizer\.json; save its tokenizer with transformers")
+    refused(make, r"autoawq-gemm has neither tokenizer\.json nor tokenizer\.model; fetch its tokenizer")
     assert not any(tmp_path.iterdir())

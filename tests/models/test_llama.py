@@ -108,11 +108,11 @@ def test_a_scaling_without_its_factor_is_refused(tiny_config, kind):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "x: model_type 'gpt2' is not supported; supported are llama"),
+        ({"model_type": "gpt2"}, "x: model_type 'gpt2' is not supported; supported are baichuan"),
         ({"model_type": None}, "x: model_type None is not supported"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "x: RoPE scaling 'yarn'.*default, linear, dynamic"),
         ({"num_attention_heads": 5}, "x: num_attention_heads 5 is not a multiple of num_key_value_heads 2"),
-        ({"hidden_act": "gelu"}, "x: hidden_act 'gelu' is not supported; LLaMA uses 'silu'"),
+        ({"hidden_act": "gelu"}, "x: hidden_act 'gelu' is not supported; SwiGLU models use 'silu'"),
     ],
     ids=["model_type", "no model_type", "rope", "heads", "hidden_act"],
 )

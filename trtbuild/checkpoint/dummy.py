@@ -1,6 +1,7 @@
 """Random weights for a configuration: for shapes, speed and wiring, never for quality."""
 
 import hashlib
+import math
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from trtbuild.models.config import ModelConfig
 
 BYTES = 256
 SPECIAL_TOKENS = ("<s>", "</s>")
+BLOCK = (1 << 24) - 3  # numbers drawn for one tensor; larger ones repeat them, as drawing is slower than any disk
 
 
 def dummy_tensors(
@@ -22,7 +24,14 @@ def dummy_tensors(
             return torch.ones(shape, dtype=dtype, device=device)
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        return torch.randn(shape, generator=generator, device=device, dtype=dtype).mul_(0.02)
+        size = math.prod(shape)
+        if size <= BLOCK:
+            return torch.randn(shape, generator=generator, device=device, dtype=dtype).mul_(0.02)
+        block = torch.randn(BLOCK, generator=generator, device=device, dtype=dtype).mul_(0.02)
+        result = torch.empty(size, device=device, dtype=dtype)
+        for piece in result.split(BLOCK):
+            piece.copy_(block[: len(piece)])
+        return result.view(shape)
 
     return {
         name: LazyTensor(dtype, shape, lambda name=name, shape=shape: load(name, shape))

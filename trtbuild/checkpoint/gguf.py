@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trtbuild.checkpoint.lazy import LazyTensor
+from trtbuild.checkpoint.lazy import LazyTensor, half_rotary
 from trtbuild.errors import UserError
 
 NAMES = {
@@ -58,18 +58,14 @@ def read_gguf(path: Path) -> tuple[dict, dict[str, LazyTensor]]:
         name = ".".join([*(["model.layers", prefix[1]] if prefix else []), NAMES[stem], kind])
         shape = tuple(int(n) for n in reversed(tensor.shape))
 
-        def load(tensor=tensor, heads=heads.get(stem)) -> torch.Tensor:
+        def load(tensor=tensor) -> torch.Tensor:
             value = gguf.dequantize(tensor.data, tensor.tensor_type)
-            value = _half_rotary(value, heads) if heads else value
             return torch.from_numpy(np.require(value, requirements=["C", "W"]))  # unquantized data is a read-only map
 
         tensors[name] = LazyTensor(torch.float32, shape, load)
+        if stem in heads:
+            tensors[name] = half_rotary(tensors[name], heads[stem])
     return config, tensors
-
-
-def _half_rotary(value: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of each head from interleaved pairs (GGUF) to two halves (Hugging Face)."""
-    return value.reshape(heads, -1, 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
 
 
 def _config(path: Path, fields: dict, tensor_names: set[str]) -> dict:

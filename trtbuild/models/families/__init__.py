@@ -1,22 +1,87 @@
-"""Hugging Face configurations that the decoder can serve, by their `model_type`."""
+"""The families of published models, one file each, named after the `model_type` of their `config.json`.
 
+A family says how its configuration and its weights read in canonical terms, and which tokenizer files it has. Its
+module defines what `Family` lists; being in this folder makes it known.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
+from typing import Protocol
 
+from trtbuild.checkpoint.lazy import LazyTensor
 from trtbuild.errors import UserError
-from trtbuild.models import llama
-from trtbuild.models.config import ModelConfig
+from trtbuild.models.config import EXTENSION, ModelConfig
 
-FAMILIES = {"llama": llama}
+FAMILIES = tuple(sorted(module.name for module in iter_modules(__path__)))
+# Generations whose names resemble those of a supported family but whose networks differ.
+OTHER_GENERATIONS = {"qwen2": "qwen", "qwen2_moe": "qwen", "qwen3": "qwen", "qwen3_moe": "qwen"}
+
+
+class Family(Protocol):
+    """What a family's module defines."""
+
+    DESCRIPTION: str  # which models these are, for messages
+    VERSIONS: tuple[str, ...]  # names of versions that its configurations may not tell apart; mostly none
+    TOKENIZER_FILE: str  # the original tokenizer, where there is no tokenizer.json
+
+    @staticmethod
+    def canonical_config(config: dict, where: Path | str, model_version: str | None) -> dict:
+        """A published `config.json` as a canonical one (`ModelConfig.from_canonical`).
+
+        Raises `KeyError` for a missing key, `UserError` for a wrong one or a `model_version` (of `VERSIONS`) that it is
+        not.
+        """
+
+    @staticmethod
+    def canonical_tensors(tensors: dict[str, LazyTensor], config: dict) -> dict[str, LazyTensor]:
+        """Tensors under canonical names, fused ones split; unknown names stay. `config` is the canonical one."""
+
+    @staticmethod
+    def save_tokenizer(file: Path, folder: Path) -> None:
+        """Makes `tokenizer.json` in `folder` from the original tokenizer file."""
+
+
+def family_of(config: dict, where: Path | str) -> Family:
+    """The family of a published `config.json`; an unknown one is a `UserError` that lists what is supported."""
+    model_type = str(config.get("model_type")).lower()
+    supported = ", ".join(f"{name} ({import_module(f'{__name__}.{name}').DESCRIPTION})" for name in FAMILIES)
+    if model_type in OTHER_GENERATIONS:
+        raise UserError(
+            f"{where}: model_type {model_type!r} is another generation than the supported "
+            f"{OTHER_GENERATIONS[model_type]!r}; supported are {supported}"
+        )
+    if model_type not in FAMILIES:
+        raise UserError(f"{where}: model_type {config.get('model_type')!r} is not supported; supported are {supported}")
+    return import_module(f"{__name__}.{model_type}")
+
+
+def is_canonical(config: dict) -> bool:
+    """Whether a `config.json` is in canonical terms already, as LLaMA's own is."""
+    return EXTENSION in config or config.get("model_type") == "llama"
+
+
+def canonical_config(config: dict, where: Path | str, model_version: str | None = None) -> dict:
+    """A published or canonical `config.json` in canonical terms; whatever is wrong with it is a `UserError`."""
+    if EXTENSION in config:
+        return config
+    family = family_of(config, where)
+    if model_version and model_version not in family.VERSIONS:
+        known = f"it has {', '.join(family.VERSIONS)}" if family.VERSIONS else "it has no versions, leave it out"
+        raise UserError(f"{where}: {family.DESCRIPTION} has no model_version {model_version!r}; {known}")
+    return _reading(lambda: family.canonical_config(config, where, model_version), where)
 
 
 def config_from_hugging_face(config: dict, where: Path | str) -> ModelConfig:
-    """Dispatches on `model_type`; an unknown one is a `UserError` that lists what is supported."""
-    model_type = config.get("model_type")
-    if model_type not in FAMILIES:
-        raise UserError(f"{where}: model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
+    """What the decoder needs to know of a published or canonical `config.json`."""
+    return _reading(lambda: ModelConfig.from_canonical(canonical_config(config, where), where), where)
+
+
+def _reading(read: Callable, where: Path | str):
     try:
-        return FAMILIES[model_type].model_config(config, where)
+        return read()
     except KeyError as error:
         raise UserError(f"{where}: the key {error} is missing") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{where}: a value has the wrong type ({error})") from error

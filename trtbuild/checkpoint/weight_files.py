@@ -1,0 +1,65 @@
+"""A published model's weights: one file or shards with an index, as safetensors or in PyTorch's old format."""
+
+from pathlib import Path
+
+from trtbuild.checkpoint.lazy import LazyTensor
+from trtbuild.checkpoint.safetensors_stream import open_file
+from trtbuild.checkpoint.torch_file import open_torch_file
+from trtbuild.errors import UserError
+from trtbuild.files import read_json
+
+SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"  # the index of shards has .index.json behind that
+
+
+def is_derived(name: str) -> bool:
+    """Whether a stored tensor follows from the configuration; old checkpoints hold RoPE's frequencies."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def has(folder: Path, name: str) -> bool:
+    """Whether a folder has weights in a format, `SAFETENSORS` or `TORCH`."""
+    return (folder / name).exists() or (folder / f"{name}.index.json").exists()
+
+
+def weight_files(folder: Path, name: str = SAFETENSORS) -> dict[Path, set[str] | None]:
+    """The weight files of a folder, in index order, with the names that the index gives each (None without one)."""
+    index = folder / f"{name}.index.json"
+    if not index.exists():
+        return {folder / name: None}
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{index} has no weight_map; it is not an index of weight files")
+    files: dict[Path, set[str] | None] = {}
+    for tensor, file in weight_map.items():
+        files.setdefault(folder / file, set()).add(tensor)
+    return files
+
+
+def open_weights(folder: Path, name: str = SAFETENSORS) -> dict[str, LazyTensor]:
+    """All tensors by their names, still on disk.
+
+    Raises `UserError` for missing files, and for shards that hold other tensors than the index says or the same twice.
+    """
+    tensors: dict[str, LazyTensor] = {}
+    owner: dict[str, Path] = {}
+    files = weight_files(folder, name)
+    for file in files:
+        if not file.exists():
+            raise UserError(f"missing weights file {file}")
+    for file, listed in files.items():
+        found = {
+            tensor: value
+            for tensor, value in (open_file(file)[0] if name == SAFETENSORS else open_torch_file(file)).items()
+            if not is_derived(tensor)
+        }
+        for tensor in found:
+            if tensor in owner:
+                raise UserError(f"{folder}: the tensor {tensor} is in {owner[tensor].name} and again in {file.name}")
+            if listed is not None and tensor not in listed:
+                raise UserError(f"{file} holds the tensor {tensor}, which the index does not list there")
+            owner[tensor] = file
+        for tensor in sorted(listed or ()):
+            if tensor not in found and not is_derived(tensor):
+                raise UserError(f"{file} lacks the tensor {tensor}, which the index lists there; fetch it again")
+        tensors |= found
+    return tensors
