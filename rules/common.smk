@@ -6,6 +6,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
+from trtbuild import rehearsal
 from trtbuild import workflow as trtbuild_workflow
 from trtbuild.engine.config import rank_file
 from trtbuild.errors import UserError
@@ -16,22 +17,31 @@ trtbuild_workflow.export_package(workflow.basedir)
 SCHEMAS = trtbuild_workflow.SCHEMAS
 
 try:
+    REHEARSE = trtbuild_workflow.rehearses(config)
     trtbuild_workflow.validate(config, SCHEMAS / "config.schema.yaml", "config/config.yaml")
     trtbuild_workflow.check_limits(config)
     MODELS = trtbuild_workflow.load_table(config["models"], SCHEMAS / "models.schema.yaml")
     RECIPES = trtbuild_workflow.load_table(config["recipes"], SCHEMAS / "recipes.schema.yaml")
-    QUANTIZATIONS = trtbuild_workflow.quantizations(RECIPES)
-    CALIBRATIONS = trtbuild_workflow.calibrations(RECIPES)
     TARGETS = trtbuild_workflow.matrix_targets(config)
     # Targets are only known from the command line here; a wrong name would else end as "missing input files".
-    trtbuild_workflow.check_targets([*sys.argv[1:], *TARGETS], MODELS, RECIPES)
+    trtbuild_workflow.check_targets([*sys.argv[1:], *TARGETS], MODELS, RECIPES, REHEARSE)
 except UserError as error:
     raise WorkflowError(str(error)) from None
 
+if REHEARSE:
+    # Dummy weights under another name, and little work; the rules are the same.
+    TARGETS = list(map(rehearsal.rehearsal_target, TARGETS))
+    rehearsal.redirect(workflow, dict(config), MODELS, RECIPES, TARGETS)
+    config.update(rehearsal.rehearsal_config(config))
+    MODELS, RECIPES = rehearsal.rehearsal_models(MODELS), rehearsal.rehearsal_recipes(RECIPES)
+
+QUANTIZATIONS = trtbuild_workflow.quantizations(RECIPES)
+CALIBRATIONS = trtbuild_workflow.calibrations(RECIPES)
+
 
 wildcard_constraints:
-    model="|".join(map(re.escape, MODELS)),
-    recipe="|".join(map(re.escape, RECIPES)),
+    model="|".join(map(re.escape, MODELS)) or "none",
+    recipe="|".join(map(re.escape, RECIPES)) or "none",
     run="|".join(map(re.escape, [*RECIPES, "hf"])),
     rank=r"\d+",
     quantization="|".join(map(re.escape, QUANTIZATIONS)) or "none",

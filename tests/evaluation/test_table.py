@@ -37,6 +37,13 @@ def test_table(results):
     assert len({line.count("|") for line in lines}) == 1
 
 
+def test_a_rehearsal_says_so(results):
+    plain = recipe_table(results, {"fp16": "checkpoint"})
+    assert "ehearsal" not in plain
+    write_json(results / "hf/perplexity.json", {"perplexity": 20.0, "rehearsal": True})
+    assert recipe_table(results, {"fp16": "checkpoint"}) == "**Rehearsal**: dummy weights, no results.\n\n" + plain
+
+
 def test_results_that_are_missing(results):
     (results / "int8/rouge.json").unlink()
     with pytest.raises(UserError, match=r"int8/rouge\.json does not exist"):

@@ -218,6 +218,46 @@ def quantized(made_quantized, tmp_path) -> Workspace:
     return made_quantized[0].copy(tmp_path / "quantized")
 
 
+@pytest.fixture(scope="session")
+def declared(tiny_config) -> tuple[dict, dict, dict]:
+    """Configuration, models and recipes to rehearse. The models cannot be fetched; `bare` has no `config` either."""
+    config = tiny_config | {"num_hidden_layers": 3, "max_position_embeddings": 2048}
+    source = {"local": {"path": "no/where"}}
+    models = {"tiny": {"source": source, "config": config}, "bare": {"source": source}}
+    recipes = {
+        "fp32": {"dtype": "float32"},
+        "int8kv": {"dtype": "float16", "weights": {"dtype": "int8"}, "kv_cache": {"dtype": "int8"}},
+        "published": {"dtype": "float16", "quant_checkpoint": {"local": {"path": "no/where"}}},
+    }
+    evaluation = {"max_output_len": 16, "chat": True, "dataset": CONFIG["evaluation"]["dataset"] | {"samples": 3}}
+    return (
+        CONFIG
+        | {
+            "matrix": [{"model": "tiny", "recipes": ["int8kv"]}],
+            "build": CONFIG["build"] | {"max_output_len": 16},
+            "evaluation": CONFIG["evaluation"] | evaluation,
+            "benchmark": {"batch_size": 3, "input_len": 8, "output_len": 8, "repeats": 2},
+        },
+        models,
+        recipes,
+    )
+
+
+@pytest.fixture
+def fresh(declared, tmp_path) -> Workspace:
+    """A folder to rehearse in, in which nothing has been made."""
+    return Workspace(tmp_path / "fresh", *declared)
+
+
+@pytest.fixture(scope="session")
+def rehearsed(declared, tmp_path_factory) -> Workspace:
+    """A folder after a rehearsal of one recipe. Read it, or take a copy."""
+    workspace = Workspace(tmp_path_factory.mktemp("workflow") / "rehearsed", *declared)
+    targets = ("results/tiny/int8kv/rouge.json", "./results/tiny/int8kv/benchmark.json")
+    workspace.succeed(*targets, "--config", "rehearse=true")
+    return workspace
+
+
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch) -> None:
     monkeypatch.setitem(os.environ, "HF_HUB_OFFLINE", "1")

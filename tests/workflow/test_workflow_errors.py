@@ -47,7 +47,7 @@ BAD_CONFIGURATION = {
     ),
     "unknown model in the matrix": (
         set_to("config", "matrix", [{"model": "tinny", "recipes": ["fp32"]}]),
-        "unknown model 'tinny'; known models: other, tiny",
+        "unknown model 'tinny'; closest: tiny; known models: other, tiny",
     ),
     "unknown recipe in the matrix": (
         set_to("config", "matrix", [{"model": "tiny", "recipes": ["int9"]}]),
@@ -78,6 +78,8 @@ BAD_CONFIGURATION = {
         set_to("recipes", "fp32", {"dtype": "float32", "weights": {"dtype": "int4"}, "activations": {"dtype": "int8"}}),
         "config/recipes.yaml: fp32: weights int4 keep activations in 16 bits; remove activations",
     ),
+    "rehearse": (set_to("config", "rehearse", "yes"), "config/config.yaml: rehearse: 'yes' is not of type 'boolean'"),
+    "reserved model name": (set_to("models", "rehearsal", {"source": {}}), "config/models.yaml: the file: 'rehearsal'"),
     "reserved recipe name": (set_to("recipes", "hf", {"dtype": "float32"}), "config/recipes.yaml: the file: 'hf'"),
 }
 
@@ -94,7 +96,7 @@ def test_bad_configuration(empty, name):
 @pytest.mark.parametrize(
     ("target", "line"),
     [
-        ("results/tinny/fp32/rouge.json", "unknown model 'tinny'; known models: other, tiny"),
+        ("results/tinny/fp32/rouge.json", "unknown model 'tinny'; closest: tiny; known models: other, tiny"),
         ("results/tiny/int9/rouge.json", "unknown recipe 'int9'; known recipes: bf16, fp32"),
         ("results/tiny/fp32/rogue.json", "results/tiny/fp32/rogue.json"),
     ],

@@ -5,12 +5,22 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from snakemake.exceptions import WorkflowError
 
 from trtbuild.errors import UserError
-from trtbuild.workflow import check_limits, check_targets, load_table, matrix_targets, validate
+from trtbuild.rehearsal import (
+    marker,
+    redirect,
+    rehearsal_config,
+    rehearsal_models,
+    rehearsal_recipes,
+    rehearsal_target,
+)
+from trtbuild.workflow import check_limits, check_targets, load_table, matrix_targets, rehearses, unknown, validate
 
 REPOSITORY = Path(__file__).parents[2]
 SCHEMAS = REPOSITORY / "config" / "schemas"
@@ -69,7 +79,7 @@ def test_validate_names_missing_and_unknown_keys(shipped, refused):
     unknown = copy.deepcopy(shipped) | {"benchmarks": {}}
     assert refused(unknown) == (
         "here.yaml: the file: Additional properties are not allowed ('benchmarks' was unexpected); "
-        "known keys: models, recipes, matrix, build, evaluation, benchmark"
+        "known keys: models, recipes, matrix, build, evaluation, benchmark, rehearse"
     )
     del shipped["benchmark"]["repeats"]
     assert refused(shipped) == "here.yaml: benchmark: 'repeats' is a required property"
@@ -142,6 +152,218 @@ def test_check_targets_refuses(target, reason):
     with pytest.raises(UserError) as caught:
         check_targets(["results/a/x/rouge.json", target], {"c": {}, "a": {}}, {"x": {}, "w": {}})
     assert str(caught.value) == f"{target}: {reason}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "known", "message"),
+    [
+        ("model", "v2_13b", ["a", "baichuan-v2_7b", "baichuan-v2_13b"], "closest: baichuan-v2_13b; known models: a, "),
+        ("model", "Qwen", ["qwen7b", "qwen14b", "llama"], "closest: qwen14b, qwen7b; known models: llama, "),
+        ("model", "lama2-7b", ["llama2-70b", "llama2-7b", "bloom"], "closest: llama2-7b, llama2-70b; known models: "),
+        ("recipe", "int9", ["bf16", "fp32"], "known recipes: bf16, fp32"),
+    ],
+)
+def test_unknown_names_the_closest_first(kind, name, known, message):
+    beginning = f"unknown {kind} {name!r}; "
+    assert unknown(kind, name, known).startswith(beginning + message)
+    assert unknown(kind, name, known).endswith(f"known {kind}s: {', '.join(sorted(known))}")
+
+
+def test_check_targets_of_rehearsals():
+    target = "./results/rehearsal/a/x/rouge.json"
+    check_targets([target, "results/a/x/rouge.json"], {"a": {}}, {"x": {}}, rehearse=True)
+    with pytest.raises(UserError, match=r"this is the place of rehearsals; add '--config rehearse=true' at the end$"):
+        check_targets([target], {"a": {}}, {"x": {}})
+    with pytest.raises(UserError, match=r"unknown model 'b'; known models: a$"):
+        check_targets([target.replace("/a/", "/b/")], {"a": {}}, {"x": {}}, rehearse=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("true", True), ("True", True), (True, True), ("false", False), (False, False), ("1", "1")]
+)
+def test_rehearse_as_the_command_line_gives_it(given, meant):
+    config = {"rehearse": given}
+    assert rehearses(config) is meant
+    assert config == {"rehearse": meant}
+    assert rehearses({}) is False
+
+
+@pytest.mark.parametrize(
+    ("target", "mapped"),
+    [
+        ("results/a/x/rouge.json", "results/rehearsal/a/x/rouge.json"),
+        ("./results/a/x/rouge.json", "results/rehearsal/a/x/rouge.json"),
+        ("results//a/../b/recipes.md", "results/rehearsal/b/recipes.md"),
+        ("results/rehearsal/a/x", "results/rehearsal/a/x"),
+        ("results/rehearsals/x", "results/rehearsal/rehearsals/x"),
+        ("all", "all"),
+        ("elsewhere/results/a/x", "elsewhere/results/a/x"),
+    ],
+)
+def test_rehearsal_target(target, mapped):
+    assert rehearsal_target(target) == mapped
+    assert rehearsal_target(mapped) == mapped
+
+
+def test_rehearsal_of_the_shipped_configuration(shipped):
+    before = copy.deepcopy(shipped)
+    config = rehearsal_config(shipped)
+    assert shipped == before
+    validate(config, SCHEMAS / "config.schema.yaml", "here")
+    check_limits(config)
+    assert config["build"] == shipped["build"]
+    assert config["evaluation"]["prompt"] == shipped["evaluation"]["prompt"]
+    assert config["evaluation"]["dataset"]["samples"] == 2
+    assert config["evaluation"]["max_output_len"] == 8
+    assert {entry["model"].split("/")[0] for entry in config["matrix"]} == {"rehearsal"}
+    assert all(config["benchmark"][key] <= shipped["benchmark"][key] for key in shipped["benchmark"])
+
+
+def test_a_rehearsal_never_does_more_than_is_configured(shipped):
+    shipped["evaluation"] |= {"max_output_len": 3, "dataset": shipped["evaluation"]["dataset"] | {"samples": 1}}
+    shipped["benchmark"] |= {"input_len": 5, "output_len": 2}
+    config = rehearsal_config(shipped)
+    assert config["evaluation"] == shipped["evaluation"]
+    assert (config["benchmark"]["input_len"], config["benchmark"]["output_len"]) == (5, 2)
+
+
+def test_rehearsal_of_models_and_recipes():
+    source = {"hub": {"repo": "a/b", "revision": "c"}}
+    models = {"a": {"source": source, "config": {"x": 1}}, "b": {"source": source}}
+    models["c"] = models["a"] | {"chat_template": "mine.jinja"}
+    found = rehearsal_models(models)
+    assert found.keys() == {"rehearsal/a", "rehearsal/c"}
+    assert found["rehearsal/c"]["chat_template"] == "mine.jinja"
+    dummy = {"config": {"x": 1}, "num_layers": 2, "rehearsal": True}
+    assert {model["source"]["dummy"] == dummy and len(model["source"]) == 1 for model in found.values()} == {True}
+    assert all(marker(name) == {"rehearsal": True} for name in found)
+    assert marker("a") == marker("rehearsal-a") == {}
+
+    plain, weights = {"dtype": "float16"}, {"dtype": "float16", "weights": {"dtype": "int8"}}
+    cache = plain | {"kv_cache": {"dtype": "int8"}, "calibration": {"seed": 3, "samples": 32, "length": 16}}
+    gptq = plain | {"weights": {"dtype": "int4", "method": "gptq", "group_size": 64}}
+    small = {"samples": 2, "length": 64}
+    recipes = {"plain": plain, "weights": weights, "cache": cache, "gptq": gptq, "hub": {"quant_checkpoint": source}}
+    assert rehearsal_recipes(recipes) == {
+        "plain": plain | {"gate": "warn"},
+        "weights": weights | {"gate": "warn"},
+        "cache": cache | {"gate": "warn", "calibration": {"seed": 3, "samples": 2, "length": 16}},
+        "gptq": gptq | {"gate": "warn", "calibration": small},
+    }
+
+
+DECLARED = (
+    {"models": "models.yaml", "matrix": [{"model": "a", "recipes": ["x", "hub"]}, {"model": "b", "recipes": ["x"]}]},
+    {"a": {"config": {}}, "b": {}},
+    {"x": {}, "hub": {"quant_checkpoint": {}}},
+)
+
+
+def prepared(named: dict, scheduling=None, matrix=()) -> SimpleNamespace:
+    """Snakemake's settings when it looks for the jobs of a rehearsal whose command line names these."""
+    nothing = dict.fromkeys(("targets", "forcerun", "until", "omit_from", "target_jobs"), ())
+    settings = SimpleNamespace(**nothing | named)
+    calls = []
+    workflow = SimpleNamespace(
+        dag_settings=None, scheduling_settings=None, _prepare_dag=lambda *args, **options: calls.append((args, options))
+    )
+    redirect(workflow, *DECLARED, list(matrix))
+    workflow.dag_settings, workflow.scheduling_settings = settings, scheduling  # both come after the Snakefile
+    workflow._prepare_dag(1, nolock=True)
+    assert calls == [((1,), {"nolock": True})]
+    return settings
+
+
+@pytest.mark.parametrize("name", ["targets", "forcerun", "until", "omit_from"])
+def test_redirect_maps_whatever_names_files(name):
+    settings = prepared({name: {"results/a/x/rouge.json", "rouge"}, "target_jobs": ("rouge",)})
+    assert getattr(settings, name) == {"results/rehearsal/a/x/rouge.json", "rouge"}
+
+
+def test_redirect_maps_priorities():
+    scheduling = SimpleNamespace(prioritytargets={"results/a/checkpoint"})
+    prepared({}, scheduling)
+    assert scheduling.prioritytargets == {"results/rehearsal/a/checkpoint"}
+
+
+NO_CONFIG = "the model b cannot be rehearsed; add its published config.json to models.yaml as 'config'"
+NO_DUMMY = r"the recipe hub cannot be rehearsed; its published weights \(quant_checkpoint\) have no dummy"
+
+
+@pytest.mark.parametrize(
+    ("named", "matrix", "message"),
+    [
+        ({"targets": ["results/b/x/rouge.json"]}, [], f"results/rehearsal/b/x/rouge.json: {NO_CONFIG}"),
+        ({"targets": ["results/b/checkpoint/config.json"]}, [], NO_CONFIG),
+        ({"targets": ["results/a/x/rouge.json", "results/a/hub/gate.json"]}, [], NO_DUMMY),
+        ({"forcerun": ["./results/a/hub/engine/config.json"]}, [], NO_DUMMY),
+        ({"targets": ["results/a/recipes.md"]}, [], f"results/rehearsal/a/recipes.md: {NO_DUMMY}"),
+        ({}, ["results/rehearsal/b/x/rouge.json"], NO_CONFIG),
+        ({"targets": ["all"]}, ["results/rehearsal/b/x/rouge.json"], NO_CONFIG),
+    ],
+)
+def test_redirect_refuses_what_cannot_be_rehearsed(named, matrix, message):
+    with pytest.raises(WorkflowError, match=message):
+        prepared(named, matrix=matrix)
+
+
+def test_redirect_checks_the_matrix_only_where_it_is_made():
+    """The jobs of a rehearsal are processes that name `target_jobs` alone."""
+    prepared({"target_jobs": ["rouge"]}, matrix=["results/rehearsal/b/x/rouge.json"])
+    prepared({"targets": ["results/a/x/rouge.json"]}, matrix=["results/rehearsal/b/x/rouge.json"])
+
+
+MODEL = {"source": {"hub": {"repo": "a/b", "revision": "0f"}}}
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        MODEL | {"config": {"model_type": "qwen"}, "chat_template": "qwen"},
+        MODEL | {"config": "models/qwen.json", "chat_template": "mine.jinja"},
+        {"source": {"hub": MODEL["source"]["hub"] | {"model_version": "v2_13b"}}},
+        {"source": {"local": {"path": "x", "model_version": "v2_13b"}}},
+        {"source": {"dummy": {"config": {}, "num_layers": 1, "rehearsal": True}}},
+    ],
+    ids=str,
+)
+def test_models_that_are_accepted(entry):
+    validate({"mine": entry}, SCHEMAS / "models.schema.yaml", "here.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "entry", "reason"),
+    [
+        ("rehearsal", MODEL, "the file: 'rehearsal' does not match"),
+        ("mine", MODEL | {"config": 1}, "mine.config: 1 is not of type 'string', 'object'"),
+        ("mine", MODEL | {"chat_template": {}}, "mine.chat_template: {} is not of type 'string'"),
+        (
+            "mine",
+            MODEL | {"template": "qwen"},
+            "mine: Additional properties are not allowed ('template' was unexpected); "
+            "known keys: config, chat_template, source",
+        ),
+        (
+            "mine",
+            {"source": {"gguf": {"path": "x", "model_version": "v2"}}},
+            "mine.source.gguf: Additional properties are not allowed ('model_version' was unexpected); "
+            "known keys: path, sha256",
+        ),
+        (
+            "mine",
+            {"source": {"dummy": {"config": {}, "num_layers": 0}}},
+            "mine.source.dummy.num_layers: 0 is less than the minimum of 1",
+        ),
+        (
+            "mine",
+            {"source": {"dummy": {"config": {}, "rehearsal": "yes"}}},
+            "mine.source.dummy.rehearsal: 'yes' is not of type 'boolean'",
+        ),
+    ],
+)
+def test_models_that_are_refused(refused, name, entry, reason):
+    assert refused({name: entry}, "models").startswith(f"here.yaml: {reason}")
+    validate({"rehearsals": MODEL}, SCHEMAS / "models.schema.yaml", "here.yaml")
 
 
 @pytest.mark.parametrize(

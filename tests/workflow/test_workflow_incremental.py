@@ -102,6 +102,14 @@ def test_change_of_a_models_weights(finished):
     )
 
 
+def test_what_rehearsals_are_made_of_is_no_part_of_a_model(finished):
+    """Its chat template is, since that lies in the checkpoint."""
+    finished.models["tiny"]["config"] = {"model_type": "llama"}
+    assert finished.pending() == set()
+    finished.models["tiny"]["chat_template"] = "plain"
+    assert finished.pending() >= {"checkpoint tiny", "summarize tiny/fp32"}
+
+
 def test_new_model(finished):
     finished.models["third"] = finished.models["tiny"]
     assert finished.pending() == set()

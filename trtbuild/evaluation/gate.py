@@ -1,6 +1,7 @@
 """The quality gate: a quantized engine whose perplexity rose too far is not scored as if nothing had happened."""
 
 from trtbuild.errors import UserError
+from trtbuild.rehearsal import marker
 
 
 def gate(value: dict, baseline: dict, max_increase: float, gate: str) -> dict:
@@ -23,7 +24,7 @@ def gate(value: dict, baseline: dict, max_increase: float, gate: str) -> dict:
         "verdict": "passed" if increase <= max_increase else "failed",  # NaN fails
         "gate": gate,
         "engine_sha256": ours["engine_sha256"],
-    }
+    } | marker(ours.get("model", ""))
 
 
 def check_gate(result: dict, where: str) -> None:

@@ -22,6 +22,8 @@ class HuggingFaceModel:
     point: with the weights that the numbers mean, and activations, keys and values rounded where an engine rounds them.
     """
 
+    name = "Hugging Face"
+
     def __init__(
         self, folder: Path | str, dtype: str = "float32", device: str = "auto", cache: QuantizedCache | None = None
     ) -> None:
@@ -37,8 +39,11 @@ class HuggingFaceModel:
         self.rounds = cache is not None or any(w.activations != "16bit" for w in self.checkpoint.quantized())
 
     @torch.inference_mode()
-    def logits(self, ids: list[int], rounded: bool = True) -> torch.Tensor:
-        """Float32 logits of every token, `[tokens, vocab]`, on the CPU; not `rounded`: from the weights alone."""
+    def logits(self, ids: list[int], rounded: bool = True, prompt_len: int | None = None) -> torch.Tensor:
+        """Float32 logits of every token, `[tokens, vocab]`, on the CPU; not `rounded`: from the weights alone.
+
+        `prompt_len` of them are the prompt, which makes no difference to the models that `transformers` has.
+        """
         self.model.rounds_activations = rounded
         options = {"past_key_values": fake_quantized_cache(self.cache)} if self.cache and rounded else {}
         return self.model(torch.tensor([ids], device=self.device), **options).logits[0].float().cpu()

@@ -9,8 +9,8 @@ from trtbuild.datasets import load_articles
 from trtbuild.engine.config import rank_file, read_config
 from trtbuild.engine.portable import read_portable
 from trtbuild.errors import UserError
+from trtbuild.evaluation.baseline import open_baseline
 from trtbuild.evaluation.benchmark import benchmark
-from trtbuild.evaluation.hugging_face import HuggingFaceModel
 from trtbuild.evaluation.perplexity import perplexity
 from trtbuild.evaluation.provenance import provenance
 from trtbuild.evaluation.rouge import METRICS, score
@@ -19,6 +19,7 @@ from trtbuild.evaluation.verify import TOLERANCE, Agreement, verify
 from trtbuild.files import sha256
 from trtbuild.models.decoder import cache_of_network
 from trtbuild.progress import item_bar
+from trtbuild.rehearsal import marker
 from trtbuild.runtime.generation import Output, generate
 from trtbuild.runtime.open import open_engine
 from trtbuild.runtime.sampling import SamplingParams
@@ -42,7 +43,7 @@ def summarize_articles(
     device: str = "auto",
     model: str | None = None,
 ) -> None:
-    """Writes the summaries of a data set by an engine, or without `engine_dir` by the Hugging Face model.
+    """Writes the summaries of a data set by an engine, or without `engine_dir` by the baseline, Hugging Face's model.
 
     `checkpoint_dir` gives the tokenizer, and the Hugging Face model. An engine brings its own `max_input_len`.
     """
@@ -57,13 +58,13 @@ def summarize_articles(
         )
         origin = provenance(opened)
     else:
-        baseline = HuggingFaceModel(checkpoint_dir, baseline_dtype, device)
+        baseline = open_baseline(checkpoint_dir, baseline_dtype, device, None, max_input_len, max_output_len)
         run = lambda prompts: baseline.generate(prompts, max_output_len, tokenizer.eos_token_ids)  # noqa: E731
         origin = baseline.provenance(model or checkpoint_dir.resolve().name)
     prompts = summarization_prompts(articles, tokenizer, prompt, chat, max_input_len)
     settings = {"dataset": dataset, "samples": len(articles), "prompt": prompt, "chat": chat}
     settings |= {"max_input_len": max_input_len, "max_output_len": max_output_len, "seed": 0}
-    write_summaries(output, articles, tokenizer, prompts, run, origin | settings)
+    write_summaries(output, articles, tokenizer, prompts, run, origin | settings | marker(origin["model"]))
 
 
 def _with_bar(run: Callable, max_output_len: int) -> Callable[[list[list[int]]], list[Output]]:
@@ -78,7 +79,8 @@ def score_summaries(path: Path, seed: int = 0) -> dict:
     """ROUGE of a summaries file, with its provenance."""
     records, origin = read_summaries(path)
     scores = score([r["summary"] for r in records], [r["reference"] for r in records], seed)
-    return scores | {"samples": len(records), "bootstrap_seed": seed, "provenance": origin}
+    marked = marker(origin.get("model", ""))
+    return scores | {"samples": len(records), "bootstrap_seed": seed, "provenance": origin} | marked
 
 
 def rouge_table(results: list[dict]) -> str:
@@ -89,7 +91,8 @@ def rouge_table(results: list[dict]) -> str:
             raise UserError("the baseline is not a rouge.json; make one with 'trtbuild score'")
         origin = result["provenance"]
         cells = (f"{m['mean']:.2f} [{m['low']:.2f}, {m['high']:.2f}]" for m in (result[metric] for metric in METRICS))
-        lines.append(f"{origin['engine'] + ' ' + origin['dtype']:34}" + "".join(f"{cell:>24}" for cell in cells))
+        name = f"{origin['engine']} {origin['dtype']}" + (" (rehearsal)" if "rehearsal" in result else "")
+        lines.append(f"{name:34}" + "".join(f"{cell:>24}" for cell in cells))
     return "\n".join(lines)
 
 
@@ -112,12 +115,12 @@ def measure_perplexity(
         max_input_len = opened.session.limits.max_input_len
         origin, logits = provenance(opened), lambda ids: opened.session.prefill([ids], all_logits=True)
     else:
-        baseline = HuggingFaceModel(checkpoint_dir, baseline_dtype, device)
+        baseline = open_baseline(checkpoint_dir, baseline_dtype, device, None, max_input_len)
         origin, logits = baseline.provenance(model or checkpoint_dir.resolve().name), baseline.logits
     with torch.inference_mode():
         result = perplexity(texts, logits, max_input_len)
     settings = {"dataset": dataset, "samples": len(texts), "max_input_len": max_input_len, "seed": 0}
-    return result | {"provenance": origin | settings}
+    return result | {"provenance": origin | settings} | marker(origin["model"])
 
 
 def run_benchmark(
@@ -132,7 +135,8 @@ def run_benchmark(
     """Speed of an engine, with provenance."""
     opened = open_engine(engine_dir, runtime, device)
     result = benchmark(opened.session, batch_size, input_len, output_len, repeats)
-    return result | {"provenance": provenance(opened) | {"samples": repeats, "seed": 0}}
+    origin = provenance(opened) | {"samples": repeats, "seed": 0}
+    return result | {"provenance": origin} | marker(origin["model"])
 
 
 def verify_engine(
@@ -142,7 +146,7 @@ def verify_engine(
     max_output_len: int,
     runtimes: list[str] | None = None,
 ) -> list[Agreement]:
-    """Compares every runtime of an engine folder with the Hugging Face model in float32, on the same prompts."""
+    """Compares every runtime of an engine folder with the baseline in float32, on the same prompts."""
     from trtbuild.engine.tensorrt_api import api, runs_here
 
     if max_output_len < 1:
@@ -167,7 +171,8 @@ def verify_engine(
     prompts = [tokenizer.encode(text) for text in texts or VERIFY_PROMPTS]
     network, _ = read_portable(Path(engine_dir) / rank_file(0, "portable"))
     cache = cache_of_network(network)
-    baseline = HuggingFaceModel(checkpoint_dir, "float32", cache=cache)
+    longest = max(1, *map(len, prompts))  # an empty prompt is refused below
+    baseline = open_baseline(checkpoint_dir, "float32", "auto", cache, longest, max_output_len)
     names = {
         "interpreted": "TensorRT network, interpreted",
         "portable": "portable engine",

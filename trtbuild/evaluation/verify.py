@@ -1,10 +1,10 @@
-"""Whether an engine computes what the Hugging Face model does."""
+"""Whether an engine computes what the baseline does: Hugging Face's model, where there is one."""
 
 from dataclasses import dataclass
 
 import torch
 
-from trtbuild.evaluation.hugging_face import HuggingFaceModel
+from trtbuild.evaluation.baseline import Baseline
 from trtbuild.runtime.session import Session
 
 # Relative error (norm of the difference over norm) of all logits against the float32 Hugging Face model. 16-bit values:
@@ -18,9 +18,13 @@ ROUNDED_SHARE = 1.5
 
 @dataclass(frozen=True)
 class Agreement:
-    """How one engine compares. `worst_gap`: how much less than its best logit the baseline gave a chosen token."""
+    """How one engine compares with a baseline.
+
+    `worst_gap`: how much less than its best logit the baseline gave a chosen token.
+    """
 
     name: str
+    baseline: str
     relative_error: float
     tolerance: float
     tokens: int
@@ -35,7 +39,7 @@ class Agreement:
 
 @torch.inference_mode()
 def verify(
-    name: str, session: Session, tolerance: float, baseline: HuggingFaceModel, prompts: list[list[int]], output_len: int
+    name: str, session: Session, tolerance: float, baseline: Baseline, prompts: list[list[int]], output_len: int
 ) -> Agreement:
     """Runs the prompts in ragged batches, greedily, and compares every logit with the baseline's on the same tokens.
 
@@ -48,11 +52,12 @@ def verify(
     for first in range(0, len(prompts), session.limits.max_batch_size):
         batch = prompts[first : first + session.limits.max_batch_size]
         for prompt, (sequence, actual) in zip(batch, _greedy(session, batch, output_len), strict=True):
-            expected = baseline.logits(sequence[:-1])
+            expected = baseline.logits(sequence[:-1], prompt_len=len(prompt))
             difference += (actual - expected).double().square().sum().item()
             scale += expected.double().square().sum().item()
             if baseline.rounds:
-                noise += (baseline.logits(sequence[:-1], rounded=False) - expected).double().square().sum().item()
+                unrounded = baseline.logits(sequence[:-1], rounded=False, prompt_len=len(prompt))
+                noise += (unrounded - expected).double().square().sum().item()
             largest = max(largest, expected.abs().max().item())
             choices = expected[len(prompt) - 1 :]
             chosen = torch.tensor(sequence[len(prompt) :])
@@ -61,6 +66,7 @@ def verify(
     tolerance = max(tolerance, ROUNDED_SHARE * (noise / scale) ** 0.5)
     return Agreement(
         name,
+        baseline.name,
         (difference / scale) ** 0.5,
         tolerance,
         output_len * len(prompts),

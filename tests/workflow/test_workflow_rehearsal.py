@@ -1,0 +1,106 @@
+"""`--config rehearse=true`: the whole chain on two layers of dummy weights, in a place of its own."""
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+REHEARSE = ("--config", "rehearse=true")
+RUN = "results/tiny/int8kv"
+FOLDER = "rehearsal/tiny"
+
+
+def result(workspace, name: str) -> dict:
+    return json.loads((workspace.results / FOLDER / name).read_text())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"int8kv/{name}.json" for name in ("rouge", "perplexity", "benchmark", "gate", "summaries.meta")),
+        "int8kv/engine/config.json",
+        "hf/perplexity.json",
+    ],
+)
+def test_every_result_says_that_it_is_a_rehearsal(rehearsed, name):
+    content = result(rehearsed, name)
+    assert content["rehearsal"] is True
+    assert content.get("provenance", {}).get("model", FOLDER) == FOLDER
+
+
+def test_the_printed_scores_say_it_too(rehearsed):
+    assert "portable float16 (rehearsal) " in (rehearsed.results / FOLDER / "int8kv/logs/rouge.log").read_text()
+
+
+def test_nothing_lies_outside_the_place_of_rehearsals(rehearsed):
+    assert [path.name for path in rehearsed.results.iterdir()] == ["rehearsal"]
+    real = rehearsed.pending(f"{RUN}/engine/config.json")
+    assert real >= {"checkpoint tiny", "portable_engine tiny/int8kv", "engine tiny/int8kv"}
+    assert len(real) == 5  # and calibration and weights of their own
+
+
+def test_shapes_and_limits_are_real_but_for_the_layers(rehearsed):
+    config = result(rehearsed, "int8kv/engine/config.json")
+    assert config["model_config"]["num_hidden_layers"] == 2
+    declared = rehearsed.models["tiny"]["config"]
+    for key in ("hidden_size", "intermediate_size", "num_key_value_heads", "vocab_size"):
+        assert config["model_config"][key] == declared[key]
+    assert config["limits"] == {"max_batch_size": 4, "max_input_len": 1024, "max_output_len": 16}
+
+
+def test_little_is_done(rehearsed):
+    assert len((rehearsed.results / FOLDER / "int8kv/summaries.jsonl").read_text().splitlines()) == 2
+    assert result(rehearsed, "int8kv/summaries.meta.json")["max_output_len"] == 8
+    speed = result(rehearsed, "int8kv/benchmark.json")
+    assert (speed["batch_size"], speed["input_len"], speed["output_len"]) == (1, 8, 4)
+    (calibration,) = (rehearsed.results / FOLDER / "calibration").iterdir()
+    assert calibration.name.startswith("trtbuild-news-2x64-")
+    assert result(rehearsed, "int8kv/gate.json")["gate"] == "warn"
+
+
+def test_a_second_rehearsal_has_nothing_to_do(rehearsed, tmp_path):
+    """However its targets are spelled."""
+    workspace = rehearsed.copy(tmp_path / "copy")
+    before = {path: path.stat().st_mtime_ns for path in workspace.results.rglob("*")}
+    spellings = (f"./{RUN}/rouge.json", f"{RUN}/benchmark.json", "results/rehearsal/tiny/hf//perplexity.json")
+    assert "Nothing to be done" in workspace.succeed("--rerun-incomplete", *spellings, *REHEARSE)
+    assert {path: path.stat().st_mtime_ns for path in workspace.results.rglob("*")} == before
+
+
+def test_without_a_target_the_matrix_is_rehearsed(rehearsed):
+    left = {"summarize_hf rehearsal/tiny", "rouge rehearsal/tiny/hf"}
+    assert rehearsed.pending("--config", "rehearse=True") == left
+
+
+def test_forced_jobs(rehearsed):
+    """A rule, and a file under the name that it has for a real model."""
+    jobs = rehearsed.pending(f"{RUN}/rouge.json", "--forcerun", "summarize", f"./{RUN}/perplexity.json", *REHEARSE)
+    assert jobs == {f"{rule} {FOLDER}/int8kv" for rule in ("summarize", "perplexity", "gate", "rouge")}
+
+
+def test_rehearse_in_the_configuration_file(fresh):
+    """What cannot be rehearsed of the matrix is no matter where something else is asked for."""
+    fresh.config |= {"rehearse": True, "matrix": [{"model": "bare", "recipes": ["published"]}]}
+    assert fresh.pending("results/tiny/fp32/rouge.json") == {
+        f"checkpoint {FOLDER}",
+        *(f"{rule} {FOLDER}/fp32" for rule in ("portable_engine", "engine", "summarize", "rouge")),
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            ("results/rehearsal/tiny/fp32/rouge.json",),
+            "results/rehearsal/tiny/fp32/rouge.json: this is the place of rehearsals; add '--config rehearse=true'",
+        ),
+        (
+            ("results/bare/fp32/rouge.json", *REHEARSE),
+            "the model bare cannot be rehearsed; add its published config.json to config/models.yaml as 'config'",
+        ),
+    ],
+)
+def test_what_cannot_be_rehearsed(fresh, arguments, line):
+    assert line in fresh.fail(*arguments)
+    assert not fresh.results.exists()

@@ -1,0 +1,105 @@
+"""What every engine is compared with: `transformers`' model where it has one, elsewhere our own engine in float32."""
+
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from trtbuild.checkpoint.canonical import Checkpoint
+from trtbuild.engine.config import BuildLimits
+from trtbuild.engine.portable import PortableEngine
+from trtbuild.evaluation.hugging_face import HuggingFaceModel
+from trtbuild.evaluation.provenance import environment
+from trtbuild.files import sha256
+from trtbuild.models.config import ModelConfig
+from trtbuild.models.decoder import QuantizedCache, decoder
+from trtbuild.progress import item_bar
+from trtbuild.runtime.generation import Output, generate
+from trtbuild.runtime.open import pick_device
+from trtbuild.runtime.sampling import SamplingParams
+from trtbuild.runtime.session import PortableSession
+
+
+def missing_in_transformers(config: ModelConfig, max_input_len: int, max_output_len: int) -> str | None:
+    """What the `transformers` class of a canonical checkpoint does not compute, for prompts and outputs that long."""
+    if config.rope is None:
+        return "ALiBi"
+    if config.rope.type == "qwen" and max_input_len > config.rope.original_max_position_embeddings:
+        return f"Qwen's dynamic NTK beyond {config.rope.original_max_position_embeddings} tokens"
+    if 0 < config.logn_length < max_input_len + max_output_len:
+        return f"log-n attention beyond {config.logn_length} tokens"
+    return None
+
+
+def open_baseline(
+    folder: Path | str,
+    dtype: str = "float32",
+    device: str = "auto",
+    cache: QuantizedCache | None = None,
+    max_input_len: int = 1024,
+    max_output_len: int = 0,
+) -> "Baseline":
+    """The baseline of a checkpoint, for prompts and outputs of up to so many tokens."""
+    missing = missing_in_transformers(Checkpoint(folder).config, max_input_len, max_output_len)
+    if missing is None:
+        return HuggingFaceModel(folder, dtype, device, cache)
+    limits = BuildLimits(1, max_input_len, max(1, max_output_len))
+    return PortableBaseline(folder, device, cache, limits, f"transformers has no {missing}")
+
+
+class PortableBaseline:
+    """A checkpoint in a float32 portable engine, one prompt at a time; the methods are those of `HuggingFaceModel`.
+
+    `reason` says why it stands in for `transformers`, and is recorded in what it produces.
+    """
+
+    name = "portable engine"
+
+    def __init__(
+        self, folder: Path | str, device: str, cache: QuantizedCache | None, limits: BuildLimits, reason: str
+    ) -> None:
+        self.checkpoint, self.device = Checkpoint(folder), pick_device(device)
+        self.limits, self.reason = limits, reason
+        self.rounds = cache is not None or any(w.activations != "16bit" for w in self.checkpoint.quantized())
+        self.session = self._session(self.checkpoint.__getitem__, cache)
+
+    @cached_property
+    def _unrounded(self) -> PortableSession:
+        """With the numbers that the weights mean, and nothing rounded on the way."""
+        return self._session(self.checkpoint.dequantized, None)
+
+    def _session(self, weights, cache: QuantizedCache | None) -> PortableSession:
+        network = decoder(self.checkpoint.config, weights, torch.float32, self.limits.max_length, cache)
+        return PortableSession(PortableEngine(network, self.limits, self.device))
+
+    @torch.inference_mode()
+    def logits(self, ids: list[int], rounded: bool = True, prompt_len: int | None = None) -> torch.Tensor:
+        """Float32 logits of every token, `[tokens, vocab]`, on the CPU; not `rounded`: from the weights alone.
+
+        The first `prompt_len` tokens (default: all) are the prompt, by whose length Qwen chooses its RoPE base.
+        """
+        session = self.session if rounded else self._unrounded
+        rows = [session.prefill([ids[:prompt_len]], all_logits=True).float().cpu()]
+        for token in ids[len(rows[0]) :]:
+            rows.append(session.decode(torch.tensor([token], dtype=torch.int32, device=self.device)).float().cpu())
+        return torch.cat(rows)
+
+    def generate(self, prompts: list[list[int]], max_output_len: int, eos_token_ids: tuple[int, ...]) -> list[Output]:
+        """Greedy continuations."""
+        params = SamplingParams(max_output_len, eos_token_ids=eos_token_ids)
+        with item_bar(len(prompts) * max_output_len, "float32 baseline", "token") as bar:
+            return generate(self.session, prompts, params, on_token=lambda prompt, token: bar.update())
+
+    def provenance(self, model: str) -> dict:
+        """The same keys as `HuggingFaceModel`'s, and `baseline`: why it is not that."""
+        return {
+            "engine": "portable",
+            "baseline": self.reason,
+            "model": model,
+            "dtype": "float32",
+            "engine_sha256": sha256(self.checkpoint.files[0]),
+            **environment(self.device),
+        }
+
+
+Baseline = HuggingFaceModel | PortableBaseline

@@ -1,0 +1,159 @@
+"""A rehearsal: the whole chain with a model's real shapes, and with dummy weights, two layers and hardly any text.
+
+Its model is named `rehearsal/NAME`. The name is part of every path and of every result's provenance, and what is marked
+as a rehearsal is so by that name alone (`marker`).
+"""
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from trtbuild.errors import UserError
+from trtbuild.files import scratch_beside
+
+PREFIX = "rehearsal/"
+
+# How much work a rehearsal does; less where the configuration asks for less. The build limits, the data sets and the
+# prompt stay as they are configured: the engines are those that will be built, but for their number of layers.
+LAYERS = 2
+ARTICLES = 2
+MAX_OUTPUT_LEN = 8
+CALIBRATION = {"samples": 2, "length": 64}
+BENCHMARK = {"batch_size": 1, "input_len": 64, "output_len": 4, "repeats": 1}
+# For a model that declares none, in place of the one that its published tokenizer may bring along.
+CHAT_TEMPLATE = "plain"
+
+
+def marker(model: str) -> dict:
+    """What marks a result of this model as a rehearsal: `{"rehearsal": True}`, or for a real model nothing."""
+    return {"rehearsal": True} if model.startswith(PREFIX) else {}
+
+
+def rehearsal_target(target: str) -> str:
+    """The file that a rehearsal makes instead of `target`; a rule's name stays what it is."""
+    path = os.path.normpath(target)
+    is_result = path.startswith("results/") and not path.startswith(f"results/{PREFIX}")
+    return path.replace("results/", f"results/{PREFIX}", 1) if is_result else target
+
+
+def rehearsal_config(config: dict) -> dict:
+    """`config/config.yaml` with the rehearsals' model names and amounts of work."""
+    evaluation, benchmark = config["evaluation"], config["benchmark"]
+    dataset = evaluation["dataset"]
+    return config | {
+        "matrix": [entry | {"model": PREFIX + entry["model"]} for entry in config["matrix"]],
+        "evaluation": evaluation
+        | {
+            "dataset": dataset | {"samples": min(ARTICLES, dataset["samples"])},
+            "max_output_len": min(MAX_OUTPUT_LEN, evaluation["max_output_len"]),
+        },
+        "benchmark": {key: min(value, benchmark[key]) for key, value in BENCHMARK.items()},
+    }
+
+
+def rehearsal_models(models: dict) -> dict:
+    """`config/models.yaml` with dummy weights, of the models that say what they look like."""
+    found = {}
+    for name, model in models.items():
+        if "config" in model:
+            dummy = {"config": model["config"], "num_layers": LAYERS, "rehearsal": True}
+            found[PREFIX + name] = {"chat_template": CHAT_TEMPLATE} | model | {"source": {"dummy": dummy}}
+    return found
+
+
+def rehearsal_recipes(recipes: dict) -> dict:
+    """`config/recipes.yaml` without published weights, with a gate that never stops: random weights are no measure."""
+    kept = {name: recipe for name, recipe in recipes.items() if "quant_checkpoint" not in recipe}
+    return {name: small_calibration(recipe) | {"gate": "warn"} for name, recipe in kept.items()}
+
+
+def small_calibration(recipe: dict) -> dict:
+    """A recipe that is calibrated with hardly any text, if it is calibrated at all."""
+    from trtbuild.quantization.recipe import calibration_of, quantization_of
+
+    if "kv_cache" not in recipe and "calibration" not in (quantization_of(recipe) or {}):
+        return recipe
+    wanted = calibration_of(recipe)
+    amounts = {key: min(value, wanted[key]) for key, value in CALIBRATION.items()}
+    return recipe | {"calibration": recipe.get("calibration", {}) | amounts}
+
+
+def check_rehearsal(targets: Iterable[str], config: dict, models: dict, recipes: dict) -> None:
+    """Raises `UserError` for a target that cannot be rehearsed; all but the targets are as configured."""
+    for target in targets:
+        match = re.match(rf"results/{PREFIX}([^/]+)/([^/]+)", target)
+        if not match or match[1] not in models:
+            continue
+        model, folder = match[1], match[2]
+        if "config" not in models[model]:
+            raise UserError(
+                f"{target}: the model {model} cannot be rehearsed; add its published config.json to {config['models']} "
+                "as 'config'"
+            )
+        matrix = [recipe for entry in config["matrix"] if entry["model"] == model for recipe in entry["recipes"]]
+        for recipe in matrix if folder == "recipes.md" else [folder]:
+            if "quant_checkpoint" in recipes.get(recipe, {}):
+                raise UserError(
+                    f"{target}: the recipe {recipe} cannot be rehearsed; its published weights "
+                    "(quant_checkpoint) have no dummy"
+                )
+
+
+def redirect(workflow, config: dict, models: dict, recipes: dict, matrix: list[str]) -> None:
+    """Has Snakemake make `rehearsal_target` of everything that its command line names, if that can be rehearsed.
+
+    Snakemake tells a workflow its targets only when the Snakefile has been read, so they are changed right before it
+    looks for the jobs. `matrix` is what it makes where no target is named; the rest is as configured.
+    """
+    from snakemake.exceptions import WorkflowError
+
+    prepare = workflow._prepare_dag
+
+    def prepare_rehearsal(*args, **options):
+        dag, scheduling = workflow.dag_settings, workflow.scheduling_settings
+        asked = set(matrix) if not (dag.targets or dag.target_jobs) or "all" in dag.targets else set()
+        for settings, name in (
+            *((dag, name) for name in ("targets", "forcerun", "until", "omit_from")),
+            *([(scheduling, "prioritytargets")] if scheduling else []),
+        ):
+            targets = {rehearsal_target(target) for target in getattr(settings, name)}
+            setattr(settings, name, targets)
+            asked |= targets
+        try:
+            check_rehearsal(sorted(asked), config, models, recipes)
+        except UserError as error:
+            raise WorkflowError(str(error)) from None
+        return prepare(*args, **options)
+
+    workflow._prepare_dag = prepare_rehearsal
+
+
+@contextmanager
+def dummy_weights(
+    config: str | dict, num_layers: int | None, recipe: dict, engine_dir: Path
+) -> Iterator[tuple[Path, Path | None]]:
+    """Yields what `engine_dir` is built from by a recipe: a folder of random weights, and their calibration if needed.
+
+    `config` is a published config.json, or its path. The weights are quantized as the recipe says; all of them lie in a
+    temporary folder beside `engine_dir`. Raises `UserError` for a recipe that takes published weights.
+    """
+    if "quant_checkpoint" in recipe:
+        raise UserError("a recipe that takes published weights (quant_checkpoint) has no dummy; build it from those")
+    from trtbuild.checkpoint.sources import make_checkpoint
+    from trtbuild.quantization.calibration import calibrate
+    from trtbuild.quantization.quantize import quantize
+    from trtbuild.quantization.recipe import calibration_of, needs_ranges, quantization_of
+
+    quantization = quantization_of(recipe)
+    with scratch_beside(engine_dir) as folder:
+        weights, calibration = folder / "checkpoint", None
+        make_checkpoint({"dummy": {"config": config, "num_layers": num_layers}}, weights)
+        if "kv_cache" in recipe or needs_ranges(quantization):
+            calibration = folder / "calibration.npz"
+            calibrate(weights, calibration, **calibration_of(recipe))
+        if quantization:
+            quantize(weights, folder / "quantized", quantization, calibration if needs_ranges(quantization) else None)
+            weights = folder / "quantized"
+        yield weights, calibration
