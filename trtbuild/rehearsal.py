@@ -58,7 +58,9 @@ def rehearsal_models(models: dict) -> dict:
     found = {}
     for name, model in models.items():
         if "config" in model:
+            ((_, source),) = model["source"].items()
             dummy = {"config": model["config"], "num_layers": LAYERS, "rehearsal": True}
+            dummy |= {key: source[key] for key in ("model_version",) if key in source}
             found[PREFIX + name] = {"chat_template": CHAT_TEMPLATE} | model | {"source": {"dummy": dummy}}
     return found
 

@@ -72,7 +72,7 @@ class Checkpoint:
 def check_tensors(config: ModelConfig, tensors: dict[str, LazyTensor | QuantizedWeight], where: Path) -> None:
     """Raises `UserError` for tensors that are missing, too many, of another shape or no floating-point numbers."""
     shapes = config.tensor_shapes()
-    for name in tensors.keys() - shapes.keys():
+    for name in sorted(tensors.keys() - shapes.keys()):
         if name != "lm_head.weight":  # which models that share it with the embedding may store twice
             raise UserError(f"{where}: the tensor {name} is no part of the model that config.json describes")
     for name, shape in shapes.items():

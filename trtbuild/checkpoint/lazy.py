@@ -48,6 +48,8 @@ def concatenate(parts: Sequence[LazyTensor], dim: int = 0) -> LazyTensor:
 
 def split(tensor: LazyTensor, count: int) -> list[LazyTensor]:
     """Equal parts along the first dimension, such as q, k and v of a fused projection; the last takes what is left."""
+    if not tensor.shape:  # wrong, and said to be so when shapes are compared
+        return [tensor] * count
     rows = tensor.shape[0] // count
     sizes = [rows] * (count - 1) + [tensor.shape[0] - rows * (count - 1)]
     return [

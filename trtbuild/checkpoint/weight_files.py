@@ -27,8 +27,8 @@ def weight_files(folder: Path, name: str = SAFETENSORS) -> dict[Path, set[str] |
     if not index.exists():
         return {folder / name: None}
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise UserError(f"{index} has no weight_map; it is not an index of weight files")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise UserError(f"{index} has no weight_map from tensors to files; it is not an index of weight files")
     files: dict[Path, set[str] | None] = {}
     for tensor, file in weight_map.items():
         files.setdefault(folder / file, set()).add(tensor)

@@ -88,6 +88,18 @@ class RopeConfig:
         return (bases[:, None] ** -exponents).float()
 
 
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Sizes and options of one decoder-only model, named as in Hugging Face's LLaMA configuration."""
@@ -116,7 +128,7 @@ class ModelConfig:
 
         Raises `KeyError` for a missing key and `UserError` for one that is wrong.
         """
-        extension = config.get(EXTENSION, {})
+        extension = config.get(EXTENSION) or {}
         heads = config["num_attention_heads"]
         kv_heads = config.get("num_key_value_heads") or heads
         if heads % kv_heads:
@@ -131,7 +143,7 @@ class ModelConfig:
         if ntk_length := extension.get("ntk_length"):
             rope = replace(rope, type="qwen", original_max_position_embeddings=ntk_length)
         bias = bool(config.get("attention_bias", False))
-        return cls(
+        model = cls(
             family=extension.get("family", "llama"),
             vocab_size=config["vocab_size"],
             hidden_size=config["hidden_size"],
@@ -149,6 +161,15 @@ class ModelConfig:
             mlp_bias=bool(config.get("mlp_bias", False)),
             logn_length=extension.get("logn_length", 0),
         )
+        for name in SIZES:
+            value = getattr(model, name)
+            if type(value) is not int or value < 1:
+                raise UserError(
+                    f"{where}: {name} has the wrong type or value: {value!r}; a positive integer is expected"
+                )
+        if type(model.rms_norm_eps) not in (int, float):
+            raise UserError(f"{where}: rms_norm_eps has the wrong type: {model.rms_norm_eps!r}; use a number, 1.0e-6")
+        return model
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical name to shape of every tensor the model has, in the order in which they are stored."""

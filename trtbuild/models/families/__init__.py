@@ -45,7 +45,7 @@ class Family(Protocol):
 
 def family_of(config: dict, where: Path | str) -> Family:
     """The family of a published `config.json`; an unknown one is a `UserError` that lists what is supported."""
-    model_type = str(config.get("model_type")).lower()
+    model_type = str(config.get("model_type"))
     supported = ", ".join(f"{name} ({import_module(f'{__name__}.{name}').DESCRIPTION})" for name in FAMILIES)
     if model_type in OTHER_GENERATIONS:
         raise UserError(
@@ -59,12 +59,14 @@ def family_of(config: dict, where: Path | str) -> Family:
 
 def is_canonical(config: dict) -> bool:
     """Whether a `config.json` is in canonical terms already, as LLaMA's own is."""
-    return EXTENSION in config or config.get("model_type") == "llama"
+    return bool(config.get(EXTENSION)) or config.get("model_type") == "llama"
 
 
 def canonical_config(config: dict, where: Path | str, model_version: str | None = None) -> dict:
     """A published or canonical `config.json` in canonical terms; whatever is wrong with it is a `UserError`."""
-    if EXTENSION in config:
+    if config.get(EXTENSION):
+        if model_version not in (None, config[EXTENSION].get("version")):
+            raise UserError(f"{where}: model_version is given as {model_version}, which is not what this is")
         return config
     family = family_of(config, where)
     if model_version and model_version not in family.VERSIONS:
@@ -83,5 +85,5 @@ def _reading(read: Callable, where: Path | str):
         return read()
     except KeyError as error:
         raise UserError(f"{where}: the key {error} is missing") from error
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{where}: a value has the wrong type ({error})") from error
