@@ -55,6 +55,9 @@ DatasetRevision = Annotated[str | None, typer.Option(help="Revision of a hub dat
 Split = Annotated[str, typer.Option(help="Split of the data set: evaluation or calibration of trtbuild-news.")]
 
 Models = Annotated[Path, typer.Option(help="File that declares the models.")]
+ModelVersion = Annotated[
+    str | None, typer.Option(help="Which version it is, where config.json does not tell, such as v2_13b.")
+]
 NumLayers = Annotated[int | None, typer.Option(help="Layers of the dummy model; default: as many as the real one has.")]
 Recipes = Annotated[Path, typer.Option(help="File that holds the recipe.")]
 Calibration = Annotated[
@@ -83,10 +86,7 @@ def convert(
     num_layers: NumLayers = None,
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
     dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the random weights; default: the model's own.")] = None,
-    model_version: Annotated[
-        str | None,
-        typer.Option(help="Which version it is, where config.json does not tell, such as v2_13b."),
-    ] = None,
+    model_version: ModelVersion = None,
     chat_template: Annotated[
         str | None,
         typer.Option(help="For 'run --chat': a template that trtbuild has, such as qwen, or a .jinja file."),
@@ -118,7 +118,7 @@ def convert(
         raise UserError("--num-layers and --dtype describe random weights; give --dummy, or leave them out")
     package, _, version = (pypi or "").partition("==")
     if dummy:
-        _, config, template = _published(dummy, models)
+        _, shape, template = _dummy(dummy, models, model_version)
         chat_template = chat_template or template
     versions = {"model_version": model_version} if model_version else {}
     sources = {
@@ -126,9 +126,7 @@ def convert(
         "local": lambda: {"path": str(local)} | versions,
         "gguf": lambda: {"path": str(gguf), "sha256": sha256},
         "pypi": lambda: {"package": package, "version": version, "file": file, "sha256": sha256},
-        "dummy": lambda: (
-            {"config": config, "num_layers": num_layers, "seed": seed, "dtype": dtype and dtype.value} | versions
-        ),
+        "dummy": lambda: shape | {"num_layers": num_layers, "seed": seed, "dtype": dtype and dtype.value},
     }
     make_checkpoint({chosen[0]: sources[chosen[0]]()}, output_dir, chat_template)
 
@@ -193,6 +191,7 @@ def build(
         bool, typer.Option("--dummy", help="Random weights in the shape of --model-config, quantized by the recipe.")
     ] = False,
     num_layers: NumLayers = None,
+    model_version: ModelVersion = None,
     models: Models = Path("config/models.yaml"),
     dtype: Annotated[
         Dtype | None, typer.Option(help="Dtype of what is not quantized; default: the recipe's, or float16.")
@@ -231,7 +230,7 @@ def build(
 
     if recipe and dtype:
         raise UserError("--dtype and --recipe contradict each other; the recipe has a dtype")
-    _check_weights_options(checkpoint_dir, model_config, dummy, num_layers, calibration)
+    _check_weights_options(checkpoint_dir, model_config, dummy, num_layers, calibration, model)
     content = engine_recipe(_recipe(recipe, recipes)) if recipe else {"dtype": dtype or Dtype.float16.value}
     limits = BuildLimits(max_batch_size, max_input_len, max_output_len)
     if Engine.tensorrt in engine:
@@ -240,11 +239,11 @@ def build(
         api()  # a missing distribution is better said before the work than after
     with ExitStack() as stack:
         if model_config:
-            name, config, _ = _published(model_config, models)
+            name, shape, _ = _dummy(model_config, models, model_version)
             model = model or f"dummy/{name}"
             # Random weights need no text of their own.
             content = small_calibration({key: value for key, value in content.items() if key != "calibration"})
-            weights = dummy_weights(config, num_layers, content, engine_dir)
+            weights = dummy_weights(shape | {"num_layers": num_layers}, content, engine_dir)
             checkpoint_dir, calibration = stack.enter_context(weights)
         check_weights(content, checkpoint_dir)
         build_engine_dir(
@@ -262,7 +261,12 @@ def build(
 
 
 def _check_weights_options(
-    checkpoint_dir: Path | None, model_config: str | None, dummy: bool, num_layers: int | None, calibration: Path | None
+    checkpoint_dir: Path | None,
+    model_config: str | None,
+    dummy: bool,
+    num_layers: int | None,
+    calibration: Path | None,
+    model: str | None,
 ) -> None:
     """Raises `UserError` unless `build` knows from one place which weights to take."""
     if checkpoint_dir and (model_config or dummy):
@@ -275,6 +279,8 @@ def _check_weights_options(
         )
     if not (checkpoint_dir or dummy):
         raise UserError("give --checkpoint-dir, or --model-config and --dummy for random weights")
+    if dummy and model:
+        raise UserError("--model would give dummy weights a real model's name; leave it out")
     if num_layers is not None and not dummy:
         raise UserError("--num-layers is for --dummy; an engine has all layers of a checkpoint")
     if calibration and dummy:
@@ -514,19 +520,22 @@ def _dataset(name: str, config: str | None, revision: str | None, split: str, sa
     return {"name": name, "config": config, "revision": revision, "split": split, "samples": samples}
 
 
-def _published(name: str, models: Path) -> tuple[str, str | dict, str | None]:
-    """A model's name, config.json (or its path) and chat template: of a declared model, or of a file."""
+def _dummy(name: str, models: Path, model_version: str | None) -> tuple[str, dict, str | None]:
+    """Name, source of dummy weights and chat template of a declared model, of a config.json or of its folder."""
+    from trtbuild.rehearsal import dummy_source
     from trtbuild.workflow import MODELS_SCHEMA, load_table, unknown
 
-    file = Path(name)
+    file = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
+    version = {"model_version": model_version} if model_version else {}
     if file.suffix == ".json" or file.is_file():
-        return (file.resolve().parent.name if file.stem == "config" else file.stem), name, None
+        shape = file.resolve().parent.name if file.stem == "config" else file.stem
+        return shape, {"config": str(file)} | version, None
     table = load_table(str(models), MODELS_SCHEMA)
     if name not in table:
         raise UserError(f"{unknown('model', name, table)}; or give a config.json")
     if "config" not in table[name]:
         raise UserError(f"{models} has no 'config' for {name}; add its published config.json there, or give that file")
-    return name, table[name]["config"], table[name].get("chat_template")
+    return name, dummy_source(table[name]) | version, table[name].get("chat_template")
 
 
 def _recipe(name: str, path: Path) -> dict:

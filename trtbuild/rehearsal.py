@@ -1,7 +1,7 @@
 """A rehearsal: the whole chain with a model's real shapes, and with dummy weights, two layers and hardly any text.
 
 Its model is named `rehearsal/NAME`. The name is part of every path and of every result's provenance, and what is marked
-as a rehearsal is so by that name alone (`marker`).
+as a rehearsal is so by that name alone (`engine.config.marker`).
 """
 
 import os
@@ -10,10 +10,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from trtbuild.engine.config import REHEARSAL
 from trtbuild.errors import UserError
 from trtbuild.files import scratch_beside
-
-PREFIX = "rehearsal/"
 
 # How much work a rehearsal does; less where the configuration asks for less. The build limits, the data sets and the
 # prompt stay as they are configured: the engines are those that will be built, but for their number of layers.
@@ -26,16 +25,11 @@ BENCHMARK = {"batch_size": 1, "input_len": 64, "output_len": 4, "repeats": 1}
 CHAT_TEMPLATE = "plain"
 
 
-def marker(model: str) -> dict:
-    """What marks a result of this model as a rehearsal: `{"rehearsal": True}`, or for a real model nothing."""
-    return {"rehearsal": True} if model.startswith(PREFIX) else {}
-
-
 def rehearsal_target(target: str) -> str:
     """The file that a rehearsal makes instead of `target`; a rule's name stays what it is."""
     path = os.path.normpath(target)
-    is_result = path.startswith("results/") and not path.startswith(f"results/{PREFIX}")
-    return path.replace("results/", f"results/{PREFIX}", 1) if is_result else target
+    is_result = path.startswith("results/") and not path.startswith(f"results/{REHEARSAL}")
+    return path.replace("results/", f"results/{REHEARSAL}", 1) if is_result else target
 
 
 def rehearsal_config(config: dict) -> dict:
@@ -43,7 +37,7 @@ def rehearsal_config(config: dict) -> dict:
     evaluation, benchmark = config["evaluation"], config["benchmark"]
     dataset = evaluation["dataset"]
     return config | {
-        "matrix": [entry | {"model": PREFIX + entry["model"]} for entry in config["matrix"]],
+        "matrix": [entry | {"model": REHEARSAL + entry["model"]} for entry in config["matrix"]],
         "evaluation": evaluation
         | {
             "dataset": dataset | {"samples": min(ARTICLES, dataset["samples"])},
@@ -58,11 +52,15 @@ def rehearsal_models(models: dict) -> dict:
     found = {}
     for name, model in models.items():
         if "config" in model:
-            ((_, source),) = model["source"].items()
-            dummy = {"config": model["config"], "num_layers": LAYERS, "rehearsal": True}
-            dummy |= {key: source[key] for key in ("model_version",) if key in source}
-            found[PREFIX + name] = {"chat_template": CHAT_TEMPLATE} | model | {"source": {"dummy": dummy}}
+            dummy = dummy_source(model) | {"num_layers": LAYERS}
+            found[REHEARSAL + name] = {"chat_template": CHAT_TEMPLATE} | model | {"source": {"dummy": dummy}}
     return found
+
+
+def dummy_source(model: dict) -> dict:
+    """Where a declared model's dummy weights come from."""
+    ((_, source),) = model["source"].items()
+    return {"config": model["config"]} | {key: source[key] for key in ("model_version",) if key in source}
 
 
 def rehearsal_recipes(recipes: dict) -> dict:
@@ -85,7 +83,7 @@ def small_calibration(recipe: dict) -> dict:
 def check_rehearsal(targets: Iterable[str], config: dict, models: dict, recipes: dict) -> None:
     """Raises `UserError` for a target that cannot be rehearsed; all but the targets are as configured."""
     for target in targets:
-        match = re.match(rf"results/{PREFIX}([^/]+)/([^/]+)", target)
+        match = re.match(rf"results/{REHEARSAL}([^/]+)/([^/]+)", target)
         if not match or match[1] not in models:
             continue
         model, folder = match[1], match[2]
@@ -133,13 +131,11 @@ def redirect(workflow, config: dict, models: dict, recipes: dict, matrix: list[s
 
 
 @contextmanager
-def dummy_weights(
-    config: str | dict, num_layers: int | None, recipe: dict, engine_dir: Path
-) -> Iterator[tuple[Path, Path | None]]:
+def dummy_weights(dummy: dict, recipe: dict, engine_dir: Path) -> Iterator[tuple[Path, Path | None]]:
     """Yields what `engine_dir` is built from by a recipe: a folder of random weights, and their calibration if needed.
 
-    `config` is a published config.json, or its path. The weights are quantized as the recipe says; all of them lie in a
-    temporary folder beside `engine_dir`. Raises `UserError` for a recipe that takes published weights.
+    `dummy` is their source. The weights are quantized as the recipe says; all of them lie in a temporary folder beside
+    `engine_dir`. Raises `UserError` for a recipe that takes published weights.
     """
     if "quant_checkpoint" in recipe:
         raise UserError("a recipe that takes published weights (quant_checkpoint) has no dummy; build it from those")
@@ -151,7 +147,7 @@ def dummy_weights(
     quantization = quantization_of(recipe)
     with scratch_beside(engine_dir) as folder:
         weights, calibration = folder / "checkpoint", None
-        make_checkpoint({"dummy": {"config": config, "num_layers": num_layers}}, weights)
+        make_checkpoint({"dummy": dummy}, weights)
         if "kv_cache" in recipe or needs_ranges(quantization):
             calibration = folder / "calibration.npz"
             calibrate(weights, calibration, **calibration_of(recipe))

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from trtbuild.engine.config import REHEARSAL
 from trtbuild.errors import UserError
 from trtbuild.quantization.recipe import (
     calibration_id,
@@ -20,7 +21,6 @@ from trtbuild.quantization.recipe import (
     quantization_id,
     quantization_of,
 )
-from trtbuild.rehearsal import PREFIX
 
 SCHEMAS = Path(__file__).parents[1] / "config" / "schemas"
 MODELS_SCHEMA = SCHEMAS / "models.schema.yaml"
@@ -127,7 +127,7 @@ def check_targets(targets: Iterable[str], models: dict, recipes: dict, rehearse:
     Targets of rehearsals are refused without `rehearse`.
     """
     for target in targets:
-        if match := re.match(rf"(?:\./)?results/({PREFIX})?([^/]+)/([^/]+)(/|$)", target):
+        if match := re.match(rf"(?:\./)?results/({REHEARSAL})?([^/]+)/([^/]+)(/|$)", target):
             model, recipe = match[2], match[3]
             if match[1] and not rehearse:
                 raise UserError(f"{target}: this is the place of rehearsals; add '--config rehearse=true' at the end")

@@ -8,6 +8,7 @@ from test_fast_tokenizer import MODELS, convert, convert_tiktoken, train_sentenc
 
 from trtbuild.checkpoint.chat_template import apply, names
 from trtbuild.errors import UserError
+from trtbuild.models.families import baichuan
 from trtbuild.runtime.tokenizer import Tokenizer
 
 QUESTION = "世界上第二高的山峰是哪座？"
@@ -78,7 +79,6 @@ def messages(pairs):
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
     """For each template a function that encodes a text as the model's own code does, and the converted tokenizer."""
-    roles = {"baichuan": ["<reserved_102>", "<reserved_103>"], "baichuan2": ["<reserved_106>", "<reserved_107>"]}
     made = {}
     for name in names():
         folder = tmp_path_factory.mktemp(name)
@@ -89,7 +89,9 @@ def tokenizers(tmp_path_factory):
         if name == "chatml":
             options = {**options, "user_defined_symbols": ["\n"], "control_symbols": ["<|im_start|>", "<|im_end|>"]}
         model = train_sentencepiece(**options)
-        processor, tokenizer = convert(model, folder, add_bos=True, special_tokens=roles.get(name, ()))
+        processor, tokenizer = convert(model, folder, add_bos=True)
+        if name.startswith("baichuan"):
+            baichuan.save_tokenizer(folder / "tokenizer.model", tokenizer.folder)
         made[name] = processor.encode, tokenizer
     for name, (_, tokenizer) in made.items():
         apply(tokenizer.folder, name)

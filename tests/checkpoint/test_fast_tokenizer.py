@@ -426,8 +426,16 @@ def test_edited_sentencepiece_models(llama_model, tmp_path):
         convert(proto.SerializeToString(), tmp_path)
 
 
+@pytest.mark.parametrize("config", [{}, {"add_bos_token": True}, {"add_bos_token": True, "add_eos_token": True}])
+def test_a_configuration_beside_the_model_decides(config, llama_model, tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    processor, tokenizer = convert(llama_model, tmp_path)
+    ends = [[processor.bos_id()] * ("add_bos_token" in config), [processor.eos_id()] * ("add_eos_token" in config)]
+    assert tokenizer.encode("Hello there") == ends[0] + processor.encode("Hello there") + ends[1]
+
+
 def test_sentencepiece_tokens_that_are_not_there(llama_model, tmp_path):
-    with pytest.raises(UserError, match=r"tokenizer\.model has no token <reserved_1>, <pad>"):
+    with pytest.raises(UserError, match=r"tokenizer\.model has no token <pad>"):
         convert(llama_model, tmp_path, special_tokens=["<reserved_1>"], pad_token="<pad>")
     model = train_sentencepiece(bos_id=-1, eos_id=-1)
     for option, end in (("add_bos", "beginning"), ("add_eos", "end")):

@@ -395,7 +395,20 @@ def test_a_shard_of_a_model_of_another_width(tmp_path):
     change(folder, 1, layers__0__feed_forward__w1__weight=torch.ones(40, 48))
     refused(
         folder,
-        f"{folder}: tensor model.layers.0.mlp.gate_proj.weight has shape (104, 48), config.json asks for (128, 48)",
+        f"{folder}/consolidated.01.pth holds another layers.0.feed_forward.w1.weight than consolidated.00.pth; "
+        "the shards are not of one model",
+    )
+
+
+@pytest.mark.parametrize("value", [torch.ones(48), torch.ones(40), torch.ones(48).half()], ids=str)
+def test_shards_whose_norms_differ(tmp_path, value):
+    folder = tmp_path / "meta"
+    published(folder)
+    change(folder, 1, norm__weight=value)
+    refused(
+        folder,
+        f"{folder}/consolidated.01.pth holds another norm.weight than consolidated.00.pth; "
+        "the shards are not of one model",
     )
 
 
@@ -489,8 +502,7 @@ def test_parameters_are_not_json(tmp_path, content, message):
         ({"n_heads": 10}, "{}/config.json: hidden_size 48 is not a multiple of the 10 heads"),
         (
             {"dim": "48"},
-            "{}: params.json or the shards are not LLaMA's "
-            "(unsupported operand type(s) for /: 'str' and 'int' is missing or wrong)",
+            "{}/params.json: dim is '48'; a positive integer is expected",
         ),
     ],
     ids=["layers", "width", "KV heads", "groups", "heads", "dim"],

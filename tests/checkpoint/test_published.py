@@ -296,7 +296,7 @@ def test_a_published_folder_is_no_checkpoint(kind, tmp_path):
         Checkpoint(folder)
     family = "qwen" if kind == "qwen" else "baichuan"
     assert str(caught.value) == (
-        f"{folder} is a published {family} model, not a canonical checkpoint; make one with "
+        f"{folder} is a published {family} model, not a checkpoint; make a checkpoint with "
         f"'trtbuild convert --local {folder} --output-dir CHECKPOINT'"
     )
 
@@ -500,7 +500,8 @@ def test_quantized_weights_of_old_formats(kind, description, tmp_path):
     refused(
         source(kind, tmp_path / "x"),
         tmp_path / "out",
-        f"{tmp_path / 'x'} is quantized under {description}'s own names; start from the original model",
+        f"{tmp_path / 'x'} is quantized, which is read from safetensors under LLaMA's names alone; start from the "
+        "original",
     )
 
 
@@ -711,14 +712,6 @@ def test_dtype_of_dummies(kind, change, dtype, expected, tmp_path):
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert {x.dtype for x in tensors.values()} == {getattr(torch, expected)}
     assert read_config(tmp_path / "out")["dtype"] == expected
-
-
-@pytest.mark.parametrize("kind", ["llama", "qwen", "v2_13b"])
-def test_dummy_for_a_rehearsal_is_marked(kind, tmp_path):
-    dummies(kind, tmp_path / "out", num_layers=1, rehearsal=True)
-    extension = canonical_config(real_config(kind), "x").get("trtbuild", {})
-    assert read_config(tmp_path / "out")["trtbuild"] == extension | {"rehearsal": True}
-    assert Checkpoint(tmp_path / "out").config.family == extension.get("family", "llama")
 
 
 @pytest.mark.parametrize("kind", ["qwen", "v1_7b"])

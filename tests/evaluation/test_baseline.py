@@ -213,14 +213,14 @@ def test_both_baselines_are_alike(tmp_path):
     quantize(checkpoint, weights, quantization_of(recipe), ranges, "cpu")
     scales = cache_of(recipe, weights, ranges)
     theirs = baseline_of(weights, scales)
-    ours = PortableBaseline(weights, "cpu", scales, BuildLimits(1, 300, 8), "it is not asked for")
+    ours = PortableBaseline(weights, "float32", "cpu", scales, BuildLimits(1, 300, 8), "it is not asked for")
     assert isinstance(theirs, HuggingFaceModel)
     assert ours.rounds is theirs.rounds is True
     prompts = [tokens(n, seed=n) for n in (1, 9, 40)]
     errors = [[error(ours.logits(ids, r), theirs.logits(ids, r)) for r in (False, True)] for ids in prompts]
     assert all(plain < EXACT for plain, _ in errors)
     assert sorted(rounded for _, rounded in errors)[1] < EXACT  # a number between two levels may go either way
-    plain = [PortableBaseline(checkpoint, "cpu", None, BuildLimits(1, 300, 8), ""), baseline_of(checkpoint)]
+    plain = [PortableBaseline(checkpoint, "float32", "cpu", None, BuildLimits(1, 300, 8), ""), baseline_of(checkpoint)]
     for eos in ((), (plain[1].generate(prompts, 8, ())[1].output_ids[3],)):
         first, second = (baseline.generate(prompts, 8, eos) for baseline in plain)
         assert first == second

@@ -36,6 +36,7 @@ def test_content():
     assert result["increase_percent"] == pytest.approx(20.0)
     assert {key: value for key, value in result.items() if key != "increase_percent"} == {
         "baseline": 10.0,
+        "baseline_engine": "transformers",
         "value": 12.0,
         "limit_percent": 5.0,
         "verdict": "failed",
@@ -76,6 +77,12 @@ def test_a_failed_gate_stops():
         r" Choose a finer recipe, or set max_perplexity_increase or 'gate: warn' in it"
     )
     with pytest.raises(UserError, match=message):
+        check_gate(result, "results/m/r")
+
+
+def test_a_baseline_of_our_own_is_named():
+    result = gate(measured(12.0), measured(10.0, engine="portable"), 5.0, "fail")
+    with pytest.raises(UserError, match=r"above the 10\.000 of the portable engine in float32"):
         check_gate(result, "results/m/r")
 
 

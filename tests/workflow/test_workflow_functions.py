@@ -11,9 +11,9 @@ import pytest
 import yaml
 from snakemake.exceptions import WorkflowError
 
+from trtbuild.engine.config import marker
 from trtbuild.errors import UserError
 from trtbuild.rehearsal import (
-    marker,
     redirect,
     rehearsal_config,
     rehearsal_models,
@@ -231,10 +231,13 @@ def test_rehearsal_of_models_and_recipes():
     source = {"hub": {"repo": "a/b", "revision": "c"}}
     models = {"a": {"source": source, "config": {"x": 1}}, "b": {"source": source}}
     models["c"] = models["a"] | {"chat_template": "mine.jinja"}
+    models["d"] = {"source": {"local": {"path": "x", "model_version": "v2_7b"}}, "config": {"x": 1}}
+    assert rehearsal_models(models)["rehearsal/d"]["source"]["dummy"]["model_version"] == "v2_7b"
+    del models["d"]
     found = rehearsal_models(models)
     assert found.keys() == {"rehearsal/a", "rehearsal/c"}
     assert found["rehearsal/c"]["chat_template"] == "mine.jinja"
-    dummy = {"config": {"x": 1}, "num_layers": 2, "rehearsal": True}
+    dummy = {"config": {"x": 1}, "num_layers": 2}
     assert {model["source"]["dummy"] == dummy and len(model["source"]) == 1 for model in found.values()} == {True}
     assert all(marker(name) == {"rehearsal": True} for name in found)
     assert marker("a") == marker("rehearsal-a") == {}
@@ -323,7 +326,7 @@ MODEL = {"source": {"hub": {"repo": "a/b", "revision": "0f"}}}
         MODEL | {"config": "models/qwen.json", "chat_template": "mine.jinja"},
         {"source": {"hub": MODEL["source"]["hub"] | {"model_version": "v2_13b"}}},
         {"source": {"local": {"path": "x", "model_version": "v2_13b"}}},
-        {"source": {"dummy": {"config": {}, "num_layers": 1, "rehearsal": True}}},
+        {"source": {"dummy": {"config": {}, "num_layers": 1, "model_version": "v1_7b"}}},
     ],
     ids=str,
 )
@@ -356,8 +359,8 @@ def test_models_that_are_accepted(entry):
         ),
         (
             "mine",
-            {"source": {"dummy": {"config": {}, "rehearsal": "yes"}}},
-            "mine.source.dummy.rehearsal: 'yes' is not of type 'boolean'",
+            {"source": {"dummy": {"config": {}, "num_layers": "two"}}},
+            "mine.source.dummy.num_layers: 'two' is not of type 'integer'",
         ),
     ],
 )

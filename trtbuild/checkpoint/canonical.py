@@ -10,12 +10,13 @@ import torch
 
 from trtbuild.checkpoint.formats import read_quantized
 from trtbuild.checkpoint.lazy import LazyTensor
+from trtbuild.checkpoint.meta import is_meta
 from trtbuild.checkpoint.quantized_weight import QuantizedWeight
 from trtbuild.checkpoint.weight_files import open_weights, weight_files
 from trtbuild.errors import UserError
 from trtbuild.files import read_json
 from trtbuild.models.config import PRODUCTS, ModelConfig
-from trtbuild.models.families import config_from_hugging_face, is_canonical
+from trtbuild.models.families import FAMILIES, config_from_hugging_face, is_canonical
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -29,13 +30,13 @@ class Checkpoint:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
+        hint = f"make a checkpoint with 'trtbuild convert --local {self.folder} --output-dir CHECKPOINT'"
+        if is_meta(self.folder):
+            raise UserError(f"{self.folder} is a model in Meta's layout, not a canonical checkpoint; {hint}")
         config = read_json(self.folder / "config.json")
+        if config.get("model_type") in FAMILIES and not is_canonical(config):
+            raise UserError(f"{self.folder} is a published {config['model_type']} model, not a checkpoint; {hint}")
         self.config = config_from_hugging_face(config, self.folder / "config.json")
-        if not is_canonical(config):
-            raise UserError(
-                f"{self.folder} is a published {self.config.family} model, not a canonical checkpoint; make one with "
-                f"'trtbuild convert --local {self.folder} --output-dir CHECKPOINT'"
-            )
         self.files = list(weight_files(self.folder))
         self.tensors: dict[str, LazyTensor | QuantizedWeight] = dict(open_weights(self.folder))
         self.quantization: str | None = None

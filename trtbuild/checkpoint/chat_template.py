@@ -17,25 +17,42 @@ def names() -> list[str]:
     return sorted(path.stem for path in SHIPPED.glob("*.jinja"))
 
 
-def apply(folder: Path, name: str) -> None:
-    """Gives the tokenizer in `folder` the shipped template `name`, or the file at that path if it ends with `.jinja`.
+def read(name: str) -> str:
+    """The shipped template `name`, or the file at that path if it ends with `.jinja`.
 
-    It is written as `chat_template.jinja`, which `transformers` prefers to a template in `tokenizer_config.json`. A
-    link of that name is replaced, not written through. An unknown name and an unreadable file are a `UserError`.
+    An unknown name, an unreadable file and one that is no Jinja template are a `UserError`.
     """
+    import jinja2
+
     if name.endswith(".jinja"):
-        path = Path(name)
+        path = Path(name).expanduser()
     elif name in names():
         path = SHIPPED / f"{name}.jinja"
     else:
         raise UserError(f"there is no chat template {name!r}; use {', '.join(names())} or the path of a .jinja file")
     try:
         template = path.read_text(encoding="utf-8")
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
     except FileNotFoundError as error:
         raise UserError(f"the chat template {path} does not exist") from error
     except OSError as error:
         raise UserError(f"cannot read the chat template {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"the chat template {path} is not UTF-8 text: {error}") from error
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"the chat template {path} is no Jinja template: {error} (line {error.lineno})") from error
+    return template
+
+
+def write(folder: Path, template: str) -> None:
+    """Gives the tokenizer in `folder` a template, as `chat_template.jinja`.
+
+    `transformers` prefers that to one in `tokenizer_config.json`. A link of that name is replaced, not written through.
+    """
     with atomic(Path(folder) / "chat_template.jinja") as temporary:
         temporary.write_text(template, encoding="utf-8")
+
+
+def apply(folder: Path, name: str) -> None:
+    """`write`s the template that `read` finds by its name."""
+    write(folder, read(name))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trtbuild.errors import UserError
+from trtbuild.files import read_json
 
 SPACE = "\u2581"  # "▁", SentencePiece's visible space
 
@@ -69,9 +70,10 @@ def save_sentencepiece(
 ) -> None:
     """Converts a SentencePiece BPE model, `tokenizer.model` (https://github.com/google/sentencepiece).
 
-    The model's control and unknown pieces and those named in `special_tokens` become special tokens: these are
+    The model's control and unknown pieces and those of `special_tokens` that it has become special tokens: these are
     recognized in a text, as Hugging Face's tokenizers do and SentencePiece does not, and what stands between them is
-    encoded as SentencePiece encodes a text of its own. `eos_token` replaces the model's end of sequence. Decoding gives
+    encoded as SentencePiece encodes a text of its own. A `tokenizer_config.json` beside the model decides instead of
+    `add_bos` and `add_eos` where it speaks of them. `eos_token` replaces the model's end of sequence. Decoding gives
     SentencePiece's text, but where byte tokens in a row are not UTF-8 each is shown as U+FFFD, valid characters among
     them too, and unknown pieces are left out.
 
@@ -81,13 +83,17 @@ def save_sentencepiece(
     from tokenizers import AddedToken, Tokenizer, decoders, models
 
     model = _read_sentencepiece(Path(path))
+    beside = Path(path).with_name("tokenizer_config.json")
+    config = read_json(beside) if beside.exists() else {}
+    add_bos, add_eos = bool(config.get("add_bos_token", add_bos)), bool(config.get("add_eos_token", add_eos))
     trainer, normalizer, kind = model.trainer_spec, model.normalizer_spec, model.SentencePiece
     ids = {piece.piece: i for i, piece in enumerate(model.pieces)}
     symbols = {piece.piece for piece in model.pieces if piece.type == kind.USER_DEFINED}
     control = [piece.piece for piece in model.pieces if piece.type in (kind.CONTROL, kind.UNKNOWN)]
     own = (trainer.unk_piece, trainer.bos_piece, eos_token or trainer.eos_piece)
     unk, bos, eos = (piece if piece in ids or piece == eos_token else None for piece in own)
-    special = list(dict.fromkeys([*control, *special_tokens, *filter(None, (bos, eos, pad_token))]))
+    named = [token for token in special_tokens if token in ids]
+    special = list(dict.fromkeys([*control, *named, *filter(None, (bos, eos, pad_token))]))
     if missing := [token for token in special if token not in ids]:
         raise UserError(f"{path} has no token {', '.join(missing)}")
     for wanted, token, end in ((add_bos, bos, "beginning"), (add_eos, eos, "end")):

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import torch
+
 from trtbuild.checkpoint.lazy import LazyTensor, concatenate, half_rotary
 from trtbuild.checkpoint.torch_file import open_torch_file
 from trtbuild.errors import UserError
@@ -44,7 +46,7 @@ def read_meta(folder: Path) -> tuple[dict, dict[str, LazyTensor]]:
             owner, other = (files[0], file) if name in shards[0] else (file, files[0])
             raise UserError(f"{owner} holds the tensor {name}, {other.name} does not; the shards are not of one model")
     try:
-        config = _config(read_json(folder / "params.json"), shards)
+        config = _config(read_json(folder / "params.json"), folder / "params.json", shards)
         _check_world(folder, config, shards)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{folder}: params.json or the shards are not LLaMA's ({error} is missing or wrong)") from error
@@ -57,11 +59,22 @@ def read_meta(folder: Path) -> tuple[dict, dict[str, LazyTensor]]:
         if not match or match[2] not in NAMES:
             raise UserError(f"{files[0]}: the tensor {name} is not part of a LLaMA model")
         canonical, dim = NAMES[match[2]]
+        _check_alike(name, dim, files, shards)
         tensor = shards[0][name] if dim is None else concatenate([shard[name] for shard in shards], dim)
         if match[2] in heads:
             tensor = half_rotary(tensor, heads[match[2]])
         tensors[f"model.layers.{match[1]}.{canonical}.weight" if match[1] else f"{canonical}.weight"] = tensor
     return config, tensors
+
+
+def _check_alike(name: str, dim: int | None, files: list[Path], shards: list[dict[str, LazyTensor]]) -> None:
+    """Ranks must hold a tensor alike; what none shares (`dim` None) must be equal."""
+    first = shards[0][name]
+    for file, shard in zip(files[1:], shards[1:], strict=True):
+        other = shard[name]
+        same = (other.dtype, other.shape) == (first.dtype, first.shape)
+        if not same or (dim is None and not torch.equal(other.load(), first.load())):
+            raise UserError(f"{file} holds another {name} than {files[0].name}; the shards are not of one model")
 
 
 def _shard_files(folder: Path) -> list[Path]:
@@ -75,11 +88,16 @@ def _shard_files(folder: Path) -> list[Path]:
     return [ranks[rank] for rank in sorted(ranks)]
 
 
-def _config(params: dict, shards: list[dict[str, LazyTensor]]) -> dict:
+def _config(params: dict, where: Path, shards: list[dict[str, LazyTensor]]) -> dict:
     """`params.json` in Hugging Face's terms. The vocabulary's size is the tensors': most files give it as -1."""
+    for key in ("dim", "n_heads", "n_layers", "multiple_of"):
+        if type(params[key]) is not int or params[key] < 1:
+            raise UserError(f"{where}: {key} is {params[key]!r}; a positive integer is expected")
     dim, heads, multiple = params["dim"], params["n_heads"], params["multiple_of"]
     inner = int((params.get("ffn_dim_multiplier") or 1) * int(8 * dim / 3))  # SwiGLU's 2/3 of 4 dim, rounded up
     theta = float(params.get("rope_theta") or 10000.0)
+    # Nowhere in the files: CodeLlama's by its base, LLaMA 1's by its epsilon (but for 65B).
+    length = 16384 if theta == CODE_LLAMA_THETA else 2048 if params["norm_eps"] == 1e-6 else 4096
     output = [shard["output.weight"] for shard in shards]
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -91,7 +109,7 @@ def _config(params: dict, shards: list[dict[str, LazyTensor]]) -> dict:
         "num_attention_heads": heads,
         "num_key_value_heads": params.get("n_kv_heads") or heads,
         "hidden_act": "silu",
-        "max_position_embeddings": 16384 if theta == CODE_LLAMA_THETA else 4096,  # is nowhere in the files
+        "max_position_embeddings": length,
         "rms_norm_eps": params["norm_eps"],
         "rope_theta": theta,
         "tie_word_embeddings": False,

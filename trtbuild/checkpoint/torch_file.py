@@ -10,7 +10,8 @@ from trtbuild.checkpoint.lazy import LazyTensor
 from trtbuild.errors import UserError
 
 # What torch's reader and the ZIP library raise for files that are not what they seem.
-DAMAGE = (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, zipfile.BadZipFile)
+DAMAGE = (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError)
+DAMAGE += (AssertionError, zipfile.BadZipFile)
 
 
 def open_torch_file(path: Path) -> dict[str, LazyTensor]:
@@ -37,8 +38,8 @@ def open_torch_file(path: Path) -> dict[str, LazyTensor]:
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise UserError(f"{path}: {name!r} is a {type(value).__name__}; only named tensors are expected")
-        if value.layout != torch.strided:
-            raise UserError(f"{path}: the tensor {name} is sparse; only dense ones are expected")
+        if value.layout != torch.strided or value.device.type != "cpu":
+            raise UserError(f"{path}: the tensor {name} is sparse, or has no data; only dense ones are expected")
     return {
         name: LazyTensor(value.dtype, tuple(value.shape), lambda value=value: value.detach())
         for name, value in content.items()

@@ -17,14 +17,18 @@ def is_derived(name: str) -> bool:
 
 
 def has(folder: Path, name: str) -> bool:
-    """Whether a folder has weights in a format, `SAFETENSORS` or `TORCH`."""
-    return (folder / name).exists() or (folder / f"{name}.index.json").exists()
+    """Whether a folder has weights in a format, `SAFETENSORS` or `TORCH`; an index alone is none."""
+    stem, _, suffix = name.rpartition(".")
+    return (folder / name).exists() or any(folder.glob(f"{stem}-*.{suffix}"))
 
 
 def weight_files(folder: Path, name: str = SAFETENSORS) -> dict[Path, set[str] | None]:
     """The weight files of a folder, in index order, with the names that the index gives each (None without one)."""
     index = folder / f"{name}.index.json"
     if not index.exists():
+        stem, _, suffix = name.rpartition(".")
+        if not (folder / name).exists() and any(folder.glob(f"{stem}-*.{suffix}")):
+            raise UserError(f"{folder} has shards of {name} but not their index, {index.name}; fetch it as well")
         return {folder / name: None}
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):

@@ -8,6 +8,7 @@ from trtbuild.errors import UserError
 from trtbuild.files import read_json, sha256, write_json
 
 CONFIG_FILE = "config.json"
+REHEARSAL = "rehearsal/"  # begins the names of models that are rehearsed with dummy weights
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class BuildLimits:
     @property
     def max_length(self) -> int:
         return self.max_input_len + self.max_output_len
+
+
+def marker(model: str) -> dict:
+    """What marks a result of this model as a rehearsal: `{"rehearsal": True}`, or for a real model nothing."""
+    return {"rehearsal": True} if model.startswith(REHEARSAL) else {}
 
 
 def rank_file(rank: int, kind: str) -> str:

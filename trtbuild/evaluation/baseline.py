@@ -1,6 +1,5 @@
 """What every engine is compared with: `transformers`' model where it has one, elsewhere our own engine in float32."""
 
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -44,11 +43,11 @@ def open_baseline(
     if missing is None:
         return HuggingFaceModel(folder, dtype, device, cache)
     limits = BuildLimits(1, max_input_len, max(1, max_output_len))
-    return PortableBaseline(folder, device, cache, limits, f"transformers has no {missing}")
+    return PortableBaseline(folder, dtype, device, cache, limits, f"transformers has no {missing}")
 
 
 class PortableBaseline:
-    """A checkpoint in a float32 portable engine, one prompt at a time; the methods are those of `HuggingFaceModel`.
+    """A checkpoint in a portable engine, mostly in float32, one prompt at a time; otherwise like `HuggingFaceModel`.
 
     `reason` says why it stands in for `transformers`, and is recorded in what it produces.
     """
@@ -56,21 +55,32 @@ class PortableBaseline:
     name = "portable engine"
 
     def __init__(
-        self, folder: Path | str, device: str, cache: QuantizedCache | None, limits: BuildLimits, reason: str
+        self,
+        folder: Path | str,
+        dtype: str,
+        device: str,
+        cache: QuantizedCache | None,
+        limits: BuildLimits,
+        reason: str,
     ) -> None:
-        self.checkpoint, self.device = Checkpoint(folder), pick_device(device)
+        self.checkpoint, self.dtype, self.device, self.cache = Checkpoint(folder), dtype, pick_device(device), cache
         self.limits, self.reason = limits, reason
         self.rounds = cache is not None or any(w.activations != "16bit" for w in self.checkpoint.quantized())
-        self.session = self._session(self.checkpoint.__getitem__, cache)
+        self._open: tuple[bool, PortableSession] | None = None
 
-    @cached_property
-    def _unrounded(self) -> PortableSession:
-        """With the numbers that the weights mean, and nothing rounded on the way."""
-        return self._session(self.checkpoint.dequantized, None)
+    def session(self, rounded: bool = True) -> PortableSession:
+        """Of a quantized model either as it is, or with the numbers that its weights mean and nothing rounded.
 
-    def _session(self, weights, cache: QuantizedCache | None) -> PortableSession:
-        network = decoder(self.checkpoint.config, weights, torch.float32, self.limits.max_length, cache)
-        return PortableSession(PortableEngine(network, self.limits, self.device))
+        One of the two is held at a time.
+        """
+        if self._open is None or self._open[0] != rounded:
+            self._open = None  # before the other is loaded
+            weights = self.checkpoint.__getitem__ if rounded else self.checkpoint.dequantized
+            cache = self.cache if rounded else None
+            dtype = getattr(torch, self.dtype)
+            network = decoder(self.checkpoint.config, weights, dtype, self.limits.max_length, cache)
+            self._open = rounded, PortableSession(PortableEngine(network, self.limits, self.device))
+        return self._open[1]
 
     @torch.inference_mode()
     def logits(self, ids: list[int], rounded: bool = True, prompt_len: int | None = None) -> torch.Tensor:
@@ -78,7 +88,7 @@ class PortableBaseline:
 
         The first `prompt_len` tokens (default: all) are the prompt, by whose length Qwen chooses its RoPE base.
         """
-        session = self.session if rounded else self._unrounded
+        session = self.session(rounded)
         rows = [session.prefill([ids[:prompt_len]], all_logits=True).float().cpu()]
         for token in ids[len(rows[0]) :]:
             rows.append(session.decode(torch.tensor([token], dtype=torch.int32, device=self.device)).float().cpu())
@@ -87,8 +97,8 @@ class PortableBaseline:
     def generate(self, prompts: list[list[int]], max_output_len: int, eos_token_ids: tuple[int, ...]) -> list[Output]:
         """Greedy continuations."""
         params = SamplingParams(max_output_len, eos_token_ids=eos_token_ids)
-        with item_bar(len(prompts) * max_output_len, "float32 baseline", "token") as bar:
-            return generate(self.session, prompts, params, on_token=lambda prompt, token: bar.update())
+        with item_bar(len(prompts) * max_output_len, "baseline", "token") as bar:
+            return generate(self.session(), prompts, params, on_token=lambda prompt, token: bar.update())
 
     def provenance(self, model: str) -> dict:
         """The same keys as `HuggingFaceModel`'s, and `baseline`: why it is not that."""
@@ -96,7 +106,7 @@ class PortableBaseline:
             "engine": "portable",
             "baseline": self.reason,
             "model": model,
-            "dtype": "float32",
+            "dtype": self.dtype,
             "engine_sha256": sha256(self.checkpoint.files[0]),
             **environment(self.device),
         }

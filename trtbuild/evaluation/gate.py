@@ -1,11 +1,11 @@
 """The quality gate: a quantized engine whose perplexity rose too far is not scored as if nothing had happened."""
 
+from trtbuild.engine.config import marker
 from trtbuild.errors import UserError
-from trtbuild.rehearsal import marker
 
 
 def gate(value: dict, baseline: dict, max_increase: float, gate: str) -> dict:
-    """Compares two `perplexity.json`: the engine's and the Hugging Face model's.
+    """Compares two `perplexity.json`: the engine's and the baseline's, which is mostly the Hugging Face model.
 
     Returns the content of `gate.json`: both perplexities, the increase and its limit in per cent, the verdict, and
     whether a failed one stops what follows (`gate` "fail") or not ("warn"). Raises `UserError` where the two were
@@ -18,6 +18,7 @@ def gate(value: dict, baseline: dict, max_increase: float, gate: str) -> dict:
     increase = 100 * (value["perplexity"] / baseline["perplexity"] - 1)
     return {
         "baseline": baseline["perplexity"],
+        "baseline_engine": theirs.get("engine", "transformers"),
         "value": value["perplexity"],
         "increase_percent": increase,
         "limit_percent": max_increase,
@@ -31,9 +32,10 @@ def check_gate(result: dict, where: str) -> None:
     """Raises `UserError` for a failed gate that stops; says so on standard output for one that warns."""
     if result["verdict"] == "passed":
         return
+    baseline = "Hugging Face model" if result["baseline_engine"] == "transformers" else "portable engine in float32"
     message = (
         f"{where}: perplexity {result['value']:.3f} is {result['increase_percent']:.1f}% above the "
-        f"{result['baseline']:.3f} of the Hugging Face model; the recipe allows {result['limit_percent']:g}%"
+        f"{result['baseline']:.3f} of the {baseline}; the recipe allows {result['limit_percent']:g}%"
     )
     if result["gate"] == "fail":
         raise UserError(f"{message}. Choose a finer recipe, or set max_perplexity_increase or 'gate: warn' in it")

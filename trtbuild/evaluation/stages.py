@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from trtbuild.datasets import load_articles
-from trtbuild.engine.config import rank_file, read_config
+from trtbuild.engine.config import marker, rank_file, read_config
 from trtbuild.engine.portable import read_portable
 from trtbuild.errors import UserError
 from trtbuild.evaluation.baseline import open_baseline
@@ -19,7 +19,6 @@ from trtbuild.evaluation.verify import TOLERANCE, Agreement, verify
 from trtbuild.files import sha256
 from trtbuild.models.decoder import cache_of_network
 from trtbuild.progress import item_bar
-from trtbuild.rehearsal import marker
 from trtbuild.runtime.generation import Output, generate
 from trtbuild.runtime.open import open_engine
 from trtbuild.runtime.sampling import SamplingParams

@@ -31,7 +31,7 @@ def recipe_table(folder: Path, recipes: dict[str, str]) -> str:
     hf = read_json(folder / "hf" / "rouge.json")
     rows = [
         (
-            f"Hugging Face, {hf['provenance']['dtype']}",
+            f"{_baseline(hf['provenance'])}, {hf['provenance']['dtype']}",
             f"{baseline:.2f}",
             "",
             _score(hf, "rouge1"),
@@ -64,6 +64,10 @@ def recipe_table(folder: Path, recipes: dict[str, str]) -> str:
     lines = ["**Rehearsal**: dummy weights, no results.", ""] if "rehearsal" in measured else []
     lines += ["| " + " | ".join(cells) + " |" for cells in (*zip(*HEADER, strict=True), *rows)]
     return "\n".join(lines) + "\n"
+
+
+def _baseline(origin: dict) -> str:
+    return f"portable engine ({origin['baseline']})" if "baseline" in origin else "Hugging Face"
 
 
 def _score(result: dict, metric: str) -> str:

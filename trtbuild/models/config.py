@@ -81,7 +81,7 @@ class RopeConfig:
         Row c is for prompts of up to `2**c` times that, with `alpha ** (d / (d - 2))` times the base and `alpha =
         2**(c + 1) - 1`; n rows serve up to `max_length`.
         """
-        rows = 1 + max(0, math.ceil(math.log2(max_length / self.original_max_position_embeddings)))
+        rows = 1 + ((max_length - 1) // self.original_max_position_embeddings).bit_length()
         alphas = 2.0 ** torch.arange(1, rows + 1, dtype=torch.float64) - 1
         bases = self.theta * alphas ** (head_dim / (head_dim - 2))
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim

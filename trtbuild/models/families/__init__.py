@@ -15,8 +15,12 @@ from trtbuild.errors import UserError
 from trtbuild.models.config import EXTENSION, ModelConfig
 
 FAMILIES = tuple(sorted(module.name for module in iter_modules(__path__)))
-# Generations whose names resemble those of a supported family but whose networks differ.
-OTHER_GENERATIONS = {"qwen2": "qwen", "qwen2_moe": "qwen", "qwen3": "qwen", "qwen3_moe": "qwen"}
+# What a `model_type` may begin with that looks like a supported family but is none.
+RELATIVES = {
+    "qwen2": "another generation than the supported 'qwen'",
+    "qwen3": "another generation than the supported 'qwen'",
+    "Yi": "an early revision of Yi; later ones, of model_type 'llama', are supported",
+}
 
 
 class Family(Protocol):
@@ -47,11 +51,9 @@ def family_of(config: dict, where: Path | str) -> Family:
     """The family of a published `config.json`; an unknown one is a `UserError` that lists what is supported."""
     model_type = str(config.get("model_type"))
     supported = ", ".join(f"{name} ({import_module(f'{__name__}.{name}').DESCRIPTION})" for name in FAMILIES)
-    if model_type in OTHER_GENERATIONS:
-        raise UserError(
-            f"{where}: model_type {model_type!r} is another generation than the supported "
-            f"{OTHER_GENERATIONS[model_type]!r}; supported are {supported}"
-        )
+    for beginning, relation in RELATIVES.items():
+        if model_type.startswith(beginning):
+            raise UserError(f"{where}: model_type {model_type!r} is {relation}; supported are {supported}")
     if model_type not in FAMILIES:
         raise UserError(f"{where}: model_type {config.get('model_type')!r} is not supported; supported are {supported}")
     return import_module(f"{__name__}.{model_type}")

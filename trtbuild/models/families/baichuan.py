@@ -18,6 +18,7 @@ VERSIONS = ("v1_7b", "v1_13b", "v2_7b", "v2_13b")
 TOKENIZER_FILE = "tokenizer.model"
 
 VOCABULARIES = {64000: "v1", 125696: "v2"}
+ROLES = ("<reserved_102>", "<reserved_103>", "<reserved_106>", "<reserved_107>")  # user and assistant, of v1 and v2
 NORM_ROWS = 8192  # normalized at a time, in float32
 
 
@@ -25,6 +26,11 @@ def canonical_config(config: dict, where: Path | str, model_version: str | None)
     """The 7B models as a `LlamaConfig`; the 13B models, which `transformers` has no class for, under their own name."""
     version = _version(config, where, model_version)
     alibi = version.endswith("13b")
+    heads = config["num_attention_heads"]
+    if config.get("num_key_value_heads", heads) != heads:
+        raise UserError(f"{where}: num_key_value_heads is not {heads}, the heads that W_pack has")
+    if config.get("tie_word_embeddings", False):
+        raise UserError(f"{where}: tie_word_embeddings is true; Baichuan's models have their own head")
     content = {
         "architectures": ["BaichuanForCausalLM" if alibi else "LlamaForCausalLM"],
         "model_type": "baichuan" if alibi else "llama",
@@ -32,12 +38,12 @@ def canonical_config(config: dict, where: Path | str, model_version: str | None)
         "hidden_size": config["hidden_size"],
         "intermediate_size": config["intermediate_size"],
         "num_hidden_layers": config["num_hidden_layers"],
-        "num_attention_heads": config["num_attention_heads"],
-        "num_key_value_heads": config["num_attention_heads"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
         "hidden_act": config["hidden_act"],
         "max_position_embeddings": config["model_max_length" if alibi else "max_position_embeddings"],
         "rms_norm_eps": config["rms_norm_eps"],
-        "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "tie_word_embeddings": False,
         "bos_token_id": config["bos_token_id"],
         "eos_token_id": config["eos_token_id"],
         "dtype": config.get("dtype") or config.get("torch_dtype") or "bfloat16",
@@ -90,7 +96,7 @@ def _unit_rows(tensor: LazyTensor) -> LazyTensor:
 
 
 def save_tokenizer(file: Path, folder: Path) -> None:
-    """From a SentencePiece model."""
+    """From a SentencePiece model; those that begin a chat's turns are special tokens."""
     from trtbuild.checkpoint.fast_tokenizer import save_sentencepiece
 
-    save_sentencepiece(file, folder, add_bos=False)
+    save_sentencepiece(file, folder, add_bos=False, special_tokens=ROLES)

@@ -42,6 +42,11 @@ def canonical_config(config: dict, where: Path | str, model_version: str | None)
     for key, expected in (("rotary_pct", 1.0), ("no_bias", True), ("scale_attn_weights", True)):
         if config.get(key, expected) != expected:
             raise UserError(f"{where}: {key} {config[key]} is not supported; Qwen's models have {expected}")
+    for key in ("seq_length", "intermediate_size"):
+        if type(config[key]) is not int or config[key] < 2:
+            raise UserError(f"{where}: {key} has the wrong type or value: {config[key]!r}; use an integer above 1")
+    if config["intermediate_size"] % 2:
+        raise UserError(f"{where}: intermediate_size {config['intermediate_size']} is odd; Qwen's counts w1 and w2")
     extension: dict[str, object] = {"family": "qwen", "attention_out_bias": False}
     if config["use_dynamic_ntk"]:
         extension["ntk_length"] = config["seq_length"]
