@@ -404,16 +404,8 @@ def test_option(quantized, tmp_path, name, dtype):
     check(quantized, family, options | {"dtype": dtype, "calibration": SAMPLES}, tmp_path / "engine")
 
 
-# Every recipe for the family that differs most, and what differs most for the others.
-ALWAYS = ("fp16", "int8kv", "fp8", "gptq", "sq-static")
-BUILDS = [
-    pytest.param(family, name, marks=() if family == ALIBI or name in ALWAYS else pytest.mark.slow)
-    for family in FAMILIES
-    for name in RECIPES
-]
-
-
-@pytest.mark.parametrize(("family", "name"), BUILDS)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", RECIPES)
 def test_builds(quantized, tmp_path, family, name):
     """TensorRT-RTX compiles it, weights and all."""
     network = quantized.network(family, adapted(RECIPES[name], RECIPES[name]["dtype"]), tmp_path / "engine")

@@ -417,14 +417,14 @@ def test_a_value_of_another_type_is_refused(kind, change, reason):
         ),
         ("qwen", {"intermediate_size": 161}, "x: intermediate_size 161 is odd; Qwen's counts w1 and w2"),
         (
-            "v2_7b",
+            "v2_13b",
             {"tie_word_embeddings": True},
-            "x: tie_word_embeddings is true; Baichuan's models have a head of their own",
+            "x: tie_word_embeddings is true; Baichuan's models have their own head",
         ),
         (
             "v1_7b",
             {"num_key_value_heads": 2},
-            "x: num_key_value_heads is not 6, num_attention_heads; W_pack has as many",
+            "x: num_key_value_heads is not 6, the heads that W_pack has",
         ),
         ("llama", {"hidden_size": 50}, "x: hidden_size 50 is not a multiple of the 6 heads"),
         ("llama", {"num_key_value_heads": 4}, "x: num_attention_heads 6 is not a multiple of num_key_value_heads 4"),
