@@ -46,7 +46,6 @@ from trtbuild.runtime.session import PortableSession
 from trtbuild.runtime.tokenizer import Tokenizer
 
 MODELS = yaml.safe_load((Path(__file__).parents[2] / "config/models.yaml").read_text())
-LLAMA_7B = MODELS["llama-7b"]["config"]
 NEW_TOKENS = 64
 RECIPES = {  # formats of the weights, of activations, and of the cache
     "fp16": (None, None, None),

@@ -67,8 +67,7 @@ def make_quantized(source: dict, checkpoint_dir: Path | str, folder: Path | str)
         refuse_output_over_input(Path(folder), Path(options["path"]).expanduser())
     with atomic(folder) as temporary:
         temporary.mkdir()
-        for file in original.folder.glob("tokenizer*"):
-            (temporary / file.name).symlink_to(file.resolve())
+        _link(original.folder, temporary, ("tokenizer*", "*.jinja"))
         MAKERS[kind](temporary, **options)
         quantized = Checkpoint(temporary)
         if not quantized.quantization:

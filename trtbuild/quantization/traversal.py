@@ -99,13 +99,13 @@ class Traversal:
 
         def stretch(batch: "_Batch", nodes: range) -> Values:
             """Runs `nodes` for one batch, forgetting what no later one reads; returns what was observed."""
-            observed = {}
+            observed, step = {}, batch.step()
             for i in nodes:
                 node = network.nodes[i]
                 made = {c.name: batch.empty_cache(c) for c in caches if c.name in node.inputs}
                 known = constants | batch.values | batch.live | made
                 inputs = [known[name] for name in node.inputs]
-                result = node.op.portable(batch.step, *inputs)
+                result = node.op.portable(step, *inputs)
                 result = result if isinstance(result, tuple) else (result,)
                 if self.observe:
                     observed |= self.observe(node, inputs, result)
@@ -143,13 +143,18 @@ class _Batch:
         lengths = [len(sample) for sample in samples]
         self.values: Values = packed_inputs(samples, False, device)
         self.live: Values = {}
-        self.step = StepContext(torch.arange(len(samples), device=device), lengths, max(lengths))
+        self.lengths, self.device = lengths, device
+
+    def step(self) -> StepContext:
+        """A new one for every stretch: what it makes once, such as ALiBi's biases, is not kept for all batches."""
+        index = torch.arange(len(self.lengths), device=self.device)
+        return StepContext(index, self.lengths, max(self.lengths))
 
     def empty_cache(self, cache: Tensor) -> torch.Tensor:
         """Memory for a layer's keys or values of these samples."""
         _, heads, _, head_dim = cache.shape
-        shape = len(self.step.lengths), heads, self.step.kv_bound, head_dim
-        return torch.empty(shape, dtype=cache.dtype, device=self.step.batch_index.device)
+        shape = len(self.lengths), heads, max(self.lengths), head_dim
+        return torch.empty(shape, dtype=cache.dtype, device=self.device)
 
 
 def _batches(samples: list[list[int]], device: torch.device) -> Iterator[list[list[int]]]:

@@ -1,6 +1,6 @@
-"""Time and GPU memory of calibrating and quantizing a LLaMA-7B (dummy weights, float16) on one GPU.
+"""Time and GPU memory of calibrating and quantizing a model (dummy weights, float16) on one GPU; default: LLaMA-7B.
 
-python tests/gpu/quantize_7b.py [--samples 128] [--length 2048] [--methods gptq awq round fp8 smoothquant]
+python tests/gpu/quantize.py [--model NAME] [--layers N] [--samples 128] [--length 2048] [--methods gptq awq round ...]
 """
 
 import argparse
@@ -12,13 +12,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
-from run import LLAMA_7B
+from run import MODELS
 
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.checkpoint.dummy import dummy_tensors, save_byte_tokenizer
 from trtbuild.checkpoint.safetensors_stream import write_sharded
 from trtbuild.files import write_json
-from trtbuild.models.families import config_from_hugging_face
+from trtbuild.models.families import canonical_config, config_from_hugging_face
 from trtbuild.quantization.calibration import activation_ranges, write_calibration
 from trtbuild.quantization.quantize import quantize
 from trtbuild.quantization.recipe import needs_ranges, quantization_of
@@ -39,17 +39,19 @@ RECIPES = {
 def main() -> None:
     """Make the model, run each method, print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="llama-7b", metavar="NAME", help="of config/models.yaml")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--layers", type=int, help="default: all")
     parser.add_argument("--methods", nargs="*", default=list(RECIPES))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         model = Path(work, "model")
         model.mkdir()
-        config = LLAMA_7B | {"num_hidden_layers": args.layers, "bos_token_id": 0, "eos_token_id": 1}
+        config = canonical_config(MODELS[args.model]["config"], args.model) | {"bos_token_id": 0, "eos_token_id": 1}
+        config["num_hidden_layers"] = args.layers or config["num_hidden_layers"]
         write_json(model / "config.json", config)
-        tensors = dummy_tensors(config_from_hugging_face(config, "LLAMA_7B"), 0, torch.float16, "cuda")
+        tensors = dummy_tensors(config_from_hugging_face(config, args.model), 0, torch.float16, "cuda")
         write_sharded(model, {name: _on_cpu(tensor) for name, tensor in tensors.items()})
         save_byte_tokenizer(model)
         draw = torch.Generator().manual_seed(0)
@@ -75,7 +77,7 @@ def main() -> None:
             quantization = quantization_of({"dtype": "float16"} | RECIPES[name])
             calibration = ranges if needs_ranges(quantization) else None
             timed(name, lambda q=quantization, c=calibration: quantize(model, Path(work, "q"), q, c, samples=samples))
-        print(f"\n{torch.cuda.get_device_name()}, {args.samples} samples of {args.length} tokens")
+        print(f"\n{args.model}, {torch.cuda.get_device_name()}, {args.samples} samples of {args.length} tokens")
         print("| stage | s | s per billion weights | peak GPU memory, GB |\n| --- | --- | --- | --- |")
         print("\n".join(rows))
 
