@@ -1,11 +1,14 @@
 """`--config rehearse=true`: the whole chain on two layers of dummy weights, in a place of its own."""
 
 import json
+from pathlib import Path
 
 import pytest
+import yaml
 
 pytestmark = pytest.mark.slow
 
+REPOSITORY = Path(__file__).parents[2]
 REHEARSE = ("--config", "rehearse=true")
 RUN = "results/tiny/int8kv"
 FOLDER = "rehearsal/tiny"
@@ -104,3 +107,17 @@ def test_rehearse_in_the_configuration_file(fresh):
 def test_what_cannot_be_rehearsed(fresh, arguments, line):
     assert line in fresh.fail(*arguments)
     assert not fresh.results.exists()
+
+
+def test_every_declared_model_can_be_rehearsed(fresh):
+    """The shipped models, each with one recipe, and one with every recipe: from dummy weights to scores."""
+    models, recipes = (
+        yaml.safe_load((REPOSITORY / f"config/{name}.yaml").read_text()) for name in ("models", "recipes")
+    )
+    fresh.models, fresh.recipes = models, recipes
+    fresh.config["matrix"] = []
+    pairs = {(model, "int8kv") for model in models} | {("qwen7b", recipe) for recipe in recipes}
+    jobs = fresh.pending(*(f"results/{model}/{recipe}/rouge.json" for model, recipe in pairs), *REHEARSE)
+    assert {job for job in jobs if job.startswith("checkpoint ")} == {f"checkpoint rehearsal/{m}" for m in models}
+    for rule in ("portable_engine", "engine", "summarize", "rouge"):
+        assert {f"{rule} rehearsal/{model}/{recipe}" for model, recipe in pairs} <= jobs
