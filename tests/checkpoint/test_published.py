@@ -1,6 +1,7 @@
 """Published models of every family, converted: bit by bit, against oracles, in little memory, or not at all."""
 
 import base64
+import io
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 from published_models import (
     LLAMA,
@@ -33,6 +35,7 @@ from trtbuild.errors import UserError
 from trtbuild.files import MARKER
 from trtbuild.models.config import ModelConfig
 from trtbuild.models.families import baichuan, canonical_config, config_from_hugging_face
+from trtbuild.runtime.tokenizer import Tokenizer
 
 REPOSITORY = Path(__file__).parent.parent.parent
 VERSIONS = ("v1_7b", "v1_13b", "v2_7b", "v2_13b")
@@ -333,6 +336,68 @@ def test_tokenizer_of_qwen(tmp_path):
     assert tokenizer.encode(text) == [258, 256, *b" there", 259]
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {"eos_token_id": [257, 259]}
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model() -> bytes:
+    """A few hundred pieces, the two that begin a chat's turns in Baichuan2 among them."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the mountain is high and the river is long"] * 20),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=310,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        user_defined_symbols=["<reserved_106>", "<reserved_107>"],
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def beside(model: bytes, **files: object):
+    """A maker of `tokenizer.model` and JSON files beside it."""
+
+    def save(folder: Path) -> None:
+        (folder / "tokenizer.model").write_bytes(model)
+        for name, content in files.items():
+            (folder / f"{name}.json").write_text(json.dumps(content))
+
+    return save
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_tokenizer_of_llama(add_bos, sentencepiece_model, tmp_path):
+    """Its configuration says whether a text has a beginning, and what a chat looks like."""
+    config = {"add_bos_token": add_bos, "chat_template": "{{ messages[0].content }}!"}
+    publish("llama", tmp_path / "x", tokenizer=beside(sentencepiece_model, tokenizer_config=config))
+    convert("llama", tmp_path / "x", tmp_path / "out")
+    tokenizer = Tokenizer(tmp_path / "out")
+    processor = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model)
+    assert tokenizer.encode("the river") == [processor.bos_id()] * add_bos + processor.encode("the river")
+    assert tokenizer.encode("the river", chat=True) == processor.encode("the river!")
+
+
+def test_tokenizer_of_baichuan(sentencepiece_model, tmp_path):
+    """No beginning; what begins a turn is one token, and none of the text."""
+    publish("v2_7b", tmp_path / "x", tokenizer=beside(sentencepiece_model))
+    make_checkpoint(source("v2_7b", tmp_path / "x"), tmp_path / "out", "baichuan2")
+    tokenizer = Tokenizer(tmp_path / "out")
+    processor = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model)
+    user, assistant = (processor.piece_to_id(f"<reserved_{i}>") for i in (106, 107))
+    ids = tokenizer.encode("the river", chat=True)
+    assert ids == [user, *processor.encode("the river"), assistant]
+    assert tokenizer.decode(ids).strip() == "the river"
+
+
+def test_tokens_that_the_original_file_lacks(sentencepiece_model, tmp_path):
+    publish("llama", tmp_path / "x", tokenizer=beside(sentencepiece_model, added_tokens={"<s>": 1, "<pad>": 310}))
+    refused(
+        source("llama", tmp_path / "x"),
+        tmp_path / "out",
+        f"{tmp_path / 'x'}/added_tokens.json has the token '<pad>', tokenizer.model does not; "
+        "save it as tokenizer.json",
+    )
 
 
 # What is wrong: nothing is written

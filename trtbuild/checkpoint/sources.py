@@ -152,12 +152,19 @@ def _converted(source: Path, published: dict, config: dict, family: Family) -> d
 
 def _make_tokenizer(source: Path, folder: Path, family: Family) -> None:
     """From the family's original tokenizer file, which Meta keeps beside its models' folders."""
+    from tokenizers import Tokenizer
+
     places = [source, *([source.parent] if is_meta(source) else [])]
     files = [place / family.TOKENIZER_FILE for place in places if (place / family.TOKENIZER_FILE).exists()]
     if not files:
         raise UserError(f"{source} has neither tokenizer.json nor {family.TOKENIZER_FILE}; fetch its tokenizer")
     family.save_tokenizer(files[0], folder)
     _link(source, folder, ("generation_config.json", "*.jinja"))
+    if (added := files[0].with_name("added_tokens.json")).exists():
+        vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
+        for token, i in read_json(added).items():
+            if vocabulary.get(token) != i:
+                raise UserError(f"{added} has the token {token!r}, {files[0].name} does not; save it as tokenizer.json")
     beside = files[0].with_name("tokenizer_config.json")
     template = read_json(beside).get("chat_template") if beside.exists() else None
     if isinstance(template, str) and not (folder / "chat_template.jinja").exists():
