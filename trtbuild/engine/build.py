@@ -17,7 +17,7 @@ from trtbuild.progress import byte_bar
 
 
 def build_portable(
-    checkpoint_dir: Path,
+    checkpoint: Path | Checkpoint,
     path: Path,
     recipe: dict,
     limits: BuildLimits,
@@ -28,12 +28,16 @@ def build_portable(
 
     Weights are as in the checkpoint, quantized or not, and what is not quantized is in the recipe's dtype.
     """
-    checkpoint = Checkpoint(checkpoint_dir)
+    checkpoint = _opened(checkpoint)
     dtype = getattr(torch, recipe["dtype"])
     network = decoder(checkpoint.config, checkpoint.__getitem__, dtype, limits.max_length, cache, mapping)
     total = sum(constant.nbytes for constant in network.constants.values())
     with byte_bar(total, path.name) as bar:
         write_portable(path, network, limits, bar.update)
+
+
+def _opened(checkpoint: Path | Checkpoint) -> Checkpoint:
+    return checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
 
 
 def build_tensorrt(
@@ -50,7 +54,7 @@ def build_tensorrt(
 
 def write_engine_config(
     folder: Path,
-    checkpoint_dir: Path,
+    checkpoint: Path | Checkpoint,
     *,
     model: str,
     recipe: dict,
@@ -65,7 +69,8 @@ def write_engine_config(
 
     `calibration` is the file that a quantized KV cache's scales come from.
     """
-    checkpoint = Checkpoint(checkpoint_dir)
+    checkpoint = _opened(checkpoint)
+    configs = [checkpoint.folder / "config.json"] if checkpoint.files else []
     builders = {"portable": {"trtbuild": trtbuild.__version__, "torch": torch.__version__}}
     if "tensorrt" in engines:
         from trtbuild.engine.tensorrt_api import describe_builder
@@ -74,7 +79,7 @@ def write_engine_config(
         builders["tensorrt"] = describe_builder(compute_capabilities, network.holds(torch.float8_e4m3fn))
     write_config(
         folder,
-        [checkpoint.folder / "config.json", *checkpoint.files, *([calibration] if calibration else [])],
+        [*configs, *checkpoint.files, *([calibration] if calibration else [])],
         [rank_file(rank, kind) for rank in range(mapping.world_size) for kind in engines],
         model=model,
         recipe=recipe,
@@ -88,7 +93,7 @@ def write_engine_config(
 
 
 def build_engine_dir(
-    checkpoint_dir: Path,
+    checkpoint: Path | Checkpoint,
     folder: Path,
     *,
     model: str,
@@ -112,20 +117,21 @@ def build_engine_dir(
         raise UserError(
             "a TensorRT engine is lowered from the portable one; build with --engine portable --engine tensorrt"
         )
-    refuse_output_over_input(folder, checkpoint_dir)
+    if isinstance(checkpoint, Path):
+        refuse_output_over_input(folder, checkpoint)
     world = Mapping().world_size
     with atomic(folder) as temporary:
         temporary.mkdir()
         for rank in range(world):
             mapping = Mapping(rank=rank)
             portable = temporary / rank_file(rank, "portable")
-            build_portable(checkpoint_dir, portable, recipe, limits, mapping, cache)
+            build_portable(checkpoint, portable, recipe, limits, mapping, cache)
             if "tensorrt" in engines:
                 target = temporary / rank_file(rank, "tensorrt")
                 build_tensorrt(portable, target, remove_input_padding, compute_capabilities)
         write_engine_config(
             temporary,
-            checkpoint_dir,
+            checkpoint,
             model=model,
             recipe=recipe,
             limits=limits,
