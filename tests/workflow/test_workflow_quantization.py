@@ -135,6 +135,7 @@ def test_gate_tells_what_it_judged(made_quantized, recipe):
     assert gate.pop("increase_percent") == pytest.approx(100 * (ours / theirs - 1), abs=1e-9)
     assert gate == {
         "baseline": theirs,
+        "baseline_engine": "transformers",
         "value": ours,
         "limit_percent": 1000,
         "verdict": "passed",
