@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from published_models import TINY
 from safetensors.torch import save_file
 
 from trtbuild.checkpoint.dummy import save_byte_tokenizer
@@ -10,24 +11,7 @@ from trtbuild.files import write_json
 from trtbuild.models.families import config_from_hugging_face
 from trtbuild.quantization.calibration import calibrate
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "hidden_act": "silu",
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
+CONFIG = TINY | {"intermediate_size": 128, "bos_token_id": 0, "eos_token_id": 1}
 NEWS = {"name": "trtbuild-news", "split": "calibration"}
 SAMPLES = {"dataset": NEWS, "samples": 8, "length": 48, "seed": 0}  # a calibration that takes no time
 

@@ -1,15 +1,22 @@
 """The shipped chat templates: the text that they give, and its tokens with the tokenizers that they are for."""
 
 import json
+from pathlib import Path
 
 import pytest
 from jinja2.exceptions import TemplateError
 from test_fast_tokenizer import MODELS, convert, convert_tiktoken, train_sentencepiece, train_tiktoken
 
-from trtbuild.checkpoint.chat_template import apply, names
+from trtbuild.checkpoint.chat_template import names, read, write
 from trtbuild.errors import UserError
 from trtbuild.models.families import baichuan
 from trtbuild.runtime.tokenizer import Tokenizer
+
+
+def apply(folder: Path, name: str) -> None:
+    """As `make_checkpoint` does it."""
+    write(folder, read(name))
+
 
 QUESTION = "世界上第二高的山峰是哪座？"
 ANSWER = "乔戈里峰。"

@@ -264,15 +264,6 @@ def test_decode_equals_prefill_of_the_longer_prompt(tiny_engine):
         assert error(decoded, fresh) < 1e-5
 
 
-@pytest.fixture
-def one_thread():
-    """Torch on one thread, so that none spins while another process has the core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.usefixtures("one_thread")
 def test_overhead_of_a_step(tiny_engine):
     """A step of the 2-layer model is about 25 operations; their dispatch must not become the cost (median of 30).

@@ -61,6 +61,11 @@ class Checkpoint:
         """All its quantized weights."""
         return [tensor for tensor in self.tensors.values() if isinstance(tensor, QuantizedWeight)]
 
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether a product rounds its input, too."""
+        return any(weight.activations != "16bit" for weight in self.quantized())
+
     def dequantized(self, name: str) -> LazyTensor:
         """A tensor as plain numbers: float32 where it is quantized."""
         tensor = self.tensors[name]

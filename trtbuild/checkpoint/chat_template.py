@@ -51,8 +51,3 @@ def write(folder: Path, template: str) -> None:
     """
     with atomic(Path(folder) / "chat_template.jinja") as temporary:
         temporary.write_text(template, encoding="utf-8")
-
-
-def apply(folder: Path, name: str) -> None:
-    """`write`s the template that `read` finds by its name."""
-    write(folder, read(name))

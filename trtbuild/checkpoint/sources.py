@@ -230,15 +230,16 @@ def dummy_model(
     where = config if isinstance(config, str) else "dummy.config"
     published = read_json(Path(config).expanduser()) if isinstance(config, str) else config
     content = dict(canonical_config(published, where, model_version))
-    layers = config_from_hugging_face(content, where).num_hidden_layers
+    model = config_from_hugging_face(content, where)
+    layers = model.num_hidden_layers
     if num_layers is not None and not 1 <= num_layers <= layers:
         raise UserError(f"{where}: num_layers is {num_layers}; the model has {layers}")
+    model = replace(model, num_hidden_layers=num_layers or layers)
     own_dtype = content.pop("torch_dtype", None) or content.get("dtype") or "float32"
-    content |= {"num_hidden_layers": num_layers or layers, "dtype": dtype or own_dtype}
+    content |= {"num_hidden_layers": model.num_hidden_layers, "dtype": dtype or own_dtype}
     if content["dtype"] not in ("float32", "float16", "bfloat16"):
         raise UserError(f"{where}: dtype {content['dtype']!r} is unknown; use float32, float16 or bfloat16")
     content.pop("quantization_config", None)
-    model = config_from_hugging_face(content, where)
     if model.vocab_size < BYTES + len(SPECIAL_TOKENS):
         raise UserError(f"{where}: vocab_size {model.vocab_size} is too small for bytes; use at least 258")
     tensors = dummy_tensors(model, seed, getattr(torch, content["dtype"]))

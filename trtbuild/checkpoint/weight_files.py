@@ -16,18 +16,21 @@ def is_derived(name: str) -> bool:
     return name.endswith("rotary_emb.inv_freq")
 
 
+def _has_shards(folder: Path, name: str) -> bool:
+    stem, _, suffix = name.rpartition(".")
+    return any(folder.glob(f"{stem}-*.{suffix}"))
+
+
 def has(folder: Path, name: str) -> bool:
     """Whether a folder has weights in a format, `SAFETENSORS` or `TORCH`; an index alone is none."""
-    stem, _, suffix = name.rpartition(".")
-    return (folder / name).exists() or any(folder.glob(f"{stem}-*.{suffix}"))
+    return (folder / name).exists() or _has_shards(folder, name)
 
 
 def weight_files(folder: Path, name: str = SAFETENSORS) -> dict[Path, set[str] | None]:
     """The weight files of a folder, in index order, with the names that the index gives each (None without one)."""
     index = folder / f"{name}.index.json"
     if not index.exists():
-        stem, _, suffix = name.rpartition(".")
-        if not (folder / name).exists() and any(folder.glob(f"{stem}-*.{suffix}")):
+        if not (folder / name).exists() and _has_shards(folder, name):
             raise UserError(f"{folder} has shards of {name} but not their index, {index.name}; fetch it as well")
         return {folder / name: None}
     weight_map = read_json(index).get("weight_map")

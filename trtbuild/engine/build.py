@@ -117,8 +117,9 @@ def build_engine_dir(
         raise UserError(
             "a TensorRT engine is lowered from the portable one; build with --engine portable --engine tensorrt"
         )
-    if isinstance(checkpoint, Path):
-        refuse_output_over_input(folder, checkpoint)
+    checkpoint = _opened(checkpoint)
+    if checkpoint.files:
+        refuse_output_over_input(folder, checkpoint.folder)
     world = Mapping().world_size
     with atomic(folder) as temporary:
         temporary.mkdir()

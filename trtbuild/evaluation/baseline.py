@@ -65,7 +65,7 @@ class PortableBaseline:
     ) -> None:
         self.checkpoint, self.dtype, self.device, self.cache = Checkpoint(folder), dtype, pick_device(device), cache
         self.limits, self.reason = limits, reason
-        self.rounds = cache is not None or any(w.activations != "16bit" for w in self.checkpoint.quantized())
+        self.rounds = cache is not None or self.checkpoint.rounds_activations
         self._open: tuple[bool, PortableSession] | None = None
 
     def session(self, rounded: bool = True) -> PortableSession:

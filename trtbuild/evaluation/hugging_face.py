@@ -36,7 +36,7 @@ class HuggingFaceModel:
         model = load_model(self.checkpoint, getattr(torch, dtype))
         model.generation_config = GenerationConfig()  # greedy means greedy, whatever penalties the checkpoint suggests
         self.model = model.to(self.device).eval()
-        self.rounds = cache is not None or any(w.activations != "16bit" for w in self.checkpoint.quantized())
+        self.rounds = cache is not None or self.checkpoint.rounds_activations
 
     @torch.inference_mode()
     def logits(self, ids: list[int], rounded: bool = True, prompt_len: int | None = None) -> torch.Tensor:

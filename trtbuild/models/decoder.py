@@ -8,7 +8,7 @@ import torch
 from trtbuild.checkpoint.lazy import from_tensor
 from trtbuild.linear.linear import Weight, linear
 from trtbuild.models.alibi import alibi_slopes
-from trtbuild.models.config import ModelConfig
+from trtbuild.models.config import PRODUCTS, ModelConfig
 from trtbuild.models.mapping import Mapping
 from trtbuild.network import Network, Tensor, ops
 
@@ -105,24 +105,24 @@ def decoder_layer(
     """Layer `i`: hidden states `[tokens, hidden]` in and out, and the layer's new caches. Declares its cache inputs."""
     network, dtype = hidden.network, hidden.dtype
     layer = f"model.layers.{i}"
-    attn, mlp = f"{layer}.self_attn", f"{layer}.mlp"
 
-    def project(x: Tensor, fused: str, *parts: str, bias: bool) -> Tensor:
+    def project(x: Tensor, product: str, bias: bool) -> Tensor:
+        parts = [f"{layer}.{part}" for part in PRODUCTS[product]]
         biases = [weights(f"{part}.bias") for part in parts] if bias else []
-        return linear(x, fused, [weights(f"{part}.weight") for part in parts], biases)
+        return linear(x, f"{layer}.{product}", [weights(f"{part}.weight") for part in parts], biases)
 
     cache_shape = ("batch", config.num_key_value_heads, max_length, config.head_dim)
     kv_cache = [network.input(f"{kind}_cache.{i}", cache.dtype if cache else dtype, cache_shape) for kind in KINDS]
     if cache:
         scales = (cache.key_scales[i], cache.value_scales[i])
         kv_cache += [
-            network.constant(f"{attn}.{kind}_scale", from_tensor(s)) for kind, s in zip(KINDS, scales, strict=True)
+            network.constant(f"{layer}.self_attn.{kind}_scale", from_tensor(s))
+            for kind, s in zip(KINDS, scales, strict=True)
         ]
 
     x = ops.rms_norm(hidden, _norm(network, weights, f"{layer}.input_layernorm", dtype), config.rms_norm_eps)
-    qkv = project(x, f"{attn}.qkv_proj", *(f"{attn}.{name}_proj" for name in "qkv"), bias=config.attention_bias)
     x, *present = ops.attention(
-        qkv,
+        project(x, "self_attn.qkv_proj", config.attention_bias),
         step.positional,
         kv_cache,
         step.position_ids,
@@ -133,12 +133,11 @@ def decoder_layer(
         config.head_dim,
         step.logn,
     )
-    hidden = ops.add(hidden, project(x, f"{attn}.o_proj", f"{attn}.o_proj", bias=config.attention_out_bias))
+    hidden = ops.add(hidden, project(x, "self_attn.o_proj", config.attention_out_bias))
 
     x = ops.rms_norm(hidden, _norm(network, weights, f"{layer}.post_attention_layernorm", dtype), config.rms_norm_eps)
-    gate_up = project(x, f"{mlp}.gate_up_proj", f"{mlp}.gate_proj", f"{mlp}.up_proj", bias=config.mlp_bias)
-    x = ops.swiglu(gate_up)
-    return ops.add(hidden, project(x, f"{mlp}.down_proj", f"{mlp}.down_proj", bias=config.mlp_bias)), tuple(present)
+    x = ops.swiglu(project(x, "mlp.gate_up_proj", config.mlp_bias))
+    return ops.add(hidden, project(x, "mlp.down_proj", config.mlp_bias)), tuple(present)
 
 
 def cache_of_network(network: Network) -> QuantizedCache | None:

@@ -50,13 +50,12 @@ class Family(Protocol):
 def family_of(config: dict, where: Path | str) -> Family:
     """The family of a published `config.json`; an unknown one is a `UserError` that lists what is supported."""
     model_type = str(config.get("model_type"))
+    if model_type in FAMILIES:
+        return import_module(f"{__name__}.{model_type}")
     supported = ", ".join(f"{name} ({import_module(f'{__name__}.{name}').DESCRIPTION})" for name in FAMILIES)
-    for beginning, relation in RELATIVES.items():
-        if model_type.startswith(beginning):
-            raise UserError(f"{where}: model_type {model_type!r} is {relation}; supported are {supported}")
-    if model_type not in FAMILIES:
-        raise UserError(f"{where}: model_type {config.get('model_type')!r} is not supported; supported are {supported}")
-    return import_module(f"{__name__}.{model_type}")
+    relations = [relation for beginning, relation in RELATIVES.items() if model_type.startswith(beginning)]
+    reason = relations[0] if relations else "not supported"
+    raise UserError(f"{where}: model_type {config.get('model_type')!r} is {reason}; supported are {supported}")
 
 
 def is_canonical(config: dict) -> bool:
