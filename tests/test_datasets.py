@@ -74,6 +74,27 @@ def test_another_data_set(folder_dataset):
     assert vars(load_articles(name, "train", 1)[0]) == {"id": "1", "article": "text", "highlights": "short"}
 
 
+def test_an_id_may_be_a_number(folder_dataset):
+    name = folder_dataset(id=17, article="text", highlights="short")
+    assert load_articles(name, "train", 1)[0].id == "17"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"article": None}, "its article is None; text is expected"),
+        ({"highlights": ["a", "b"]}, r"its highlights is \['a', 'b'\]; text is expected"),
+        ({"article": " \n"}, r"its article is ' \\n'; text is expected"),
+        ({"highlights": ""}, "its highlights is ''; text is expected"),
+        ({"id": 1.5}, r"its id is 1\.5; text is expected"),
+    ],
+)
+def test_rows_without_text(folder_dataset, changes, message):
+    name = folder_dataset(**{"id": "1", "article": "text", "highlights": "short"} | changes)
+    with pytest.raises(UserError, match=rf"^row 0 of the data set .*data, split 'train': {message}$"):
+        load_articles(name, "train", 1)
+
+
 def test_wrong_columns(folder_dataset):
     name = folder_dataset(document="text", id="1")
     with pytest.raises(UserError, match=r"lacks the columns \['article', 'highlights'\]; it has \['document', 'id'\]"):

@@ -33,7 +33,7 @@ def load_articles(
 
     `trtbuild-news` is the set that the project ships (16 to evaluate, 64 to calibrate with); any other `name` is a data
     set on the Hugging Face hub, such as `cnn_dailymail` with config `3.0.0`. Raises `UserError` if there are fewer
-    articles, or other columns.
+    articles, other columns, or a row without text in one of them.
     """
     if samples < 1:
         raise UserError(f"samples is {samples}; it must be at least 1")
@@ -43,7 +43,18 @@ def load_articles(
             f"the data set {name} has {len(data)} articles in its split {split!r}; {samples} were asked for"
         )
     order = range(samples) if seed is None else random.Random(seed).sample(range(len(data)), samples)
-    return [Article(**{column: data[i][column] for column in COLUMNS}) for i in order]
+    return [_article(data[i], f"row {i} of the data set {name}, split {split!r}") for i in order]
+
+
+def _article(row: dict, where: str) -> Article:
+    """A row whose columns hold text; the id may be a number. Raises `UserError` otherwise."""
+    values = {column: row[column] for column in COLUMNS}
+    if isinstance(values["id"], int):
+        values["id"] = str(values["id"])
+    for column, value in values.items():
+        if not isinstance(value, str) or not value.strip():
+            raise UserError(f"{where}: its {column} is {repr(value)[:40]}; text is expected")
+    return Article(**values)
 
 
 def _own(split: str) -> list[dict]:

@@ -1,11 +1,16 @@
 """ROUGE means and intervals against the `rouge_score` package."""
 
+import string
+import unicodedata
+
 import numpy as np
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.scoring import BootstrapAggregator
+from rouge_score.tokenizers import DefaultTokenizer
 
-from trtbuild.evaluation.rouge import METRICS, score, sentences
+from trtbuild.errors import UserError
+from trtbuild.evaluation.rouge import METRICS, Tokenizer, score, sentences
 
 TEXT = "the council voted to close its old bridges after storms damaged running wards and two markets"
 WORDS = TEXT.split(" ")
@@ -77,3 +82,73 @@ def test_sentences_become_lines():
 def test_lengths_must_agree():
     with pytest.raises(ValueError, match="zip"):
         score(["a", "b"], ["a"])
+
+
+def test_without_cjk_the_tokens_are_those_of_rouge_score():
+    """Words, numbers, punctuation and letters of other alphabets, in random order."""
+    generator = np.random.default_rng()
+    pieces = [*string.printable, *"éßµΑя½ﬁ²…“”—\u00a0\u2028", *WORDS, "Running", "co-operate", "U.S.", "3,000.5", "İ"]
+    ours, theirs = Tokenizer(), DefaultTokenizer(use_stemmer=True)
+    for _ in range(2000):
+        text = "".join(generator.choice(pieces, 30))
+        assert ours.tokenize(text) == theirs.tokenize(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("今天，天气很好。", "今 天 天 气 很 好"),
+        ("在2024年Qwen-7B的running模型", "在 2024 年 qwen 7b 的 run 模 型"),
+        ("Ｑｗｅｎ１２３４は", "qwen1234 は"),
+        ("データ・センターへ行く時々", "デ ー タ セ ン タ ー へ 行 く 時 々"),
+        ("ﾃﾞｰﾀ", "デ ー タ"),
+        ("서울에서 KBS 뉴스", "서 울 에 서 kbs 뉴 스"),
+        (unicodedata.normalize("NFD", "서울 が"), "서 울 が"),
+        ("一。「二」！三（四）", "一 二 三 四"),
+        ("𠮷野家", "𠮷 野 家"),
+    ],
+)
+def test_cjk_is_tokenized_by_characters(text, tokens):
+    assert Tokenizer().tokenize(text) == tokens.split()
+
+
+def test_chinese_scores_are_those_of_rouge_score_over_numbered_characters():
+    """`rouge_score` is told each character's number as a word; sentences of one to nine pieces, mixed with words."""
+    generator = np.random.default_rng()
+    characters = "今天气很好我们在城市里看见新的桥被雨水冲坏"
+
+    def text():
+        pieces = [*characters, " bridge ", "2024"]
+        return ["".join(generator.choice(pieces, generator.integers(1, 10))) + "。" for _ in range(4)]
+
+    def numbered(lines):
+        return "\n".join("".join(f" {ord(c)} " if c in characters else c for c in line) for line in lines)
+
+    predictions, references = ([text() for _ in range(20)] for _ in range(2))
+    scorer = RougeScorer(METRICS, use_stemmer=True)
+    pairs = [scorer.score(numbered(r), numbered(p)) for p, r in zip(predictions, references, strict=True)]
+    result = score(["".join(p) for p in predictions], ["".join(r) for r in references])
+    for metric in METRICS:
+        expected = 100 * np.mean([pair[metric].fmeasure for pair in pairs])
+        assert result[metric]["mean"] == pytest.approx(expected, abs=5.1e-5)
+
+
+@pytest.mark.parametrize(
+    "text", ["大桥因暴雨关闭。市议会周三表决！", "橋は閉まった。雨が降った", "다리가 닫혔다.\n비가 왔다."]
+)
+def test_identical_texts_score_100(text):
+    assert {m: v["mean"] for m, v in score([text], [text]).items()} == dict.fromkeys(METRICS, 100)
+
+
+def test_full_width_sentences_become_lines():
+    text = "他说：“好。”然后走了！？ 真的（是。）\nＡ。"
+    assert sentences(text) == "他说：“好。”\n然后走了！？\n真的（是。）\nＡ。"
+    result = score(["桥关闭了。下雨了。"], ["下雨了。桥关闭了。"])
+    assert result["rougeLsum"]["mean"] == 100
+    assert result["rougeL"]["mean"] < 70
+
+
+@pytest.mark.parametrize("reference", ["", "...", "Мост закрыт."])
+def test_a_reference_that_nothing_can_agree_with(reference):
+    with pytest.raises(UserError, match=r"reference 1, .*holds no word that ROUGE can score; it knows a-z, 0-9"):
+        score(["a", reference], ["a", reference])

@@ -100,10 +100,13 @@ def test_nothing_is_written_when_generation_fails(tokenizer, tmp_path):
         (b"text\n", "is not a summaries file"),
         (b'{"summary": "a", "refe', "is not a summaries file"),
         (b"\xff\xfe\n", "is not a summaries file"),
-        (json.dumps({"summary": "a"}).encode(), "each line needs the keys summary and reference"),
+        (json.dumps({"summary": "a"}).encode(), "line 1: an object with the texts summary and reference is expected"),
+        (b'{"summary": "a", "reference": "b"}\n["a", "b"]\n', r"s\.jsonl, line 2: an object with the texts"),
+        (b'{"summary": null, "reference": "b"}', r"s\.jsonl, line 1: an object with the texts"),
+        (b'{"summary": "a", "reference": "b"}\n\n', "is not a summaries file: line 2: "),
         (json.dumps({"summary": "a", "reference": "b"}).encode(), "s.meta.json does not exist"),
     ],
-    ids=["missing", "empty", "text", "truncated", "not-utf8", "keys", "no-provenance"],
+    ids=["missing", "empty", "text", "truncated", "not-utf8", "keys", "list", "null", "blank", "no-provenance"],
 )
 def test_unreadable_summaries(tmp_path, data, message):
     path = tmp_path / "s.jsonl"

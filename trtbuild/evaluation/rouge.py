@@ -1,22 +1,64 @@
-"""ROUGE (Lin 2004) with stemming, and how sure the mean is."""
+"""ROUGE (Lin 2004), and how sure the mean is: English by stemmed words, Chinese, Japanese and Korean by characters."""
 
 import re
+import unicodedata
 
 import numpy as np
 
+from trtbuild.errors import UserError
+
 METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 RESAMPLES = 1000
+TOKENIZER = "rouge-score, stemmed; Chinese, Japanese and Korean by characters"
+# Kana, Hangul's letters, compatibility ideographs, half and full-width forms: several ways to write one character.
+VARIANTS = re.compile("[\u1100-\u11ff\u3040-\u30ff\uf900-\ufaff\uff00-\uffef]+")
+# Han with its iteration marks, kana, Hangul; no punctuation.
+CHARACTER = re.compile(
+    "([\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
+    "\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff"
+    "\u1100-\u11ff\u3131-\u318e\uac00-\ud7a3])"
+)
+
+
+class Tokenizer:
+    """`rouge_score`'s tokenizer, to which all but `[a-z0-9]` is white space, with a token for each CJK character.
+
+    Full-width letters and digits are what they stand for. A text without any of these gets `rouge_score`'s tokens.
+    """
+
+    def __init__(self) -> None:
+        from rouge_score.tokenizers import DefaultTokenizer
+
+        self.words = DefaultTokenizer(use_stemmer=True)
+
+    def tokenize(self, text: str) -> list[str]:
+        parts = CHARACTER.split(VARIANTS.sub(lambda run: unicodedata.normalize("NFKC", run[0]), text))
+        tokens = self.words.tokenize(parts[0])
+        for character, words in zip(parts[1::2], parts[2::2], strict=True):
+            tokens += [character, *(self.words.tokenize(words) if words else ())]
+        return tokens
 
 
 def score(predictions: list[str], references: list[str], seed: int = 0) -> dict[str, dict[str, float]]:
     """Mean F1 in per cent and its 95% bootstrap interval for each metric, over (prediction, reference) pairs.
 
     `rougeLsum` compares line by line; predictions are split into lines at the ends of sentences, as references are.
+    Raises `UserError` for a reference without a token, which nothing could agree with.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(METRICS, use_stemmer=True)
-    pairs = [scorer.score(reference, sentences(text)) for text, reference in zip(predictions, references, strict=True)]
+    tokenizer = Tokenizer()
+    for i, reference in enumerate(references):
+        if not tokenizer.tokenize(reference):
+            raise UserError(
+                f"reference {i}, {reference[:40]!r}, holds no word that ROUGE can score; it knows a-z, 0-9, and "
+                "Chinese, Japanese and Korean characters"
+            )
+    scorer = RougeScorer(METRICS, tokenizer=tokenizer)
+    pairs = [
+        scorer.score(full_width_sentences(reference), sentences(text))
+        for text, reference in zip(predictions, references, strict=True)
+    ]
     generator = np.random.default_rng(seed)
     draws = generator.integers(len(pairs), size=(RESAMPLES, len(pairs)))
     result = {}
@@ -29,4 +71,9 @@ def score(predictions: list[str], references: list[str], seed: int = 0) -> dict[
 
 def sentences(text: str) -> str:
     """One sentence a line."""
-    return re.sub(r"(?<=[.!?])\s+", "\n", text.strip())
+    return full_width_sentences(re.sub(r"(?<=[.!?])\s+", "\n", text.strip()))
+
+
+def full_width_sentences(text: str) -> str:
+    """One sentence a line of those that end in `。！？`, which no space follows, and in the quotes after that."""
+    return re.sub(r"([。！？｡]++[”’」』）]*+)\s*+(?=\S)", r"\1\n", text)

@@ -13,7 +13,7 @@ from trtbuild.evaluation.baseline import open_baseline
 from trtbuild.evaluation.benchmark import benchmark
 from trtbuild.evaluation.perplexity import perplexity
 from trtbuild.evaluation.provenance import provenance
-from trtbuild.evaluation.rouge import METRICS, score
+from trtbuild.evaluation.rouge import METRICS, TOKENIZER, score
 from trtbuild.evaluation.summarization import read_summaries, summarization_prompts, write_summaries
 from trtbuild.evaluation.verify import TOLERANCE, Agreement, verify
 from trtbuild.files import sha256
@@ -79,7 +79,8 @@ def score_summaries(path: Path, seed: int = 0) -> dict:
     records, origin = read_summaries(path)
     scores = score([r["summary"] for r in records], [r["reference"] for r in records], seed)
     marked = marker(origin.get("model", ""))
-    return scores | {"samples": len(records), "bootstrap_seed": seed, "provenance": origin} | marked
+    settings = {"samples": len(records), "tokenizer": TOKENIZER, "bootstrap_seed": seed}
+    return scores | settings | {"provenance": origin} | marked
 
 
 def rouge_table(results: list[dict]) -> str:

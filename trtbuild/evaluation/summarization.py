@@ -69,17 +69,27 @@ def write_summaries(
 
 
 def read_summaries(path: Path) -> tuple[list[dict], dict]:
-    """The records of a summaries file, and the provenance beside it."""
+    """The records of a summaries file, and the provenance beside it. Raises `UserError` for a file with others."""
+    records = []
     try:
         with open(path, encoding="utf-8") as file:  # splitlines() would also split at U+2028 and its like
-            records = [json.loads(line) for line in file]
+            for number, line in enumerate(file, 1):
+                records.append(json.loads(line))
+                if not _is_record(records[-1]):
+                    raise UserError(
+                        f"{path}, line {number}: an object with the texts summary and reference is expected"
+                    )
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}); make it with 'trtbuild summarize'") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a summaries file: {error}") from error
-    if not records or not all({"summary", "reference"} <= record.keys() for record in records):
-        raise UserError(f"{path} holds no summaries; each line needs the keys summary and reference")
+        raise UserError(f"{path} is not a summaries file: line {len(records) + 1}: {error}") from error
+    if not records:
+        raise UserError(f"{path} holds no summaries; make it with 'trtbuild summarize'")
     return records, read_json(meta_path(path))
+
+
+def _is_record(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("summary", "reference"))
 
 
 def meta_path(path: Path) -> Path:
