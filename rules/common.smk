@@ -11,12 +11,15 @@ from trtbuild import workflow as trtbuild_workflow
 from trtbuild.engine.config import rank_file
 from trtbuild.errors import UserError
 from trtbuild.quantization.recipe import engine_recipe, gate_limits, needs_ranges
+from trtbuild.yaml_reader import read_yaml
 
 trtbuild_workflow.export_package(workflow.basedir)
 
 SCHEMAS = trtbuild_workflow.SCHEMAS
 
 try:
+    for file in workflow.configfiles:  # Snakemake takes the last of equal keys
+        read_yaml(file)
     REHEARSE = trtbuild_workflow.rehearses(config)
     trtbuild_workflow.validate(config, SCHEMAS / "config.schema.yaml", "config/config.yaml")
     trtbuild_workflow.check_limits(config)

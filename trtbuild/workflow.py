@@ -21,6 +21,7 @@ from trtbuild.quantization.recipe import (
     quantization_id,
     quantization_of,
 )
+from trtbuild.yaml_reader import read_yaml
 
 SCHEMAS = Path(__file__).parents[1] / "config" / "schemas"
 MODELS_SCHEMA = SCHEMAS / "models.schema.yaml"
@@ -32,13 +33,12 @@ RESERVED = ("calibration", "checkpoint", "hf", "logs", "quantized")  # folders o
 def validate(value: object, schema_path: Path, where: str) -> None:
     """Checks a configuration against a JSON schema; the `UserError` names the key and what it expects."""
     import jsonschema
-    import yaml
 
     if not schema_path.exists():
         raise UserError(
             f"{schema_path} is missing; recipes are checked against it, so run trtbuild from its repository"
         )
-    schema = yaml.safe_load(schema_path.read_text(encoding="utf-8"))
+    schema = read_yaml(schema_path)
     errors = list(jsonschema.Draft202012Validator(schema).iter_errors(value))
     shapes = [error for error in errors if "allOf" not in error.absolute_schema_path]  # said before contradictions
     error = jsonschema.exceptions.best_match(shapes or errors)
@@ -58,14 +58,7 @@ def validate(value: object, schema_path: Path, where: str) -> None:
 
 def load_table(path: str, schema_path: Path) -> dict:
     """Reads and checks `models.yaml` or `recipes.yaml`."""
-    import yaml
-
-    try:
-        table = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    table = read_yaml(path)
     validate(table, schema_path, path)
     return table
 

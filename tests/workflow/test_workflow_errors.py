@@ -59,6 +59,22 @@ BAD_CONFIGURATION = {
     ),
     "malformed models": (replace_by("models", "tiny: {source: [\n"), "config/models.yaml is not valid YAML: "),
     "malformed config": (replace_by("config", "build: {engines: [\n"), "Config file is not valid JSON or YAML."),
+    "a key of the configuration twice": (
+        replace_by("config", "models: a\nrecipes: b\nmodels: c\n"),
+        "config/config.yaml, line 3: the key models is there already, in line 1",
+    ),
+    "a model twice": (
+        replace_by("models", "tiny: {source: {local: {path: a}}}\ntiny: {source: {local: {path: b}}}\n"),
+        "config/models.yaml, line 2: the key tiny is there already, in line 1",
+    ),
+    "a recipe named no": (
+        replace_by("recipes", "no: {dtype: float32}\n"),
+        "config/recipes.yaml, line 1: YAML takes the key no for bool; write 'no'",
+    ),
+    "a recipe named 7 in the matrix": (
+        set_to("config", "matrix", [{"model": "tiny", "recipes": [7]}]),
+        "config/config.yaml: matrix.0.recipes.0: 7 is not of type 'string'",
+    ),
     "empty models": (replace_by("models", ""), "config/models.yaml: the file: None is not of type 'object'"),
     "missing models": (replace_by("models", None), "cannot read config/models.yaml: No such file or directory"),
     "two sources": (
