@@ -15,7 +15,16 @@ from trtbuild.checkpoint.sources import make_checkpoint
 from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.portable import read_portable, write_portable
 from trtbuild.errors import UserError
-from trtbuild.files import MARKER, atomic, read_json, refuse_output_over_input, scratch_beside, sha256, write_json
+from trtbuild.files import (
+    MARKER,
+    atomic,
+    read_json,
+    refuse_output_over_input,
+    scratch_beside,
+    sha256,
+    user_path,
+    write_json,
+)
 from trtbuild.models.decoder import decoder
 
 
@@ -141,6 +150,23 @@ def test_atomic_leaves_the_old_one_on_an_exception(tmp_path, make, error):
         make_and_fail(target, make, error)
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_atomic_names_the_real_path(tmp_path):
+    with pytest.raises(UserError) as caught, atomic(tmp_path / "x") as temporary:
+        raise UserError(f"{temporary}/config.json is wrong")
+    assert str(caught.value) == f"{tmp_path}/x/config.json is wrong"
+
+
+def test_user_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("MODELS", "/data")
+    assert [str(user_path(path)) for path in ("~/a", "$HOME/a", "${MODELS}/a", "a/$NOTHING")] == [
+        "/home/me/a",
+        "/home/me/a",
+        "/data/a",
+        "a/$NOTHING",
+    ]
 
 
 def test_atomic_removes_what_an_interrupted_process_left(tmp_path):

@@ -13,15 +13,17 @@ from pathlib import Path
 from trtbuild.errors import UserError
 
 MARKER = "made-by-trtbuild"
+LFS = b"version https://git-lfs.github.com/spec/"
 
 
 @contextmanager
 def atomic(path: Path | str) -> Iterator[Path]:
     """Yields a temporary sibling of `path` (a file or a folder, the caller makes either) and renames it at the end.
 
-    On any exception the temporary is removed and `path` is left as it was; what a killed process left is removed by
-    the next one that makes `path`. Folders made here carry the file `MARKER`, and only such folders are replaced. A
-    full disk, a place that cannot be written to and a folder with anybody else's files are a `UserError`.
+    On any exception the temporary is removed and `path` is left as it was, and a `UserError` names `path` where it
+    named the temporary; what a killed process left is removed by the next one that makes `path`. Folders made here
+    carry the file `MARKER`, and only such folders are replaced. A full disk, a place that cannot be written to and a
+    folder with anybody else's files are a `UserError`.
     """
     path = Path(path).absolute()
     temporary = _temporary_sibling(path)
@@ -35,6 +37,8 @@ def atomic(path: Path | str) -> Iterator[Path]:
         if path.is_dir():
             _remove(path)
         temporary.replace(path)
+    except UserError as error:
+        raise UserError(str(error).replace(str(temporary), str(path))) from error
     except Exception as error:
         full = getattr(error, "errno", None) in (28, 122)  # ENOSPC, EDQUOT
         if full or str(error).endswith(("(os error 28)", "(os error 122)")):  # how libraries written in Rust say it
@@ -112,6 +116,21 @@ def write_json(path: Path | str, value: object) -> None:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def user_path(path: Path | str) -> Path:
+    """A path as a configuration gives it, with `~` and environment variables (`$HOME`, `${HOME}`) put in."""
+    return Path(os.path.expandvars(path)).expanduser()
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Raises `UserError` for the small text that Git LFS leaves in place of a file that was not fetched.
+
+    Format: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md.
+    """
+    with open(path, "rb") as file:
+        if file.read(len(LFS)) == LFS:
+            raise UserError(f"{path} is a Git LFS pointer, not the file itself; run 'git lfs pull' in {path.parent}")
+
+
 def read_json(path: Path | str) -> dict:
     """Reads a JSON object; a missing, malformed or other file is a `UserError` that names it."""
     try:
@@ -121,6 +140,7 @@ def read_json(path: Path | str) -> dict:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        refuse_lfs_pointer(Path(path))
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a JSON {type(value).__name__}; an object is expected")

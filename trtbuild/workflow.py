@@ -13,6 +13,7 @@ from pathlib import Path
 
 from trtbuild.engine.config import REHEARSAL
 from trtbuild.errors import UserError
+from trtbuild.files import user_path
 from trtbuild.quantization.recipe import (
     calibration_id,
     calibration_of,
@@ -58,7 +59,7 @@ def validate(value: object, schema_path: Path, where: str) -> None:
 
 def load_table(path: str, schema_path: Path) -> dict:
     """Reads and checks `models.yaml` or `recipes.yaml`."""
-    table = read_yaml(path)
+    table = read_yaml(user_path(path))
     validate(table, schema_path, path)
     return table
 

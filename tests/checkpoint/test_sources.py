@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from trtbuild.checkpoint import sources
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.checkpoint.dummy import dummy_tensors
+from trtbuild.checkpoint.lazy import from_tensor
+from trtbuild.checkpoint.safetensors_stream import write_sharded
 from trtbuild.checkpoint.sources import make_checkpoint
 from trtbuild.errors import UserError
 from trtbuild.files import MARKER
@@ -143,6 +145,110 @@ def test_making_a_checkpoint_again_leaves_the_linked_files(tiny_checkpoint, tmp_
 def test_local_is_missing(tmp_path):
     path = tmp_path / "none"
     refused({"local": {"path": str(path)}}, tmp_path / "x", f"the model folder {path} does not exist")
+
+
+def test_local_is_a_file(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"")
+    message = f"{path} is a file; a model's folder is expected; a GGUF file is a source of its own, 'gguf'"
+    refused({"local": {"path": str(path)}}, tmp_path / "x", message)
+
+
+def test_local_is_an_adapter(tmp_path):
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "meta-llama/Llama-2-7b-hf"}')
+    message = f"{folder} holds an adapter of meta-llama/Llama-2-7b-hf, and no model; merge it"
+    refused({"local": {"path": str(folder)}}, tmp_path / "x", message)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_local_is_a_repository_of_the_cache(tmp_path, named):
+    """The snapshot is named: that of the branch main, else the last one."""
+    folder = tmp_path / "models--owner--name"
+    for commit in ("aaa", "bbb"):
+        (folder / "snapshots" / commit).mkdir(parents=True)
+    if named:
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text("aaa")
+    snapshot = folder / "snapshots" / ("aaa" if named else "bbb")
+    message = f"{folder} is a repository in the hub's cache; the model's folder is {snapshot}$"
+    refused({"local": {"path": str(folder)}}, tmp_path / "x", message)
+    with pytest.raises(UserError, match=message):
+        Checkpoint(folder)
+
+
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1234\n"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_local_has_a_pointer_of_git_lfs(tiny_checkpoint, tmp_path, name):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    (folder / name).write_text(LFS_POINTER)
+    (folder / "pytorch_model.bin").write_text(LFS_POINTER)  # is not needed
+    message = f"{folder / name} is a Git LFS pointer, not the file itself; run 'git lfs pull' in {folder}"
+    refused({"local": {"path": str(folder)}}, tmp_path / "x", message)
+
+
+def test_an_original_tokenizer_that_is_a_pointer(tiny_checkpoint, tmp_path):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_text(LFS_POINTER)
+    refused({"local": {"path": str(folder)}}, tmp_path / "x", f"{folder}/tokenizer.model is a Git LFS pointer")
+
+
+def test_weights_that_are_pointers(tiny_checkpoint, tmp_path):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_text(LFS_POINTER)
+    refused({"local": {"path": str(folder)}}, tmp_path / "x", f"{folder}/pytorch_model.bin is a Git LFS pointer")
+
+
+@pytest.mark.parametrize("path", ["~/model", "$HOME/model", "${HOME}/model"])
+def test_local_by_a_variable(tiny_checkpoint, tmp_path, monkeypatch, path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").symlink_to(tiny_checkpoint)
+    make_checkpoint({"local": {"path": path}}, tmp_path / "x")
+    assert (tmp_path / "x" / "model.safetensors").readlink() == tiny_checkpoint / "model.safetensors"
+
+
+def test_only_the_weights_that_count_are_linked(tiny_checkpoint, tmp_path):
+    """One file saved beside an older model's shards: transformers reads the file, and so does everything here."""
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    new = load_file(folder / "model.safetensors")
+    old = {name: from_tensor(x + 1) for name, x in new.items()}
+    (folder / "model.safetensors").rename(tmp_path / "new")
+    write_sharded(folder, old, max_shard_bytes=150_000)
+    (tmp_path / "new").rename(folder / "model.safetensors")
+    make_checkpoint({"local": {"path": str(folder)}}, tmp_path / "x")
+    assert [path.name for path in (tmp_path / "x").glob("model*")] == ["model.safetensors"]
+    checkpoint, name = Checkpoint(tmp_path / "x"), "model.layers.0.mlp.up_proj.weight"
+    assert checkpoint[name].load().equal(new[name])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "x")
+    assert model.state_dict()[name].equal(checkpoint[name].load())
+    assert checkpoint.inputs.keys() == {"config.json", "model.safetensors"}
+
+
+def test_shards_below_are_linked_where_they_are(tiny_checkpoint, tmp_path):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    write_sharded(folder, {name: from_tensor(x) for name, x in tensors.items()}, max_shard_bytes=150_000)
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    weight_map = content["weight_map"]
+    (folder / "parts").mkdir()
+    for file in set(weight_map.values()):
+        (folder / file).rename(folder / "parts" / file)
+    (folder / "model-00001-of-00009.safetensors").write_bytes(b"what an older version left")
+    index.write_text(json.dumps(content | {"weight_map": {name: f"parts/{file}" for name, file in weight_map.items()}}))
+    make_checkpoint({"local": {"path": str(folder)}}, tmp_path / "x")
+    checkpoint = Checkpoint(tmp_path / "x")
+    assert all(checkpoint[name].load().equal(x) for name, x in tensors.items())
+    assert checkpoint.inputs.keys() == {"config.json", *(f"parts/{file}" for file in weight_map.values())}
+    assert not (tmp_path / "x" / "model-00001-of-00009.safetensors").exists()
+    state = AutoModelForCausalLM.from_pretrained(tmp_path / "x").state_dict()
+    assert all(state[name].equal(x) for name, x in tensors.items())
 
 
 def test_local_is_truncated(tiny_checkpoint, tmp_path):

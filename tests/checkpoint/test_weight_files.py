@@ -79,10 +79,35 @@ def test_has(tmp_path, name):
 
 
 @FORMATS
-def test_the_index_comes_before_a_single_file(tmp_path, name):
+def test_a_single_file_comes_before_an_index(tmp_path, name):
+    """As in transformers: one was saved over an older model's shards."""
     folder = write(tmp_path / "x", name)
-    shutil.copy(shard(folder, name, 1), folder / name)
-    assert list(open_weights(folder, name)) == list(TENSORS)
+    new = {tensor: value + 1 for tensor, value in TENSORS.items()}
+    shutil.copy(write(tmp_path / "new", name, new, shards=1) / name, folder)
+    assert weight_files(folder, name) == {folder / name: None}
+    assert all(value.load().equal(new[tensor]) for tensor, value in open_weights(folder, name).items())
+
+
+@FORMATS
+def test_shards_in_a_folder_below(tmp_path, name):
+    folder = write(tmp_path / "x", name)
+    (folder / "parts").mkdir()
+    index = folder / f"{name}.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    for file in set(weight_map.values()):
+        (folder / file).rename(folder / "parts" / file)
+    index.write_text(json.dumps({"weight_map": {tensor: f"parts/{file}" for tensor, file in weight_map.items()}}))
+    assert has(folder, name)
+    assert all(value.load().equal(TENSORS[tensor]) for tensor, value in open_weights(folder, name).items())
+
+
+@FORMATS
+@pytest.mark.parametrize("file", ["../elsewhere", "/elsewhere"])
+def test_an_index_that_leads_elsewhere(tmp_path, name, file):
+    folder = write(tmp_path / "x", name)
+    index = change_index(folder, name, t1=file)
+    message = f"{index} lists {file}, which is outside its folder; shards must be beside it or below"
+    refused(folder, name, message)
 
 
 @FORMATS

@@ -3,6 +3,7 @@
 Weights may be quantized, in one of the published layouts (`formats/`).
 """
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from trtbuild.files import read_json
 from trtbuild.models.config import PRODUCTS, ModelConfig
 from trtbuild.models.families import FAMILIES, config_from_hugging_face, is_canonical
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -33,7 +35,7 @@ class Checkpoint:
         hint = f"make a checkpoint with 'trtbuild convert --local {self.folder} --output-dir CHECKPOINT'"
         if is_meta(self.folder):
             raise UserError(f"{self.folder} is a model in Meta's layout, not a canonical checkpoint; {hint}")
-        config = read_json(self.folder / "config.json")
+        config = published_config(self.folder)
         if config.get("model_type") in FAMILIES and not is_canonical(config):
             raise UserError(f"{self.folder} is a published {config['model_type']} model, not a checkpoint; {hint}")
         self.config = config_from_hugging_face(config, self.folder / "config.json")
@@ -44,6 +46,7 @@ class Checkpoint:
             self.tensors = read_quantized(quantization, self.tensors, str(self.folder))
             self.quantization = str(quantization["quant_method"])
             self._check_fused()
+        self.config, self.tensors = settle_head(self.config, self.tensors)
         check_tensors(self.config, self.tensors, self.folder)
 
     @classmethod
@@ -53,6 +56,12 @@ class Checkpoint:
         checkpoint.config, checkpoint.tensors = config, dict(tensors)
         checkpoint.files, checkpoint.quantization = [], None
         return checkpoint
+
+    @property
+    def inputs(self) -> dict[str, Path]:
+        """The files that it was read from, by their names inside the folder."""
+        files = [self.folder / "config.json", *self.files] if self.files else []
+        return {str(file.relative_to(self.folder)): file for file in files}
 
     def __getitem__(self, name: str) -> LazyTensor | QuantizedWeight:
         return self.tensors[name]
@@ -83,16 +92,59 @@ class Checkpoint:
                         )
 
 
+def published_config(folder: Path) -> dict:
+    """A model folder's `config.json`; where there is none, a `UserError` that says what the folder is instead."""
+    if (folder / "config.json").exists():
+        return read_json(folder / "config.json")
+    if folder.is_file():
+        gguf = "; a GGUF file is a source of its own, 'gguf'" if folder.suffix == ".gguf" else ""
+        raise UserError(f"{folder} is a file; a model's folder is expected{gguf}")
+    if not folder.is_dir():
+        raise UserError(f"the model folder {folder} does not exist")
+    if snapshots := sorted((folder / "snapshots").glob("*/")):
+        main = folder / "refs" / "main"
+        snapshot = folder / "snapshots" / main.read_text().strip() if main.exists() else snapshots[-1]
+        raise UserError(f"{folder} is a repository in the hub's cache; the model's folder is {snapshot}")
+    if (adapter := folder / "adapter_config.json").exists():
+        base = read_json(adapter).get("base_model_name_or_path")
+        raise UserError(
+            f"{folder} holds an adapter of {base}, and no model; merge it into that and save the result as a folder"
+        )
+    raise UserError(f"{folder / 'config.json'} does not exist")
+
+
+def settle_head(
+    config: ModelConfig, tensors: dict[str, LazyTensor | QuantizedWeight]
+) -> tuple[ModelConfig, dict[str, LazyTensor | QuantizedWeight]]:
+    """What a tied model's tensors mean, as in `transformers`: a head of its own unties it, an equal one is dropped.
+
+    Where only the head is stored it is the embedding as well.
+    """
+    if not config.tie_word_embeddings or HEAD not in tensors:
+        return config, tensors
+    others = {name: tensor for name, tensor in tensors.items() if name != HEAD}
+    head, embedding = tensors[HEAD], tensors.get(EMBEDDING)
+    if embedding is None:
+        return config, {EMBEDDING: head} | others
+    same = isinstance(head, LazyTensor) and isinstance(embedding, LazyTensor) and _equal(head, embedding)
+    return (config, others) if same else (replace(config, tie_word_embeddings=False), tensors)
+
+
+def _equal(a: LazyTensor, b: LazyTensor) -> bool:
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and a.load().equal(b.load())
+
+
 def check_tensors(config: ModelConfig, tensors: dict[str, LazyTensor | QuantizedWeight], where: Path) -> None:
     """Raises `UserError` for tensors that are missing, too many, of another shape or no floating-point numbers."""
     shapes = config.tensor_shapes()
     for name in sorted(tensors.keys() - shapes.keys()):
-        if name != "lm_head.weight":  # which models that share it with the embedding may store twice
-            raise UserError(f"{where}: the tensor {name} is no part of the model that config.json describes")
+        raise UserError(f"{where}: the tensor {name} is no part of the model that config.json describes")
     for name, shape in shapes.items():
         if name not in tensors:
             raise UserError(f"{where}: tensor {name} is missing; config.json asks for it with shape {shape}")
         tensor = tensors[name]
+        if isinstance(tensor, QuantizedWeight) and name == EMBEDDING:
+            raise UserError(f"{where}: tensor {name} is quantized; only products may be")
         if isinstance(tensor, LazyTensor) and tensor.dtype not in FLOATS:
             raise UserError(
                 f"{where}: tensor {name} is {str(tensor.dtype).removeprefix('torch.')}, and nothing says how it is "

@@ -7,7 +7,7 @@ lie in `trtbuild/chat_templates`.
 from pathlib import Path
 
 from trtbuild.errors import UserError
-from trtbuild.files import atomic
+from trtbuild.files import atomic, user_path
 
 SHIPPED = Path(__file__).parents[1] / "chat_templates"
 
@@ -25,7 +25,7 @@ def read(name: str) -> str:
     import jinja2
 
     if name.endswith(".jinja"):
-        path = Path(name).expanduser()
+        path = user_path(name)
     elif name in names():
         path = SHIPPED / f"{name}.jinja"
     else:

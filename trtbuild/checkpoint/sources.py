@@ -10,15 +10,23 @@ from pathlib import Path
 import torch
 
 from trtbuild.checkpoint import chat_template as chat_templates
-from trtbuild.checkpoint.canonical import Checkpoint, check_tensors
+from trtbuild.checkpoint.canonical import Checkpoint, check_tensors, published_config, settle_head
 from trtbuild.checkpoint.dummy import BYTES, SPECIAL_TOKENS, dummy_tensors, save_byte_tokenizer
 from trtbuild.checkpoint.gguf import read_gguf, save_tokenizer
 from trtbuild.checkpoint.lazy import LazyTensor
 from trtbuild.checkpoint.meta import is_meta, read_meta
 from trtbuild.checkpoint.safetensors_stream import write_sharded
-from trtbuild.checkpoint.weight_files import SAFETENSORS, TORCH, has, open_weights
+from trtbuild.checkpoint.weight_files import SAFETENSORS, TORCH, has, open_weights, weight_files
 from trtbuild.errors import UserError
-from trtbuild.files import atomic, read_json, refuse_output_over_input, sha256, write_json
+from trtbuild.files import (
+    atomic,
+    read_json,
+    refuse_lfs_pointer,
+    refuse_output_over_input,
+    sha256,
+    user_path,
+    write_json,
+)
 from trtbuild.models.families import (
     Family,
     canonical_config,
@@ -30,7 +38,7 @@ from trtbuild.models.families import (
 from trtbuild.progress import byte_bar
 
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "merges.txt", "*.jinja")
-WEIGHT_FILES = ("config.json", "*.safetensors", "*.index.json", "quant*.json", "smoothing.npz")
+BESIDE_WEIGHTS = ("quant*.json", "smoothing.npz")
 HUB_FILES = ["*.json", "*.safetensors", *TOKENIZER_FILES, "*.tiktoken", "LICENSE*"]
 OLD_WEIGHTS = ["*.bin", "*.pth"]
 
@@ -46,7 +54,7 @@ def make_checkpoint(source: dict, folder: Path | str, chat_template: str | None 
     """
     ((kind, options),) = source.items()
     if "path" in options:
-        refuse_output_over_input(Path(folder), Path(options["path"]).expanduser())
+        refuse_output_over_input(Path(folder), user_path(options["path"]))
     template = chat_templates.read(chat_template) if chat_template else None  # a wrong name is better said before work
     with atomic(folder) as temporary:
         temporary.mkdir()
@@ -64,7 +72,7 @@ def make_quantized(source: dict, checkpoint_dir: Path | str, folder: Path | str)
     ((kind, options),) = source.items()
     original = Checkpoint(checkpoint_dir)
     if "path" in options:
-        refuse_output_over_input(Path(folder), Path(options["path"]).expanduser())
+        refuse_output_over_input(Path(folder), user_path(options["path"]))
     with atomic(folder) as temporary:
         temporary.mkdir()
         _link(original.folder, temporary, ("tokenizer*", "*.jinja"))
@@ -97,7 +105,7 @@ def _from_hub(
 
     try:
         snapshot = snapshot_download(repo, revision=revision, allow_patterns=allow_patterns or HUB_FILES)
-        if not allow_patterns and not any(Path(snapshot).glob("*.safetensors")):  # many repositories have both
+        if not allow_patterns and not has(Path(snapshot), SAFETENSORS):  # many repositories have both
             snapshot_download(repo, revision=revision, allow_patterns=OLD_WEIGHTS, ignore_patterns=["*/*"])
     except Exception as error:  # its own, its HTTP library's, the file system's
         reason = next(iter(str(error).splitlines()), "")[:200]
@@ -110,12 +118,10 @@ def _from_hub(
 
 
 def _from_local(folder: Path, path: str, model_version: str | None = None) -> None:
-    """Links a folder that is canonical already; converts others, Hugging Face's or Meta's."""
-    source = Path(path).expanduser().resolve()
-    if not source.is_dir():
-        raise UserError(f"the model folder {source} does not exist")
+    """Links a folder's weights where they are canonical already; converts others, Hugging Face's or Meta's."""
+    source = user_path(path).resolve()
     where = source / "config.json"
-    published = None if is_meta(source) else read_json(where)
+    published = None if is_meta(source) else published_config(source)
     family = llama if published is None or is_canonical(published) else family_of(published, where)
     if published is None:
         config, tensors = read_meta(source)
@@ -124,17 +130,25 @@ def _from_local(folder: Path, path: str, model_version: str | None = None) -> No
         config = canonical_config(published, where, model_version)
         tensors = _converted(source, published, config, family)
     if tensors is None:
-        Checkpoint(source)
+        model = Checkpoint(source).config
     else:
-        check_tensors(config_from_hugging_face(config, where), tensors, source)  # before they are all written
+        model, tensors = settle_head(config_from_hugging_face(config, where), tensors)
+        check_tensors(model, tensors, source)  # before they are all written
+    if config.get("tie_word_embeddings", False) != model.tie_word_embeddings:
+        config = config | {"tie_word_embeddings": model.tie_word_embeddings}
     if (source / "tokenizer.json").exists():
         _link(source, folder, TOKENIZER_FILES)
     elif not (folder / "tokenizer.json").exists():
         _make_tokenizer(source, folder, family)
-    if tensors is None:
-        _link(source, folder, WEIGHT_FILES)
+    if tensors is None and config == published:
+        _link(source, folder, ("config.json",))
     else:
         write_json(folder / "config.json", config)
+    if tensors is None:
+        index = () if (source / SAFETENSORS).exists() else (f"{SAFETENSORS}.index.json",)
+        weights = (str(file.relative_to(source)) for file in weight_files(source))
+        _link(source, folder, (*weights, *index, *BESIDE_WEIGHTS))
+    else:
         _write(folder, tensors, f"convert {source.name}")
 
 
@@ -156,6 +170,8 @@ def _make_tokenizer(source: Path, folder: Path, family: Family) -> None:
 
     places = [source, *([source.parent] if is_meta(source) else [])]
     files = [place / family.TOKENIZER_FILE for place in places if (place / family.TOKENIZER_FILE).exists()]
+    for file in files[:1]:
+        refuse_lfs_pointer(file)
     if not files:
         raise UserError(f"{source} has neither tokenizer.json nor {family.TOKENIZER_FILE}; fetch its tokenizer")
     family.save_tokenizer(files[0], folder)
@@ -174,8 +190,11 @@ def _make_tokenizer(source: Path, folder: Path, family: Family) -> None:
 def _link(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:
     for pattern in patterns:
         for file in source.glob(pattern):
-            if not (folder / file.name).exists():
-                (folder / file.name).symlink_to(file.resolve())
+            refuse_lfs_pointer(file)
+            link = folder / file.relative_to(source)
+            if not link.exists():
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(file.resolve())
 
 
 def _write(folder: Path, tensors: dict[str, LazyTensor], what: str) -> None:
@@ -184,7 +203,7 @@ def _write(folder: Path, tensors: dict[str, LazyTensor], what: str) -> None:
 
 
 def _from_gguf(folder: Path, path: str, sha256: str | None = None) -> None:
-    file = Path(path).expanduser()
+    file = user_path(path)
     if sha256 is not None:
         _check_sha256(file, sha256)
     config, tensors = read_gguf(file)
@@ -228,7 +247,7 @@ def dummy_model(
     `num_layers` instead of the model's own; `dtype`: the model's own, or float32.
     """
     where = config if isinstance(config, str) else "dummy.config"
-    published = read_json(Path(config).expanduser()) if isinstance(config, str) else config
+    published = read_json(user_path(config)) if isinstance(config, str) else config
     content = dict(canonical_config(published, where, model_version))
     model = config_from_hugging_face(content, where)
     layers = model.num_hidden_layers

@@ -8,6 +8,7 @@ import torch
 
 from trtbuild.checkpoint.lazy import LazyTensor
 from trtbuild.errors import UserError
+from trtbuild.files import refuse_lfs_pointer
 
 # What torch's reader and the ZIP library raise for files that are not what they seem.
 DAMAGE = (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError)
@@ -22,6 +23,7 @@ def open_torch_file(path: Path) -> dict[str, LazyTensor]:
     """
     if not path.is_file():
         raise UserError(f"missing weights file {path}")
+    refuse_lfs_pointer(path)
     try:
         if not zipfile.is_zipfile(path):
             raise UserError(

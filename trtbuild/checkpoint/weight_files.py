@@ -23,14 +23,17 @@ def _has_shards(folder: Path, name: str) -> bool:
 
 def has(folder: Path, name: str) -> bool:
     """Whether a folder has weights in a format, `SAFETENSORS` or `TORCH`; an index alone is none."""
-    return (folder / name).exists() or _has_shards(folder, name)
+    return _has_shards(folder, name) or any(file.exists() for file in weight_files(folder, name))
 
 
 def weight_files(folder: Path, name: str = SAFETENSORS) -> dict[Path, set[str] | None]:
-    """The weight files of a folder, in index order, with the names that the index gives each (None without one)."""
+    """The weight files of a folder, in index order, with the names that the index gives each (None without one).
+
+    One file is preferred to an index, as `transformers` does. Shards may lie in a folder below.
+    """
     index = folder / f"{name}.index.json"
-    if not index.exists():
-        if not (folder / name).exists() and _has_shards(folder, name):
+    if (folder / name).exists() or not index.exists():
+        if _has_shards(folder, name) and not (folder / name).exists():
             raise UserError(f"{folder} has shards of {name} but not their index, {index.name}; fetch it as well")
         return {folder / name: None}
     weight_map = read_json(index).get("weight_map")
@@ -38,6 +41,8 @@ def weight_files(folder: Path, name: str = SAFETENSORS) -> dict[Path, set[str] |
         raise UserError(f"{index} has no weight_map from tensors to files; it is not an index of weight files")
     files: dict[Path, set[str] | None] = {}
     for tensor, file in weight_map.items():
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise UserError(f"{index} lists {file}, which is outside its folder; shards must be beside it or below")
         files.setdefault(folder / file, set()).add(tensor)
     return files
 

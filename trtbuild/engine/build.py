@@ -70,7 +70,6 @@ def write_engine_config(
     `calibration` is the file that a quantized KV cache's scales come from.
     """
     checkpoint = _opened(checkpoint)
-    configs = [checkpoint.folder / "config.json"] if checkpoint.files else []
     builders = {"portable": {"trtbuild": trtbuild.__version__, "torch": torch.__version__}}
     if "tensorrt" in engines:
         from trtbuild.engine.tensorrt_api import describe_builder
@@ -79,7 +78,7 @@ def write_engine_config(
         builders["tensorrt"] = describe_builder(compute_capabilities, network.holds(torch.float8_e4m3fn))
     write_config(
         folder,
-        [*configs, *checkpoint.files, *([calibration] if calibration else [])],
+        checkpoint.inputs | ({calibration.name: calibration} if calibration else {}),
         [rank_file(rank, kind) for rank in range(mapping.world_size) for kind in engines],
         model=model,
         recipe=recipe,

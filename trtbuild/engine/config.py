@@ -39,14 +39,14 @@ def rank_file(rank: int, kind: str) -> str:
     return f"rank{rank}.{ {'portable': 'safetensors', 'tensorrt': 'engine'}[kind] }"
 
 
-def write_config(folder: Path, inputs: list[Path], outputs: list[str], **content: object) -> None:
+def write_config(folder: Path, inputs: dict[str, Path], outputs: list[str], **content: object) -> None:
     """Writes `config.json` with the sha256 of every input and, with its size, of every engine file `outputs` names."""
     files = [folder / name for name in outputs]
     write_json(
         folder / CONFIG_FILE,
         content
         | {
-            "inputs": {path.name: sha256(path) for path in inputs},
+            "inputs": {name: sha256(path) for name, path in inputs.items()},
             "outputs": {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files},
         },
     )

@@ -64,8 +64,9 @@ def quantize(
         temporary.mkdir()
         method = METHODS[name](checkpoint, quantization, ranges, samples, target, map_)
         _write(temporary, checkpoint, quantization, projections, method)
-        inputs = [checkpoint.folder / "config.json", *checkpoint.files, *([calibration] if ranges else [])]
-        origin = {"quantization": quantization, "inputs": {path.name: sha256(path) for path in inputs}}
+        inputs = checkpoint.inputs | ({calibration.name: calibration} if ranges else {})
+        hashes = {name: sha256(path) for name, path in inputs.items()}
+        origin = {"quantization": quantization, "inputs": hashes}
         write_json(temporary / ORIGIN_FILE, origin)
 
 
@@ -163,8 +164,7 @@ def _write(folder: Path, checkpoint: Checkpoint, quantization: dict, projections
     config = read_json(checkpoint.folder / "config.json")
     config |= {"dtype": quantization["dtype"], "quantization_config": description}
     config.pop("torch_dtype", None)
-    if quantizes_head:
-        config["tie_word_embeddings"] = False
+    config["tie_word_embeddings"] = checkpoint.config.tie_word_embeddings and not quantizes_head
     write_json(folder / "config.json", config)
     if layout == "gptq":
         write_json(folder / "quantize_config.json", description)
