@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -645,3 +647,73 @@ def test_process_does_not_replace_its_own_input(made, quantized):
     refused(message, "calibrate", "--checkpoint-dir", made.checkpoint, "--output", made.checkpoint)
     refused(message, "quantize", "--checkpoint-dir", made.checkpoint, "--output-dir", made.checkpoint, *recipe)
     assert sorted(path.name for path in made.checkpoint.iterdir()) == before
+
+
+# What the operating system says
+
+
+def test_an_output_is_refused_before_work(made, tmp_path):
+    """Of every command that writes; the checkpoint that is named does not even exist."""
+    os.mkfifo(tmp_path / "pipe")
+    for command, option in (
+        ("calibrate", "--output"),
+        ("quantize", "--output-dir"),
+        ("build", "--engine-dir"),
+        ("summarize", "--output"),
+        ("perplexity", "--output"),
+        ("convert", "--output-dir"),
+        ("score", "--output"),
+    ):
+        refused("is a pipe; an output is a file or a folder", command, option, tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["inspect", "--checkpoint-dir", "CHECKPOINT"]])
+def test_process_says_that_standard_output_is_full(made, arguments):
+    arguments = [made.checkpoint if argument == "CHECKPOINT" else argument for argument in arguments]
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "trtbuild", *map(str, arguments)]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (result.returncode, result.stderr) == (2, "error: [Errno 28] No space left on device\n")
+
+
+@pytest.mark.parametrize("module", ["torch", "typer", "tqdm"])
+def test_process_interrupted_while_it_imports(tmp_path, module):
+    (tmp_path / f"{module}.py").write_text("import time; print('importing', flush=True); time.sleep(60)")
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "trtbuild", "inspect", "--engine-dir", "x"]
+    environment = os.environ | {"PYTHONPATH": path}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, env=environment, text=True) as process:
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+        assert process.stderr.read() == ""
+
+
+def test_process_interrupted_at_work(made, tmp_path):
+    """A model that would take minutes: silent, with 130, and nothing is left."""
+    output = tmp_path / "out" / "checkpoint"
+    command = [
+        sys.executable,
+        "-m",
+        "trtbuild",
+        "convert",
+        "--dummy",
+        made.folder / "config.json",
+        "--output-dir",
+        output,
+    ]
+    slow = "import time, trtbuild.checkpoint.dummy as d; d.save_byte_tokenizer = lambda folder: time.sleep(60)\n"
+    code = (
+        f"{slow}import sys; sys.argv[1:] = {list(map(str, command[3:]))!r}\nfrom trtbuild.__main__ import main; main()"
+    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("out/.*.tmp/config.json")):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+        assert "Traceback" not in process.stderr.read()
+    assert list((tmp_path / "out").iterdir()) == []

@@ -4,7 +4,11 @@ import errno
 import hashlib
 import os
 import re
+import resource
+import signal
+import socket
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +21,10 @@ from trtbuild.engine.portable import read_portable, write_portable
 from trtbuild.errors import UserError
 from trtbuild.files import (
     MARKER,
+    MAX_BYTES,
     atomic,
+    check_output,
+    output_path,
     read_json,
     refuse_output_over_input,
     scratch_beside,
@@ -274,7 +281,7 @@ def test_json_round_trip(tmp_path):
 
 @pytest.mark.parametrize(
     ("data", "message"),
-    [(None, "does not exist"), (b'{"a": 1', "is not valid JSON"), (b'"\xff"', "is not valid JSON")],
+    [(None, "does not exist"), (b'{"a": 1', "is not valid JSON"), (b'"\xff"', "is not UTF-8 text")],
     ids=["missing", "truncated", "not-utf8"],
 )
 def test_read_json_names_the_file(tmp_path, data, message):
@@ -313,3 +320,124 @@ def test_an_output_never_replaces_its_own_input(tmp_path, output):
         refuse_output_over_input(source / output, source)
     refuse_output_over_input(source / "inside", source)
     refuse_output_over_input(tmp_path / "beside", source)
+
+
+# Outputs
+
+
+def make_socket(path):
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
+@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize(("make", "kind"), [(os.mkfifo, "pipe"), (make_socket, "socket")])
+def test_what_is_no_file_is_not_replaced(tmp_path, monkeypatch, make, kind, linked):
+    monkeypatch.chdir(tmp_path)  # names of sockets are short
+    make("special")
+    if linked:
+        Path("output").symlink_to("special")
+    output = Path("output" if linked else "special")
+    before = output.stat()
+    for call in (output_path, check_output, lambda path: write_json(path, {})):
+        with pytest.raises(UserError, match=f"{output} is a {kind}; an output is a file or a folder, choose another"):
+            call(output)
+    assert output.stat() == before
+    assert len(list(tmp_path.iterdir())) == 1 + linked
+
+
+def test_devices_are_not_replaced():
+    with pytest.raises(UserError, match="/dev/null is a device"):
+        check_output("/dev/null")
+
+
+@pytest.mark.parametrize("make", [make_file, make_folder])
+def test_the_target_of_a_users_link_is_replaced(tmp_path, make):
+    target, link = tmp_path / "elsewhere" / "target", tmp_path / "link"
+    target.parent.mkdir()
+    make(target, "old")
+    link.symlink_to(target)
+    with atomic(output_path(link)) as temporary:
+        make(temporary)
+    assert link.is_symlink()
+    assert content(target) == content(link) == "new"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("loop", "Too many levels of symbolic links"),
+        ("a" * 300, "File name too long"),
+        ("zero\0byte", "embedded null byte"),
+        ("file/below", "Not a directory"),
+        ("file/far/below", "Not a directory"),
+    ],
+)
+def test_places_that_cannot_be(tmp_path, name, reason):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=reason):
+        output_path(tmp_path / name)
+
+
+def test_asking_makes_nothing(tmp_path):
+    check_output(tmp_path / "far" / "away" / "x.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_may_not_grow_so_large(tmp_path):
+    """RLIMIT_FSIZE, as a batch system sets it."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*x\.json: File too large. Nothing was written\."):
+            write_json(tmp_path / "x.json", ["x" * 2000])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+# Inputs
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, make_socket, os.mkdir])
+def test_what_is_no_file_is_not_read(tmp_path, monkeypatch, make):
+    """Opening a pipe would wait for ever."""
+    monkeypatch.chdir(tmp_path)
+    make("x.json")
+    with pytest.raises(UserError, match=r"x\.json is a (pipe|socket|folder); a file is expected"):
+        read_json("x.json")
+
+
+def test_endless_and_large_files(tmp_path):
+    with pytest.raises(UserError, match="/dev/zero is a device; a file is expected"):
+        read_json("/dev/zero")
+    with open(tmp_path / "large.json", "wb") as file:
+        file.truncate(MAX_BYTES + 1)
+    with pytest.raises(UserError, match=r"large\.json has 64 MiB; at most 64 are expected"):
+        read_json(tmp_path / "large.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ('{"a": ' * 100_000, "nested too deeply"),
+        ('{"a": ' + "1" * 5000 + "}", "4300 digits"),
+        ('{"a": Infinity}', "Infinity is no number"),
+        ('{"a": [NaN]}', "NaN is no number"),
+        (r'{"a": "\ud800"}', "surrogates not allowed"),
+        (r'{"\uDFFF": 1}', "surrogates not allowed"),
+        ("", "Expecting value"),
+    ],
+)
+def test_json_that_is_none(tmp_path, text, reason):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(UserError, match=rf"x\.json is not valid JSON: .*{reason}"):
+        read_json(tmp_path / "x.json")
+
+
+def test_a_whole_surrogate_pair(tmp_path):
+    (tmp_path / "x.json").write_text(r'{"a": "\ud83d\ude00"}')
+    assert read_json(tmp_path / "x.json") == {"a": "\U0001f600"}

@@ -1,3 +1,17 @@
-from trtbuild.cli import main
+"""`trtbuild`, and `python -m trtbuild`."""
 
-main()
+import os
+import signal
+
+
+def main() -> None:
+    """Runs the command line; Ctrl-C ends it without a word and with 130, also while it is being imported."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    from trtbuild.cli import main
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,9 @@
-"""`trtbuild`, or `python -m trtbuild`: the workflow's work, one command a stage, without Snakemake."""
+"""The commands: the workflow's work, one command a stage, without Snakemake."""
 
 import json
+import os
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,8 @@ from typing import Annotated
 import typer
 
 from trtbuild.engine.config import BuildLimits
-from trtbuild.errors import UserError
+from trtbuild.errors import UserError, one_line
+from trtbuild.files import output_path
 from trtbuild.runtime.sampling import SamplingParams
 
 app = typer.Typer(
@@ -42,6 +44,10 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+def _output(path: Path | None) -> Path | None:
+    return output_path(path) if path else None
+
+
 CheckpointDir = Annotated[Path, typer.Option(help="Canonical checkpoint: config.json, safetensors, tokenizer.")]
 EngineDir = Annotated[Path, typer.Option(help="Engine folder, as written by 'build'.")]
 RuntimeOption = Annotated[Runtime, typer.Option(help="auto: TensorRT where it can run here, else portable.")]
@@ -67,7 +73,7 @@ Calibration = Annotated[
 
 @app.command()
 def convert(
-    output_dir: Annotated[Path, typer.Option(help="Where the canonical checkpoint goes.")],
+    output_dir: Annotated[Path, typer.Option(help="Where the canonical checkpoint goes.", callback=_output)],
     hub: Annotated[str | None, typer.Option(help="Hugging Face hub repository, OWNER/NAME; needs --revision.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit of the hub repository.")] = None,
     allow_pattern: Annotated[list[str] | None, typer.Option(help="Files of the hub repository; repeatable.")] = None,
@@ -134,7 +140,7 @@ def convert(
 @app.command()
 def calibrate(
     checkpoint_dir: CheckpointDir,
-    output: Annotated[Path, typer.Option(help="Where the ranges go; .npz.")],
+    output: Annotated[Path, typer.Option(help="Where the ranges go; .npz.", callback=_output)],
     dataset: Dataset = "trtbuild-news",
     dataset_config: DatasetConfig = None,
     dataset_revision: DatasetRevision = None,
@@ -158,7 +164,7 @@ def calibrate(
 @app.command()
 def quantize(
     checkpoint_dir: CheckpointDir,
-    output_dir: Annotated[Path, typer.Option(help="Where the quantized checkpoint goes.")],
+    output_dir: Annotated[Path, typer.Option(help="Where the quantized checkpoint goes.", callback=_output)],
     recipe: Annotated[str, typer.Option(help="Name of a recipe with weights, such as int8wo, gptq, awq, fp8.")],
     recipes: Recipes = Path("config/recipes.yaml"),
     calibration: Calibration = None,
@@ -179,7 +185,7 @@ def quantize(
 
 @app.command()
 def build(
-    engine_dir: Annotated[Path, typer.Option(help="Where the engine folder goes.")],
+    engine_dir: Annotated[Path, typer.Option(help="Where the engine folder goes.", callback=_output)],
     checkpoint_dir: Annotated[
         Path | None, typer.Option(help="Canonical checkpoint, or for a recipe with weights what 'quantize' made of it.")
     ] = None,
@@ -347,7 +353,9 @@ def run(
 @app.command()
 def summarize(
     checkpoint_dir: CheckpointDir,
-    output: Annotated[Path, typer.Option(help="JSON lines to write; provenance goes beside it as .meta.json.")],
+    output: Annotated[
+        Path, typer.Option(help="JSON lines to write; provenance goes beside it as .meta.json.", callback=_output)
+    ],
     engine_dir: BaselineEngineDir = None,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the Hugging Face model.")] = Dtype.float32,
     dataset: Dataset = "trtbuild-news",
@@ -388,7 +396,9 @@ def summarize(
 @app.command()
 def score(
     summaries: Annotated[Path, typer.Option(help="File written by 'summarize'.")],
-    output: Annotated[Path | None, typer.Option(help="Where rouge.json goes; default: print it.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where rouge.json goes; default: print it.", callback=_output)
+    ] = None,
     baseline: Annotated[Path | None, typer.Option(help="Another rouge.json, to print a table of both.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
 ) -> None:
@@ -419,7 +429,9 @@ def perplexity(
     split: Split = "evaluation",
     samples: Samples = 16,
     max_input_len: Annotated[int, typer.Option(help="Window of the Hugging Face model; an engine has its own.")] = 1024,
-    output: Annotated[Path | None, typer.Option(help="Where the JSON goes; default: print it.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where the JSON goes; default: print it.", callback=_output)
+    ] = None,
     runtime: RuntimeOption = Runtime.auto,
     device: DeviceOption = Device.auto,
 ) -> None:
@@ -555,16 +567,18 @@ def _read_lines(path: Path) -> list[str]:
 
 
 def main() -> None:
-    """Entry point: a `UserError` is one line on standard error and exit code 2."""
+    """Entry point: what lies outside the program is one line on standard error and exit code 2."""
     try:
-        app()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # or a full disk would be found out when the interpreter ends, too late to say so
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
+            raise
+        with suppress(OSError):
+            print(f"error: {line}", file=sys.stderr, flush=True)
+        if isinstance(error, OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left for a stream that is full or gone
         sys.exit(2)
-    except ModuleNotFoundError as error:
-        print(f"error: {error.name} is not installed; 'pip install trtbuild[workflow]' brings it", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

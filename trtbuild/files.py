@@ -1,11 +1,13 @@
-"""Files that are either complete or not there at all, and their checksums."""
+"""Files that are either complete or not there at all, files from outside, and checksums."""
 
+import errno
 import glob
 import hashlib
 import json
 import os
 import shutil
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,16 @@ from trtbuild.errors import UserError
 
 MARKER = "made-by-trtbuild"
 LFS = b"version https://git-lfs.github.com/spec/"
+# A file that is read whole may have so many bytes; of published ones a tokenizer.json has most, about 30 MiB.
+MAX_BYTES = 64 << 20
+KINDS = {
+    stat.S_IFDIR: "folder",
+    stat.S_IFREG: "file",
+    stat.S_IFIFO: "pipe",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+}
 
 
 @contextmanager
@@ -26,6 +38,7 @@ def atomic(path: Path | str) -> Iterator[Path]:
     folder with anybody else's files are a `UserError`.
     """
     path = Path(path).absolute()
+    check_output(path)
     temporary = _temporary_sibling(path)
     try:
         yield temporary
@@ -40,16 +53,49 @@ def atomic(path: Path | str) -> Iterator[Path]:
     except UserError as error:
         raise UserError(str(error).replace(str(temporary), str(path))) from error
     except Exception as error:
-        full = getattr(error, "errno", None) in (28, 122)  # ENOSPC, EDQUOT
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         if full or str(error).endswith(("(os error 28)", "(os error 122)")):  # how libraries written in Rust say it
             free = shutil.disk_usage(path.parent).free
             raise UserError(
                 f"disk full while writing {path}: {free / 2**20:.0f} MiB are left there; "
                 "free some space or choose another output folder. Nothing was written."
             ) from error
+        if isinstance(error, OSError) and (
+            error.errno == errno.EFBIG or str(error.filename or "").startswith(str(temporary))
+        ):
+            raise UserError(f"cannot write {path}: {error.strerror}. Nothing was written.") from error
         raise
     finally:
         _remove(temporary)
+
+
+def check_output(path: Path | str) -> None:
+    """Raises `UserError` where an output cannot be written; best before the work is done.
+
+    An output is a new name, a regular file, or a folder that is empty or was made here, or a link to one of these; what
+    is not (a device, a pipe, anybody else's files) is never replaced.
+    """
+    try:
+        path = Path(path)
+        if (kind := kind_of(path)) not in (None, "file", "folder"):
+            raise UserError(f"{path} is a {kind}; an output is a file or a folder, choose another")
+        if kind == "folder" and not path.is_symlink() and any(path.iterdir()) and not (path / MARKER).exists():
+            raise UserError(
+                f"{path} holds files that trtbuild did not make; they would be lost. Choose another output."
+            )
+        there = next(folder for folder in path.absolute().parents if kind_of(folder))
+        if not there.is_dir():
+            raise UserError(f"cannot write {path}: {there} is no folder")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"cannot write {path}: the folder {there} is not writable")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def output_path(path: Path) -> Path:
+    """Where an output goes that a user names: what a link leads to, not the link, is replaced. See `check_output`."""
+    check_output(path)
+    return path.resolve()
 
 
 @contextmanager
@@ -59,7 +105,9 @@ def scratch_beside(path: Path | str) -> Iterator[Path]:
     It is removed at the end, and what a killed process left by the next one that makes `path`. Raises `UserError` where
     `path` could not be written.
     """
-    temporary = _temporary_sibling(Path(path).absolute(), "scratch.")
+    path = Path(path).absolute()
+    check_output(path)
+    temporary = _temporary_sibling(path, "scratch.")
     try:
         temporary.mkdir()
         yield temporary
@@ -68,15 +116,11 @@ def scratch_beside(path: Path | str) -> Iterator[Path]:
 
 
 def _temporary_sibling(path: Path, kind: str = "") -> Path:
-    """A name beside `path` that nothing has; raises `UserError` where `path` cannot be written or replaced."""
-    if path.is_dir() and not path.is_symlink() and any(path.iterdir()) and not (path / MARKER).exists():
-        raise UserError(f"{path} holds files that trtbuild did not make; they would be lost. Choose another output.")
+    """A name beside `path` that nothing has. Makes its folder, and removes what killed processes left there."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"cannot write {path}: its folder is not writable")
     prefix = f".{path.name}.{socket.gethostname()}."
     temporary = path.with_name(f"{prefix}{kind}{os.getpid()}.tmp")
     for other in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):
@@ -131,17 +175,62 @@ def refuse_lfs_pointer(path: Path) -> None:
             raise UserError(f"{path} is a Git LFS pointer, not the file itself; run 'git lfs pull' in {path.parent}")
 
 
+def kind_of(path: Path | str) -> str | None:
+    """What a path leads to (`KINDS`), or None where nothing is. Raises `OSError`."""
+    try:
+        return KINDS.get(stat.S_IFMT(Path(path).stat().st_mode), "special file")
+    except FileNotFoundError:
+        return None
+
+
+def read_bytes(path: Path | str, limit: int = MAX_BYTES) -> bytes:
+    """Content of a file from outside. Raises `UserError` unless it is a regular file (reading a pipe may never end) of
+    at most `limit` bytes.
+    """
+    try:
+        kind = kind_of(path)
+        if kind is None:
+            raise UserError(f"{path} does not exist")
+        if kind != "file":
+            raise UserError(f"{path} is a {kind}; a file is expected")
+        if (size := Path(path).stat().st_size) > limit:
+            raise UserError(f"{path} has {size >> 20} MiB; at most {limit >> 20} are expected of such a file")
+        refuse_lfs_pointer(Path(path))
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def read_text(path: Path | str) -> str:
+    """`read_bytes` as UTF-8; other bytes are a `UserError`, too."""
+    try:
+        return read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def parse_json(text: str, where: Path | str) -> object:
+    """A JSON value from outside; `UserError` for what is none, and for what Python would take for one: NaN, infinite
+    numbers and half surrogates.
+    """
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise UserError(f"{where} is not valid JSON: it is nested too deeply") from error
+    except ValueError as error:  # among them too many digits and UnicodeEncodeError
+        raise UserError(f"{where} is not valid JSON: {error}") from error
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
 def read_json(path: Path | str) -> dict:
     """Reads a JSON object; a missing, malformed or other file is a `UserError` that names it."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        refuse_lfs_pointer(Path(path))
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+    value = parse_json(read_text(path), path)
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a JSON {type(value).__name__}; an object is expected")
     return value

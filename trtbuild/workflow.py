@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trtbuild.engine.config import REHEARSAL
-from trtbuild.errors import UserError
-from trtbuild.files import user_path
+from trtbuild.errors import UserError, one_line
+from trtbuild.files import check_output, user_path
 from trtbuild.quantization.recipe import (
     calibration_id,
     calibration_of,
@@ -168,27 +168,32 @@ def export_package(folder: str) -> None:
 def rule_log(snakemake) -> Iterator[None]:
     """Runs a rule's script with its output, C++ libraries' included, copied to the rule's log and the terminal.
 
-    Torch gets the rule's threads. A `UserError` ends the log as one line and the script with exit code 2; anything
-    else ends it with its traceback and exit code 1.
+    Torch gets the rule's threads. What lies outside the program (`errors.one_line`) ends the log as one line and the
+    script with exit code 2, an interrupt with 130; anything else ends it with its traceback and exit code 1.
     """
     import torch
 
     torch.set_num_threads(snakemake.threads)
     log = Path(snakemake.log[0])
     log.parent.mkdir(parents=True, exist_ok=True)
-    with subprocess.Popen(["tee", str(log)], stdin=subprocess.PIPE, stdout=sys.stderr.fileno()) as tee:
+    # In a session of its own Ctrl-C does not reach it, so that the log keeps what was said.
+    with subprocess.Popen(
+        ["tee", str(log)], stdin=subprocess.PIPE, stdout=sys.stderr.fileno(), start_new_session=True
+    ) as tee:
         for descriptor in (1, 2):
             os.dup2(tee.stdin.fileno(), descriptor)
         tee.stdin.close()
         code = 0
         try:
+            for output in snakemake.output:
+                check_output(output)
             yield
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            code = 2
-        except BaseException:
-            traceback.print_exc()
-            code = 1
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            code = 130
+        except BaseException as error:
+            code = 2 if (line := one_line(error)) else 1
+            print(f"error: {line}", file=sys.stderr) if line else traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
         for descriptor in (1, 2):

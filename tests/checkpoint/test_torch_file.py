@@ -3,6 +3,7 @@
 import os
 import pickle
 import zipfile
+import zlib
 from collections import Counter, OrderedDict
 from pathlib import Path
 
@@ -35,6 +36,13 @@ class Calls:
 
     def __reduce__(self):
         return self.call
+
+
+def repickled(content: bytes, old: bytes, new: bytes) -> bytes:
+    """The archive with another pickle, as long as the old one, and its checksum in all places."""
+    assert len(old) == len(new)
+    content = content.replace(old, new)
+    return content.replace(zlib.crc32(old).to_bytes(4, "little"), zlib.crc32(new).to_bytes(4, "little"))
 
 
 class Plain:
@@ -206,12 +214,11 @@ def test_a_damaged_pickle_executes_nothing_and_is_refused(path, tmp_path):
     content = path.read_bytes()
     with zipfile.ZipFile(path) as archive:
         pickled = archive.read(f"{path.stem}/data.pkl")
-    start = content.index(pickled)
     outcomes = Counter()
     for position in range(0, len(pickled), 3):
-        changed = bytearray(content)
-        changed[start + position] ^= 0x15
-        path.write_bytes(changed)
+        changed = bytearray(pickled)
+        changed[position] ^= 0x15
+        path.write_bytes(repickled(content, pickled, bytes(changed)))
         try:
             outcomes.update(type(x.load()).__name__ for x in open_torch_file(path).values())
         except UserError as error:
@@ -232,7 +239,59 @@ def test_damage_that_torch_or_zipfile_trip_over(path, damage):
         with zipfile.ZipFile(path) as archive:
             pickled = archive.read(f"{path.stem}/data.pkl")
         other = b"\x80\x02a." if damage == "empty stack" else b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R."
-        content = content.replace(pickled, other.ljust(len(pickled), b"."))
+        content = repickled(content, pickled, other.ljust(len(pickled), b"."))
     path.write_bytes(content)
     with pytest.raises(UserError, match=f"^{path} "):
+        open_torch_file(path)
+
+
+@pytest.mark.parametrize("where", ["data.pkl", "data/1", "version"])
+def test_a_flipped_bit(path, where):
+    """Of a tensor it is found when that is loaded; torch reads on in both cases."""
+    torch.save({"x": torch.ones(100), "y": torch.full((100,), 2.0)}, path)
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        (info,) = (info for info in archive.infolist() if info.filename.endswith(f"/{where}"))
+        content[content.index(archive.read(info)) + info.file_size // 2] ^= 64
+    path.write_bytes(content)
+    if where != "data/1":
+        with pytest.raises(UserError, match=rf"^{path} is truncated or damaged \(Bad CRC-32 .*\); fetch it again$"):
+            open_torch_file(path)
+        return
+    read = open_torch_file(path)
+    assert read["x"].load().equal(torch.ones(100))
+    with pytest.raises(UserError, match=rf"^{path} is damaged: the checksum of the tensor y is wrong; fetch it again$"):
+        read["y"].load()
+    assert not torch.load(path, weights_only=True)["y"].equal(torch.full((100,), 2.0))
+
+
+def test_a_record_shorter_than_the_pickle_says(path):
+    """Torch would take the bytes that follow in the file for the rest of the weights."""
+    torch.save({"x": torch.ones(64), "y": torch.zeros(64)}, path)
+    content = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        pickled = archive.read(f"{path.stem}/data.pkl")
+    longer = pickled.replace(b"K\x40", b"K\x44")  # BININT1 64: the elements of the storages, and of the shapes
+    assert longer != pickled
+    path.write_bytes(repickled(content, pickled, longer))
+    assert torch.load(path, weights_only=True, mmap=True)["x"].shape == (68,)
+    refused(path, f"{path} is damaged: its storages are not as large as its pickle says; fetch it again")
+
+
+def test_a_storage_that_no_tensor_is_of(path):
+    torch.save({"x": torch.ones(4)}, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(f"{path.stem}/data/7", b"more")
+    refused(path, f"{path} is damaged: its storages are not as large as its pickle says; fetch it again")
+
+
+def test_compressed_records(path):
+    """Torch would map the compressed bytes."""
+    torch.save({"x": torch.ones(4096)}, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, record in records.items():
+            archive.writestr(name, record)
+    with pytest.raises(UserError, match="is compressed"):
         open_torch_file(path)

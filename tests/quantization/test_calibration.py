@@ -197,6 +197,49 @@ def test_a_file_that_is_no_archive_of_arrays(checkpoint, tmp_path):
         read_calibration(tmp_path / "one.npy", Checkpoint(checkpoint))
 
 
+KEY = "model.layers.1.self_attn.key"
+
+
+def filled(value, dtype="<f4", shape=(32,)):
+    return np.full(shape, value, dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        (KEY, filled(np.nan), "holds numbers that are negative, infinite or NaN"),
+        (KEY, filled(np.inf), "holds numbers that are negative, infinite or NaN"),
+        (KEY, filled(-1.0), "holds numbers that are negative, infinite or NaN"),
+        (KEY, filled(1.0, shape=()), r"is float32 \[\]; float32 \[32\] is expected"),
+        (KEY, filled(1.0, shape=(31,)), r"is float32 \[31\]; float32 \[32\] is expected"),
+        (KEY, filled(1.0, "<f8"), r"is float64 \[32\]; float32 \[32\] is expected"),
+        (KEY, filled(1.0, ">f4"), r"is >f4 \[32\]; float32 \[32\] is expected"),
+        ("model.layers.2.self_attn.key", filled(1.0), "is no part of this model"),
+        ("origin", np.array("{"), "origin is not valid JSON"),
+        ("origin", np.array("[1]"), "was measured on another model"),
+        ("origin", np.array(7), "does not say what it was measured with"),
+    ],
+)
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_ranges_that_cannot_be(checkpoint, file, tmp_path, name, array, message, save):
+    """Each would otherwise become a scale, or a traceback; compressed, a small file could fill the memory."""
+    with np.load(file) as content:
+        arrays = dict(content) | {name: array}
+    with open(tmp_path / "own.npz", "wb") as own:
+        save(own, **arrays)
+    message = message if save is np.savez else "is no calibration file"
+    with pytest.raises(UserError, match=rf"own\.npz.*{message}"):
+        read_calibration(tmp_path / "own.npz", Checkpoint(checkpoint))
+
+
+def test_a_flipped_bit(checkpoint, file, tmp_path):
+    content = bytearray(file.read_bytes())
+    content[content.index(b"NUMPY") + 130] ^= 1
+    (tmp_path / "flipped.npz").write_bytes(content)
+    with pytest.raises(UserError, match=r"flipped\.npz is no calibration file"):
+        read_calibration(tmp_path / "flipped.npz", Checkpoint(checkpoint))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

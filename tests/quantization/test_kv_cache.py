@@ -163,11 +163,3 @@ def test_another_models_calibration_file(file, tmp_path):
     other = write_model(tmp_path / "other", num_hidden_layers=1)
     with pytest.raises(UserError, match="was measured on another model"):
         cache_of({"dtype": "float16", "kv_cache": {"dtype": "int8"}}, other, file)
-
-
-@pytest.mark.parametrize("kind", ["key", "value"])
-def test_ranges_that_are_not_finite(folder, file, kind):
-    checkpoint, calibration = opened(folder)
-    calibration.ranges[f"model.layers.1.self_attn.{kind}"][5] = float("nan")
-    with pytest.raises(UserError, match=rf"model\.layers\.1\.self_attn\.{kind} holds NaN or infinite numbers"):
-        quantized_cache(checkpoint, calibration, "int8")

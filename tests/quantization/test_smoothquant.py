@@ -1,13 +1,16 @@
 """SmoothQuant: the paper's formula, what it does to a model, and static scales of the smoothed activations."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from outlier_models import CONFIG, calibrated, outlier_weights, write_model
 
 from trtbuild.checkpoint.canonical import Checkpoint
+from trtbuild.errors import UserError
 from trtbuild.evaluation.hugging_face import HuggingFaceModel
-from trtbuild.quantization.calibration import read_calibration
+from trtbuild.quantization.calibration import read_calibration, read_smoothing
 from trtbuild.quantization.layer import PRODUCTS, LayerWeights
 from trtbuild.quantization.quantize import quantize
 from trtbuild.quantization.recipe import quantization_of
@@ -119,6 +122,26 @@ def test_static_scales_are_of_the_smoothed_inputs(checkpoint, ranges, quantized)
                     assert weight.input_scale.load().item() == pytest.approx(expected, rel=1e-5)
                 else:
                     assert weight.input_scale is None
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        ("model.layers.0.self_attn.o_proj", np.zeros(32, "f4"), "holds a factor of 0"),
+        ("model.layers.0.self_attn.o_proj", np.full(32, np.nan, "f4"), "negative, infinite or NaN"),
+        ("model.layers.0.self_attn.o_proj", np.ones(64, "f4"), r"float32 \[64\]; float32 \[32\] is expected"),
+        ("model.layers.0.self_attn.x_proj", np.ones(32, "f4"), "is no part of this model"),
+    ],
+)
+def test_factors_that_cannot_be(quantized, tmp_path, name, array, message):
+    shutil.copytree(quantized, tmp_path / "copy")
+    with np.load(quantized / "smoothing.npz") as content:
+        np.savez(tmp_path / "copy" / "smoothing.npz", **dict(content) | {name: array})
+    with pytest.raises(UserError, match=rf"smoothing\.npz: {name} .*{message}|{name} is no part"):
+        read_smoothing(Checkpoint(tmp_path / "copy"))
+    assert read_smoothing(Checkpoint(quantized)).keys() == {
+        f"{layer}.{product}" for layer in LAYERS for product in PRODUCTS
+    }
 
 
 def with_outliers() -> dict[str, torch.Tensor]:

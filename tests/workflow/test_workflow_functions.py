@@ -12,7 +12,7 @@ import yaml
 from snakemake.exceptions import WorkflowError
 
 from trtbuild.engine.config import marker
-from trtbuild.errors import UserError
+from trtbuild.errors import UserError, one_line
 from trtbuild.rehearsal import (
     redirect,
     rehearsal_config,
@@ -389,13 +389,13 @@ def test_check_limits(shipped, section, key, limit):
 
 
 RULE = """
-import os, sys
+import os, signal, sys, time
 from types import SimpleNamespace
 from trtbuild.errors import UserError
 from trtbuild.workflow import rule_log
 import torch
 
-with rule_log(SimpleNamespace(log=["logs/deep/rule.log"], threads=1)):
+with rule_log(SimpleNamespace(log=["logs/deep/rule.log"], threads=1, output=["x.json"])):
     assert torch.get_num_threads() == 1
     print("from Python")
     os.write(1, b"from a library\\n")
@@ -410,11 +410,18 @@ with rule_log(SimpleNamespace(log=["logs/deep/rule.log"], threads=1)):
         ("pass", 0, "from Python"),  # Python's own buffer comes last
         ("raise UserError('no such thing; take another')", 2, "error: no such thing; take another"),
         ("raise RuntimeError('a bug')", 1, "RuntimeError: a bug"),
+        ("open('missing/x')", 2, "error: missing/x: No such file or directory"),
+        ("raise MemoryError", 2, f"error: {one_line(MemoryError())}"),
+        ("os.killpg(0, signal.SIGINT); time.sleep(5)", 130, "interrupted"),  # as Ctrl-C does: the log outlives it
     ],
 )
 def test_rule_log(tmp_path, body, code, last):
     result = subprocess.run(
-        [sys.executable, "-c", RULE.format(body=body)], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-c", RULE.format(body=body)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        start_new_session=True,
     )
     log = (tmp_path / "logs" / "deep" / "rule.log").read_text()
     assert result.returncode == code
@@ -422,6 +429,17 @@ def test_rule_log(tmp_path, body, code, last):
     assert {"from Python", "from a library", "to the other stream"} <= set(log.splitlines())
     assert last in log.splitlines() if code == 0 else log.splitlines()[-1] == last
     assert ("Traceback" in log) == (code == 1)
+
+
+def test_rule_log_refuses_an_output_before_work(tmp_path):
+    os.mkfifo(tmp_path / "x.json")
+    result = subprocess.run(
+        [sys.executable, "-c", RULE.format(body="pass")], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (result.returncode, result.stderr) == (
+        2,
+        "error: x.json is a pipe; an output is a file or a folder, choose another\n",
+    )
 
 
 def test_snakemake_lint():

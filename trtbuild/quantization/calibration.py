@@ -5,7 +5,10 @@ of the keys (after rotation) and values that the cache receives.
 """
 
 import json
+import struct
+import tokenize
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +17,9 @@ import torch
 
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.errors import UserError
-from trtbuild.files import atomic, refuse_output_over_input, sha256
+from trtbuild.files import atomic, kind_of, parse_json, refuse_output_over_input, sha256
 from trtbuild.linear.dense import DenseLinear
+from trtbuild.models.config import PRODUCTS, ModelConfig
 from trtbuild.network import Node
 from trtbuild.network.ops.attention import Attention
 from trtbuild.progress import item_bar
@@ -25,6 +29,10 @@ from trtbuild.quantization.traversal import Traversal
 from trtbuild.runtime.open import pick_device
 
 SMOOTHING_FILE = "smoothing.npz"  # of a quantized checkpoint: what its products' input channels were multiplied by
+
+# What zipfile and numpy raise for files that are not what they seem.
+UNREADABLE = (OSError, ValueError, TypeError, KeyError, EOFError, MemoryError, NotImplementedError, RuntimeError)
+UNREADABLE += (SyntaxError, tokenize.TokenError, struct.error, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -111,20 +119,82 @@ def _absmax(x: torch.Tensor) -> torch.Tensor:
 
 def read_calibration(path: Path, checkpoint: Checkpoint) -> Calibration:
     """Opens a calibration file and checks that it is of a model of these sizes; raises `UserError` if not."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            content = {name: file[name] for name in file.files}
-        origin = json.loads(str(content.pop("origin")))
-    except FileNotFoundError as error:
-        raise UserError(f"the calibration file {path} does not exist; make it with 'trtbuild calibrate'") from error
-    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is no calibration file; make it with 'trtbuild calibrate'") from error
-    if origin.get("model") != model_shape(checkpoint):
+    expected = f"{path} is no calibration file; make it with 'trtbuild calibrate'"
+    if kind_of(path) is None:
+        raise UserError(f"the calibration file {path} does not exist; make it with 'trtbuild calibrate'")
+    arrays = _read_npz(path, expected)
+    origin = arrays.pop("origin", np.array(None))
+    if origin.dtype.kind != "U" or origin.shape:
+        raise UserError(f"{expected} (it does not say what it was measured with)")
+    origin = parse_json(str(origin), f"{path}: origin")
+    if not isinstance(origin, dict) or origin.get("model") != model_shape(checkpoint):
+        measured = origin.get("model") if isinstance(origin, dict) else origin
         raise UserError(
-            f"{path} was measured on another model ({origin.get('model')}), {checkpoint.folder} is "
-            f"{model_shape(checkpoint)}; calibrate this one"
+            f"{path} was measured on another model ({measured}), {checkpoint.folder} is {model_shape(checkpoint)}; "
+            "calibrate this one"
         )
-    return Calibration(path, {name: torch.from_numpy(value) for name, value in content.items()}, origin)
+    return Calibration(path, _checked(arrays, _widths(checkpoint.config), path), origin)
+
+
+def read_smoothing(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """What a quantized checkpoint's input channels were multiplied by, float32 `[in]` by product; mostly nothing."""
+    path, config = checkpoint.folder / SMOOTHING_FILE, checkpoint.config
+    if not path.exists():
+        return {}
+    widths = {name.removesuffix(".input"): n for name, n in _widths(config).items() if name.endswith(".input")}
+    values = config.num_key_value_heads * config.head_dim
+    widths = {name: values if name.endswith("o_proj") else n for name, n in widths.items()}
+    factors = _checked(_read_npz(path, f"{path} holds no smoothing factors; quantize again"), widths, path)
+    for name, value in factors.items():
+        if not value.all():
+            raise UserError(f"{path}: {name} holds a factor of 0; quantize again")
+    return factors
+
+
+def _read_npz(path: Path, expected: str) -> dict[str, np.ndarray]:
+    """The arrays of a file that `numpy.savez` wrote; `expected` is the `UserError` for any other file."""
+    if kind_of(path) != "file":
+        raise UserError(expected)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            # Nothing is compressed, so that a file cannot hold more than its size.
+            if len(set(names)) < len(names) or any(info.compress_type for info in archive.infolist()):
+                raise ValueError("names twice, or compressed arrays")
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except UNREADABLE as error:
+        raise UserError(expected) from error
+
+
+def _checked(arrays: dict[str, np.ndarray], widths: dict[str, int], path: Path) -> dict[str, torch.Tensor]:
+    """Arrays from outside as tensors: all of known names and sizes, float32, finite and not negative."""
+    for name, array in arrays.items():
+        if name not in widths:
+            raise UserError(f"{path}: {name} is no part of this model; make the file again")
+        if array.dtype != np.dtype("=f4") or array.shape != (widths[name],):
+            raise UserError(
+                f"{path}: {name} is {array.dtype} {list(array.shape)}; float32 [{widths[name]}] is expected, make the "
+                "file again"
+            )
+        if not (np.isfinite(array).all() and (array >= 0).all()):
+            raise UserError(f"{path}: {name} holds numbers that are negative, infinite or NaN; make the file again")
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def _widths(config: ModelConfig) -> dict[str, int]:
+    """Channels of everything that calibration measures."""
+    shapes = config.tensor_shapes()
+    widths = {"lm_head.input": config.hidden_size, "lm_head.output": config.vocab_size}
+    for i in range(config.num_hidden_layers):
+        layer = f"model.layers.{i}"
+        for product, parts in PRODUCTS.items():
+            weights = [shapes[f"{layer}.{part}.weight"] for part in parts]
+            widths[f"{layer}.{product}.input"] = weights[0][1]
+            widths[f"{layer}.{product}.output"] = sum(out for out, _ in weights)
+        for kind in ("key", "value"):
+            widths[f"{layer}.self_attn.{kind}"] = config.num_key_value_heads * config.head_dim
+    return widths
 
 
 def smoothing_of(checkpoint: Checkpoint) -> str | None:

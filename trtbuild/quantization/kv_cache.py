@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.errors import UserError
 from trtbuild.models.decoder import QuantizedCache
 from trtbuild.network.rounding import DTYPES, scale_for
-from trtbuild.quantization.calibration import SMOOTHING_FILE, Calibration, read_calibration, smoothing_of
+from trtbuild.quantization.calibration import Calibration, read_calibration, read_smoothing, smoothing_of
 
 
 def cache_of(recipe: dict, checkpoint_dir: Path, calibration: Path | None) -> QuantizedCache | None:
@@ -32,13 +31,10 @@ def quantized_cache(checkpoint: Checkpoint, calibration: Calibration, dtype: str
     factors that it records; they count where it was the original that was calibrated.
     """
     config = checkpoint.config
-    smoothing = {}
-    file, measured = checkpoint.folder / SMOOTHING_FILE, calibration.origin.get("smoothed")
+    measured = calibration.origin.get("smoothed")
     if measured and measured != smoothing_of(checkpoint):
         raise UserError(f"{calibration.path} was measured on other, smoothed weights; calibrate the original model")
-    if file.exists() and not measured:
-        with np.load(file, allow_pickle=False) as content:
-            smoothing = {name: torch.from_numpy(content[name]) for name in content.files}
+    smoothing = {} if measured else read_smoothing(checkpoint)
     scales: dict[str, list[torch.Tensor]] = {"key": [], "value": []}
     for i in range(config.num_hidden_layers):
         attention = f"model.layers.{i}.self_attn"
@@ -46,8 +42,6 @@ def quantized_cache(checkpoint: Checkpoint, calibration: Calibration, dtype: str
             absmax = calibration[f"{attention}.{kind}"]
             if kind == "value" and f"{attention}.o_proj" in smoothing:
                 absmax = absmax / smoothing[f"{attention}.o_proj"]
-            if not absmax.isfinite().all():
-                raise UserError(f"calibration: {attention}.{kind} holds NaN or infinite numbers; calibrate again")
             heads = absmax.view(config.num_key_value_heads, config.head_dim).amax(1)
             known.append(heads if per == "head" else heads.amax().expand(len(heads)))
     keys, values = (scale_for(torch.stack(known), DTYPES[dtype]) for known in scales.values())
