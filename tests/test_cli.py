@@ -484,7 +484,7 @@ def test_run_refuses(made, arguments, message):
     ("arguments", "message"),
     [
         (["--max-batch-size", 0], "max_batch_size is 0; it must be at least 1"),
-        (["--checkpoint-dir", "no/where"], "no/where/config.json does not exist"),
+        (["--checkpoint-dir", "no/where"], "the model folder no/where does not exist"),
         (["--engine", "tensorrt"], "build with --engine portable --engine tensorrt"),
     ],
     ids=str,
@@ -540,7 +540,7 @@ def test_process_build_keeps_files_that_it_did_not_make(declared, made, tmp_path
         (["--length", 1], "length"),
         (["--length", -5], "length"),
         (["--split", "test"], "has the splits evaluation and calibration, not 'test'"),
-        (["--checkpoint-dir", "no/where"], "no/where/config.json does not exist"),
+        (["--checkpoint-dir", "no/where"], "the model folder no/where does not exist"),
     ],
     ids=str,
 )
