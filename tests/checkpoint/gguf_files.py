@@ -20,8 +20,9 @@ TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head
 
 def gguf_name(name):
     if name.startswith("model.layers."):
-        _, _, layer, stem = name.removesuffix(".weight").split(".", 3)
-        return f"blk.{layer}.{NAMES[stem]}.weight"
+        stem, _, kind = name.rpartition(".")
+        _, _, layer, stem = stem.split(".", 3)
+        return f"blk.{layer}.{NAMES[stem]}.{kind}"
     return TOP[name.removesuffix(".weight")] + ".weight"
 
 
@@ -42,10 +43,18 @@ def heads_of(name):
 
 
 def write_gguf(
-    path, config, tensors, kind=gguf.GGMLQuantizationType.F32, architecture="llama", leave_out=(), more=(), pre="smollm"
+    path,
+    config,
+    tensors,
+    kind=gguf.GGMLQuantizationType.F32,
+    architecture="llama",
+    leave_out=(),
+    more=(),
+    pre="smollm",
+    split_max_tensors=0,
 ):
-    """Norms stay float32, rotary rows are interleaved."""
-    writer = gguf.GGUFWriter(path, architecture)
+    """Norms stay float32, rotary rows are interleaved. `more`: methods of the writer, or keys, and their values."""
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split_max_tensors)
     for key, add, value in [
         ("block_count", writer.add_block_count, config.num_hidden_layers),
         ("context_length", writer.add_context_length, config.max_position_embeddings),
@@ -60,7 +69,11 @@ def write_gguf(
         if key not in leave_out:
             add(value)
     for add, value in more:
-        getattr(writer, add)(value)
+        if hasattr(writer, add):
+            getattr(writer, add)(value)
+        else:
+            kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
+            kinds[type(value)](f"{architecture}.{add}", value)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(byte_tokens())

