@@ -354,6 +354,219 @@ def test_old_checkpoints_say_it_in_a_file_of_their_own(copy, fixture, file, cont
     assert Checkpoint(folder).dequantized(name).load().equal(load_file(DATA / fixture / "expected.safetensors")[name])
 
 
+# Other ways to say the same
+
+
+def read_the_same(folder, fixture):
+    """Every weight is what its own package dequantizes."""
+    checkpoint = Checkpoint(folder)
+    assert checkpoint[f"{O_PROJ}.weight"].kind == FIXTURES[fixture][0]
+    for name, expected in load_file(DATA / fixture / "expected.safetensors").items():
+        assert checkpoint.dequantized(name).load().equal(expected), name
+    assert checkpoint.tensors.keys() == Checkpoint(DATA / fixture).tensors.keys()
+
+
+def as_strings(value):
+    if isinstance(value, dict):
+        return {key: as_strings(x) for key, x in value.items()}
+    return str(value) if type(value) is int else value
+
+
+def without_defaults(config):
+    """Every key that compressed-tensors' own classes would fill in with the same value is left out."""
+    defaults = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
+    (scheme,) = config["config_groups"].values()
+    for part in ("weights", "input_activations"):
+        if scheme[part] is None:
+            del scheme[part]
+            continue
+        kept = {key: x for key, x in scheme[part].items() if x is not None and (key, x) not in defaults.items()}
+        strategy = kept["strategy"]
+        if strategy == "channel":
+            kept["group_size"] = -1
+        if strategy != "token":
+            del kept["strategy"]
+        scheme[part] = kept
+
+
+@pytest.mark.parametrize("fixture", FIXTURES)
+def test_numbers_as_strings(copy, fixture):
+    folder = copy(fixture)
+    change_config(folder, lambda config: config.update(as_strings(config)))
+    read_the_same(folder, fixture)
+
+
+@pytest.mark.parametrize("fixture", [name for name in FIXTURES if name.startswith("llmcompressor")])
+def test_keys_left_out(copy, fixture):
+    folder = copy(fixture)
+    change_config(folder, without_defaults)
+    read_the_same(folder, fixture)
+
+
+@pytest.mark.parametrize(
+    ("fixture", "values"),
+    [
+        ("gptqmodel-sym", {"desc_act": True}),
+        ("gptqmodel-sym", {"static_groups": True, "true_sequential": False, "damp_percent": 0.01, "lm_head": False}),
+        ("gptqmodel-asym", {"checkpoint_format": None, "is_marlin_format": False, "model_file_base_name": "model"}),
+        ("autoawq-gemm", {"version": None, "modules_to_not_convert": ["lm_head"], "exllama_config": None}),
+        ("llmcompressor-int8", {"ignore": ["re:.*lm_head"], "quantization_status": "compressed"}),
+        ("llmcompressor-int8", {"kv_cache_scheme": {"num_bits": 8, "type": "float"}, "sparsity_config": None}),
+        ("llmcompressor-int8", {"sparsity_config": {"format": "dense"}, "global_compression_ratio": 1.2}),
+    ],
+)
+def test_keys_that_change_nothing(copy, fixture, values):
+    folder = copy(fixture)
+    change_config(folder, lambda config: config.update(values))
+    read_the_same(folder, fixture)
+
+
+@pytest.mark.parametrize("actorder", ["weight", "static", False])
+def test_an_order_of_rounding_alone(copy, actorder):
+    folder = copy("llmcompressor-int4-asym")
+    change_config(folder, weights(actorder=actorder))
+    read_the_same(folder, "llmcompressor-int4-asym")
+
+
+@pytest.mark.parametrize("fixture", [name for name in FIXTURES if name.startswith("llmcompressor")])
+def test_zero_points_that_are_zero_and_scales_that_nothing_uses(copy, fixture):
+    """The first compressed-tensors wrote them; the scales are of outputs that no scheme rounds."""
+    folder, zero = copy(fixture), torch.zeros(1, dtype=torch.int8)
+    unused = {"input_zero_point": zero, "output_scale": torch.ones(1), "output_zero_point": zero + 3}
+    if FIXTURES[fixture][0][2]:
+        unused["weight_zero_point"] = torch.zeros(64, 2, dtype=torch.int8)
+    change_tensors(folder, lambda tensors: tensors.update({f"{O_PROJ}.{n}": x.clone() for n, x in unused.items()}))
+    read_the_same(folder, fixture)
+
+
+def test_an_input_zero_point_that_nothing_uses(copy):
+    folder = copy("llmcompressor-int8")
+    change_tensors(folder, put(f"{O_PROJ}.input_zero_point", torch.ones(1, dtype=torch.int8)))
+    read_the_same(folder, "llmcompressor-int8")
+
+
+def test_zero_points_that_are_not_packed(copy):
+    """As compressed-tensors wrote them until 2025."""
+    fixture = "llmcompressor-int4-asym"
+    folder, plain = copy(fixture), Checkpoint(DATA / fixture)
+    zeros = {name: plain[f"{name}.weight"].zeros.load() for name in PROJECTIONS}
+    change_tensors(folder, lambda tensors: tensors.update({f"{n}.weight_zero_point": z for n, z in zeros.items()}))
+    read_the_same(folder, fixture)
+
+
+BIASES = {  # of the configuration: which projections have one
+    "none": ({}, ()),
+    "attention": ({"attention_bias": True}, ("q", "k", "v", "o")),
+    "attention but its output": (
+        {"attention_bias": True, "trtbuild": {"attention_out_bias": False}},
+        ("q", "k", "v"),
+    ),
+    "all": ({"attention_bias": True, "mlp_bias": True}, ("q", "k", "v", "o", "gate", "up", "down")),
+}
+
+
+@pytest.mark.parametrize("fixture", ["gptqmodel-sym", "autoawq-gemm"])
+@pytest.mark.parametrize(("changes", "expected"), BIASES.values(), ids=BIASES)
+def test_biases_of_zeros_are_kept_where_the_model_has_them(copy, fixture, changes, expected):
+    folder, plain = copy(fixture), Checkpoint(DATA / fixture)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    sizes = {name: plain[f"{name}.weight"].values.shape[0] for name in PROJECTIONS}
+    biases = {f"{name}.bias": torch.zeros(size).half() for name, size in sizes.items()}
+    change_tensors(folder, lambda tensors: tensors.update(biases))
+    kept = {name for name in Checkpoint(folder).tensors if name.endswith(".bias")}
+    assert kept == {f"{name}.bias" for name in PROJECTIONS if name.endswith(tuple(f".{x}_proj" for x in expected))}
+
+
+def test_a_bias_that_the_model_does_not_have(copy):
+    folder = copy("gptqmodel-sym")
+    change_tensors(folder, put(f"{O_PROJ}.bias", torch.tensor([0.0] * 63 + [1e-3]).half()))
+    refused(folder, rf"{O_PROJ}\.bias is no part of the model")
+
+
+# Act-order: channels of a group lie anywhere
+
+
+def reordered(out: int, groups: int, group_size: int, seed: int):
+    """Integers of each channel `[out, in]`, scales and zeros `[out, groups]`, each channel's group, and the weight."""
+    draw = torch.Generator().manual_seed(seed)
+    g_idx = (torch.arange(groups * group_size) // group_size)[torch.randperm(groups * group_size, generator=draw)]
+    q = torch.randint(0, 16, (out, groups * group_size), generator=draw)
+    zeros, scales = torch.randint(0, 16, (out, groups), generator=draw), torch.rand((out, groups), generator=draw)
+    return q, scales, zeros, g_idx.int(), scales.double()[:, g_idx] * (q - zeros[:, g_idx])
+
+
+def check_reordered(weight: QuantizedWeight, g_idx: torch.Tensor, expected: torch.Tensor) -> None:
+    """Neighbours are of one group, and the weight has its channels where they belong."""
+    order = weight.order.load()
+    assert (order.dtype, weight.order.shape) == (torch.int32, (len(g_idx),))
+    assert g_idx[order].equal(g_idx.sort().values)
+    assert weight.values.load().shape == weight.values.shape
+    assert (weight.dequantize().load().double() - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("desc_act", [True, False])
+def test_act_order_of_gptq(version, desc_act):
+    """The groups are what `g_idx` says, as in GPTQModel, whatever the configuration does."""
+    q, scales, zeros, g_idx, expected = reordered(24, 4, 16, 1)
+    tensors = {
+        "p.qweight": pack(q).T.contiguous(),
+        "p.qzeros": pack(zeros.T) - (0x11111111 if version == "gptq" else 0),
+        "p.scales": scales.T.contiguous(),
+        "p.g_idx": g_idx,
+    }
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": False, "desc_act": desc_act}
+    lazy = {name: from_tensor(tensor) for name, tensor in tensors.items()}
+    check_reordered(read_quantized(config | {"checkpoint_format": version}, lazy, "x")["p.weight"], g_idx, expected)
+
+
+def packed_in_groups(seed: int):
+    """A configuration with `actorder`, tensors of product `p`, and what they mean, by compressed-tensors."""
+    q, scales, zeros, g_idx, expected = reordered(24, 4, 16, seed)
+    tensors = {
+        "p.weight_packed": pack(q),
+        "p.weight_shape": torch.tensor([24, 64]),
+        "p.weight_scale": scales,
+        "p.weight_zero_point": pack(zeros.T).T.contiguous(),
+        "p.weight_g_idx": g_idx,
+    }
+    scheme = {"num_bits": 4, "symmetric": False, "group_size": 16, "actorder": "group"}
+    config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": scheme}}}
+    return config, {name: from_tensor(tensor) for name, tensor in tensors.items()}, g_idx, expected
+
+
+def test_act_order_of_compressed_tensors():
+    config, tensors, g_idx, expected = packed_in_groups(2)
+    check_reordered(read_quantized(config, tensors, "x")["p.weight"], g_idx, expected)
+
+
+def test_an_order_that_was_never_set():
+    """compressed-tensors' first value of `weight_g_idx`, -1, stays where nothing was reordered."""
+    config, tensors, *_ = packed_in_groups(2)
+    plain = {name: tensor for name, tensor in tensors.items() if name != "p.weight_g_idx"}
+    tensors["p.weight_g_idx"] = from_tensor(torch.full((64,), -1, dtype=torch.int32))
+    weight = read_quantized(config, tensors, "x")["p.weight"]
+    config["config_groups"]["group_0"]["weights"]["actorder"] = None
+    assert weight.order is None
+    assert_equal(weight, read_quantized(config, plain, "x")["p.weight"])
+
+
+@pytest.mark.parametrize("group_size", [-1, 48])
+def test_act_order_of_one_group_is_none(group_size):
+    weight = random_weight(16, 1, 48, "int4", False, "16bit", 4)
+    read = read_back("gptq", weight, group_size=group_size, desc_act=True)
+    assert read.order is None
+    assert_equal(read, weight)
+
+
+def test_act_order_needs_the_groups_of_the_channels(copy):
+    folder = copy("gptqmodel-sym")
+    change_config(folder, top(desc_act=True))
+    change_tensors(folder, drop(f"{O_PROJ}.g_idx"))
+    refused(folder, rf"lacks '{O_PROJ}\.g_idx'")
+
+
 def group(**values):
     return lambda config: config["config_groups"]["group_0"].update(values)
 
@@ -375,11 +588,11 @@ def second_group(config):
 
 
 CONFIGS = [
-    ("gptqmodel-sym", top(desc_act=True), r"desc_act: true \(act-order\) is not supported; take .* desc_act: false"),
     ("gptqmodel-sym", top(bits=3), "GPTQ with 3 bits is not supported; 4 bits are"),
     ("gptqmodel-asym", top(bits=8), "GPTQ with 8 bits is not supported; 4 bits are"),
     ("gptqmodel-sym", top(checkpoint_format="marlin"), "checkpoint_format 'marlin' is not supported; .* gptq_v2"),
     ("gptqmodel-asym", top(sym=True), r"sym: true, but model\.layers\..*\.qzeros are not all 8"),
+    ("gptqmodel-sym", top(is_marlin_format=True), "checkpoint_format 'marlin' is not supported"),
     ("gptqmodel-sym", top(checkpoint_format="gptq_v2"), r"sym: true, but .*\.qzeros are not all 8"),
     ("gptqmodel-sym", top(group_size=32), r"qzeros is int32 \[2, 8\]; int32 \[4, 8\] is expected"),
     (
@@ -395,11 +608,7 @@ CONFIGS = [
     ("autoawq-gemm", top(bits=8), "AWQ version 'gemm' with 8 bits is not supported"),
     ("autoawq-gemm", top(zero_point=False), r"zero_point: false, but .*\.qzeros are not all 8"),
     ("autoawq-gemm", top(group_size=32), r"qzeros is int32 \[2, 8\]; int32 \[4, 8\] is expected"),
-    (
-        "llmcompressor-int4-sym",
-        weights(actorder="group"),
-        "actorder 'group' is not supported; quantize without act-order",
-    ),
+    ("llmcompressor-int4-sym", weights(actorder="group"), r"lacks '.*\.weight_g_idx'"),
     ("llmcompressor-int4-asym", weights(num_bits=3), "weights int3 per group with activations None are not supported"),
     ("llmcompressor-int4-sym", weights(group_size=32), r"weight_scale is bfloat16 \[64, 2\]; .* \[64, 4\] is expected"),
     ("llmcompressor-int8", weights(strategy="group", group_size=64), "weights int8 per group .* are not supported"),
@@ -422,6 +631,7 @@ CONFIGS = [
     ("llmcompressor-int4-sym", weights(group_size=None), "group_size"),
     ("llmcompressor-int8", group(weights=None), "weights"),
     ("llmcompressor-int8", top(transform_config={"config_groups": {"R4": {"type": "hadamard"}}}), "transform_config"),
+    ("llmcompressor-int8", top(sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config is not supported"),
     ("llmcompressor-int8", second_group, "2 config_groups are not supported; all weights must be quantized alike"),
     ("llmcompressor-int8", top(config_groups={}), "0 config_groups are not supported"),
     (
@@ -453,8 +663,13 @@ def to(name, dtype):
 
 REORDERED = (torch.arange(128, dtype=torch.int32) // 64).flip(0)
 TENSORS = [
-    ("gptqmodel-sym", put(f"{O_PROJ}.g_idx", REORDERED), r"o_proj\.g_idx reorders channels \(act-order\)"),
-    ("gptqmodel-sym", put(f"{O_PROJ}.g_idx", REORDERED[:8].clone()), r"o_proj\.g_idx reorders channels"),
+    (
+        "gptqmodel-sym",
+        put(f"{O_PROJ}.g_idx", torch.zeros(128, dtype=torch.int32)),
+        r"o_proj\.g_idx does not give each of 2 groups 64 input channels",
+    ),
+    ("gptqmodel-sym", put(f"{O_PROJ}.g_idx", REORDERED + 1), r"o_proj\.g_idx does not give each of 2 groups 64"),
+    ("gptqmodel-sym", put(f"{O_PROJ}.g_idx", REORDERED[:8].clone()), r"o_proj\.g_idx is int32 \[8\]; .* \[128\] is"),
     ("gptqmodel-asym", drop(f"{O_PROJ}.qzeros"), r"lacks 'model\.layers\.0\.self_attn\.o_proj\.qzeros'"),
     ("gptqmodel-asym", drop(f"{O_PROJ}.scales"), r"lacks '.*o_proj\.scales'"),
     ("gptqmodel-asym", drop(f"{O_PROJ}.qweight"), r"tensor .*o_proj\.weight is missing; .* shape \(64, 128\)"),
@@ -493,8 +708,23 @@ TENSORS = [
     ("llmcompressor-int4-asym", drop(f"{O_PROJ}.weight_zero_point"), r"lacks '.*o_proj\.weight_zero_point'"),
     (
         "llmcompressor-int4-asym",
-        put(f"{O_PROJ}.weight_zero_point", torch.zeros(64, 2, dtype=torch.int8)),
-        r"weight_zero_point is int8 \[64, 2\]; int32 \[8, 2\] is expected",
+        put(f"{O_PROJ}.weight_zero_point", torch.zeros(64, 1, dtype=torch.int8)),
+        r"weight_zero_point is int8 \[64, 1\]; int8 \[64, 2\] is expected",
+    ),
+    (
+        "llmcompressor-int4-asym",
+        put(f"{O_PROJ}.weight_zero_point", torch.zeros(64, 2, dtype=torch.int32)),
+        r"weight_zero_point is int32 \[64, 2\]; int32 \[8, 2\] is expected",
+    ),
+    (
+        "llmcompressor-int4-sym",
+        put(f"{O_PROJ}.weight_zero_point", torch.ones(64, 2, dtype=torch.int8)),
+        r"symmetric: true, but .*o_proj\.weight_zero_point is not zero",
+    ),
+    (
+        "llmcompressor-w8a8-static",
+        put(f"{O_PROJ}.input_zero_point", torch.ones(1, dtype=torch.int8)),
+        r"symmetric: true, but .*o_proj\.input_zero_point is not zero",
     ),
     ("llmcompressor-w8a8-static", drop(f"{O_PROJ}.input_scale"), r"lacks '.*o_proj\.input_scale'"),
     ("llmcompressor-w8a8-static", to(f"{O_PROJ}.weight", torch.int16), r"weight is int16 \[64, 128\]; int8"),

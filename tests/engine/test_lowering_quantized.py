@@ -1,5 +1,7 @@
 """Quantized weights and KV caches as TensorRT is asked to compile them: interpreted, and built."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from numerics import run_reference, step_logits
@@ -69,6 +71,7 @@ LINEARS = {
     "int8 by int8, static": ("int8 static",),
     "int8 by int8, per token": ("int8 token",),
     "fp8": ("fp8 static",),
+    "int4 with zeros, reordered": ("int4 zeros", 64),
 }
 
 
@@ -78,6 +81,9 @@ def linear_network(dtype: torch.dtype, out: int, width: int, case: str, bias: bo
     x = network.input("x", dtype, ("tokens", width))
     biases = [from_tensor(torch.randn(n)) for n in (out, out // 2)] if bias else []
     parts = [quantized(n, width, *LINEARS[case]) for n in (out, out // 2)]  # two fused into one product
+    if "reordered" in case:
+        order = from_tensor(torch.randperm(width).int())
+        parts = [replace(part, order=order) for part in parts]
     network.mark_output(linear(x, "product", parts, biases), "result")
     return network
 

@@ -18,6 +18,7 @@ from trtbuild.network.ops.log_n import LogN
 from trtbuild.network.ops.prompt_ntk import PromptNtk
 from trtbuild.network.ops.rms_norm import RmsNorm
 from trtbuild.network.ops.rotary_embedding import RotaryEmbedding
+from trtbuild.network.ops.select_columns import SelectColumns
 from trtbuild.network.ops.select_rows import SelectRows
 from trtbuild.network.ops.swiglu import SwiGlu
 from trtbuild.network.rounding import quantize
@@ -107,6 +108,12 @@ def test_swiglu(dtype):
 def test_select_rows(dtype):
     x, indices = torch.randn(12, 6, dtype=dtype), torch.tensor([11, 0, 5, 5], dtype=torch.int32)
     assert (wide(SelectRows().reference(x, indices)) == wide(x)[[11, 0, 5, 5]]).all()
+
+
+@dtypes
+def test_select_columns(dtype):
+    x, indices = torch.randn(3, 6, dtype=dtype), torch.tensor([5, 0, 3, 3], dtype=torch.int32)
+    assert (wide(SelectColumns().reference(x, indices)) == wide(x)[:, [5, 0, 3, 3]]).all()
 
 
 @working_dtypes

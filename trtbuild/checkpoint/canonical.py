@@ -45,6 +45,7 @@ class Checkpoint:
         if quantization := _quantization_config(self.folder, config):
             self.tensors = read_quantized(quantization, self.tensors, str(self.folder))
             self.quantization = str(quantization["quant_method"])
+            self._drop_empty_biases()
             self._check_fused()
         self.config, self.tensors = settle_head(self.config, self.tensors)
         check_tensors(self.config, self.tensors, self.folder)
@@ -80,16 +81,23 @@ class Checkpoint:
         tensor = self.tensors[name]
         return tensor.dequantize() if isinstance(tensor, QuantizedWeight) else tensor
 
+    def _drop_empty_biases(self) -> None:
+        """Drops biases of zeros that the model does not have: AutoGPTQ wrote one for every product."""
+        for name in [name for name in self.tensors if name.endswith(".bias")]:
+            if name not in self.config.tensor_shapes() and not self.tensors[name].load().any():
+                del self.tensors[name]
+
     def _check_fused(self) -> None:
         for i in range(self.config.num_hidden_layers):
             for parts in PRODUCTS.values():
                 products = [f"model.layers.{i}.{part}" for part in parts]
-                kinds = [getattr(self.tensors.get(f"{name}.weight"), "kind", None) for name in products]
-                for (a, first), (b, second) in pairwise(zip(products, kinds, strict=True)):
-                    if first != second:
-                        raise UserError(
-                            f"{self.folder}: {a} and {b} are computed as one product and must be quantized alike"
-                        )
+                weights = [self.tensors.get(f"{name}.weight") for name in products]
+                for (a, first), (b, second) in pairwise(zip(products, weights, strict=True)):
+                    together = f"{self.folder}: {a} and {b} are computed as one product and must"
+                    if getattr(first, "kind", None) != getattr(second, "kind", None):
+                        raise UserError(f"{together} be quantized alike")
+                    if isinstance(first, QuantizedWeight) and not first.same_order(second):
+                        raise UserError(f"{together} have one order of input channels (desc_act, g_idx)")
 
 
 def published_config(folder: Path) -> dict:

@@ -13,12 +13,13 @@ Activations = Literal["16bit", "static", "token"]
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """`weight[o, i] = (values[o, i] - zeros[o, g]) * scales[o, g]` with `g = i // group_size`.
+    """`weight[o, i] = (values[o, j] - zeros[o, g]) * scales[o, g]` with `i = order[j]` and `g = j // group_size`.
 
     `format` int8 and int4: `values` int8 `[out, in]` (int4 within -8 .. 7); fp8: float8_e4m3fn. `scales`
     `[out, groups]`, float32 where there is one group and the values are 8 bits wide, else in the checkpoint's dtype.
     `zeros` int8 `[out, groups]`, or None where they are all zero. `activations`: left in 16 bits, or rounded to the
-    same format, with `input_scale` (float32 `[1]`) or with a scale a token.
+    same format, with `input_scale` (float32 `[1]`) or with a scale a token. `order` int32 `[in]`, or None where input
+    channels are stored in their own order: the one that brings each group's together (GPTQ's act-order).
     """
 
     format: Literal["int8", "int4", "fp8"]
@@ -27,6 +28,7 @@ class QuantizedWeight:
     zeros: LazyTensor | None = None
     activations: Activations = "16bit"
     input_scale: LazyTensor | None = None
+    order: LazyTensor | None = None
 
     @property
     def group_size(self) -> int:
@@ -37,6 +39,12 @@ class QuantizedWeight:
         """What weights that are fused into one product must have in common."""
         return self.format, self.group_size, self.zeros is None, self.activations
 
+    def same_order(self, other: "QuantizedWeight") -> bool:
+        """Whether both want the input channels in one order, as they must to be fused."""
+        if self.order is None or other.order is None:
+            return self.order is other.order
+        return self.order.load().equal(other.order.load())
+
     def dequantize(self) -> LazyTensor:
         """The float32 matrix that the numbers mean."""
 
@@ -45,20 +53,21 @@ class QuantizedWeight:
             values = self.values.load().float().view(out, groups, -1)
             if self.zeros is not None:
                 values -= self.zeros.load().float()[..., None]
-            return (values * self.scales.load().float()[..., None]).view(out, -1)
+            values = (values * self.scales.load().float()[..., None]).view(out, -1)
+            return values if self.order is None else values[:, self.order.load().argsort()]
 
         return LazyTensor(torch.float32, self.values.shape, load)
 
 
 def fuse(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """One weight of the parts' outputs; they must be of one `kind`.
+    """One weight of the parts' outputs; they must be of one `kind` and order.
 
     They read the same activations, so one static scale serves all of them: the largest.
     """
     first = parts[0]
     if len(parts) == 1:
         return first
-    if any(part.kind != first.kind for part in parts):
+    if any(part.kind != first.kind or not part.same_order(first) for part in parts):
         raise ValueError(f"weights of {[part.kind for part in parts]} cannot be fused")
     input_scale = None
     if first.input_scale is not None:
@@ -70,4 +79,5 @@ def fuse(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
         None if first.zeros is None else concatenate([part.zeros for part in parts]),
         first.activations,
         input_scale,
+        first.order,
     )

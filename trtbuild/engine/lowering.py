@@ -133,9 +133,9 @@ class Lowering:
 
     # Shapes
 
-    def gather(self, x, indices):
-        """Rows of `x`."""
-        return self.definition.add_gather(x, indices, 0).get_output(0)
+    def gather(self, x, indices, axis: int = 0):
+        """Rows of `x`, or what else lies along an axis."""
+        return self.definition.add_gather(x, indices, axis).get_output(0)
 
     def concatenate(self, tensors, axis: int):
         layer = self.definition.add_concatenation(tensors)

@@ -11,7 +11,7 @@ from trtbuild.linear.fp8 import Fp8Linear
 from trtbuild.linear.int4 import Int4Linear, pack
 from trtbuild.linear.int8 import Int8Linear
 from trtbuild.linear.w8a8 import W8A8Linear
-from trtbuild.network import Tensor
+from trtbuild.network import Tensor, ops
 
 Weight = LazyTensor | QuantizedWeight
 
@@ -20,7 +20,7 @@ def linear(x: Tensor, name: str, parts: Sequence[Weight], biases: Sequence[LazyT
     """`[tokens, in]` to `[tokens, out]` with the parts, `[out_i, in]` each, as one product.
 
     `name` is that of the product (`model.layers.0.self_attn.qkv_proj`), and of its constants: `{name}.weight`,
-    `.scales`, `.zeros`, `.input_scale`, `.bias`.
+    `.order`, `.scales`, `.zeros`, `.input_scale`, `.bias`.
     """
     network = x.network
 
@@ -32,6 +32,8 @@ def linear(x: Tensor, name: str, parts: Sequence[Weight], biases: Sequence[LazyT
         weight = parts[0] if len(parts) == 1 else concatenate(parts)
         return network.add(DenseLinear(), x, constant("weight", weight.to(x.dtype)), *bias)
     fused = fuse(parts)
+    if fused.order is not None:
+        x = ops.select_columns(x, constant("order", fused.order))
     if fused.format == "int4":
         out, width = fused.values.shape
         packed = LazyTensor(torch.uint8, (out, width // 2), lambda: pack(fused.values.load()))

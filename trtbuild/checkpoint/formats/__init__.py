@@ -1,5 +1,6 @@
 """Published layouts of quantized weights, read and written: one file each. docs/formats.md describes them."""
 
+import re
 from collections.abc import Mapping
 
 from trtbuild.checkpoint.formats import awq, compressed_tensors, gptq
@@ -24,8 +25,15 @@ def read_quantized(
     if method not in FORMATS:
         raise UserError(f"{where}: quant_method {method!r} is not supported; supported are {', '.join(FORMATS)}")
     try:
-        return FORMATS[method].read(quantization, tensors, where)
+        return FORMATS[method].read(_coerced(quantization), tensors, where)
     except KeyError as error:
         raise UserError(f"{where}: the quantized checkpoint lacks {error}") from error
     except (TypeError, AttributeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"{where}: its quantization_config, or a tensor, is not of its layout ({error})") from error
+
+
+def _coerced(value: object) -> object:
+    """A configuration with numbers that were written as strings (`bits: "4"`) as numbers."""
+    if isinstance(value, dict):
+        return {key: _coerced(x) for key, x in value.items()}
+    return int(value) if isinstance(value, str) and re.fullmatch("-?[0-9]+", value) else value

@@ -21,7 +21,7 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 def read(quantization: dict, tensors: Mapping[str, LazyTensor], where: str) -> dict[str, LazyTensor | QuantizedWeight]:
     """See `read_quantized`."""
     bits = quantization.get("bits", quantization.get("w_bit"))
-    version = str(quantization.get("version", "gemm")).lower()
+    version = str(quantization.get("version") or "gemm").lower()
     if bits != 4 or version != "gemm":
         raise UserError(f"{where}: AWQ version {version!r} with {bits} bits is not supported; gemm with 4 bits is")
     group_size = quantization.get("group_size", quantization.get("q_group_size"))

@@ -3,7 +3,9 @@
 For a product `[out, in]`: `weight` int8 or float8_e4m3fn `[out, in]` (formats int-quantized, float-quantized), or
 `weight_packed` int32 `[out, in * bits / 32]` of unsigned values with `weight_shape` int64 `[2]` (pack-quantized);
 `weight_scale` `[1]`, `[out, 1]` or `[out, groups]`; for asymmetric groups `weight_zero_point` int32
-`[out * bits / 32, groups]`, packed along the outputs; for static activations `input_scale` `[1]`.
+`[out * bits / 32, groups]`, packed along the outputs; for static activations `input_scale` `[1]`. `weight_g_idx`
+int32 `[in]`, the group of each input channel, is there with `actorder: group` alone (-1: not used); with `weight`, or
+`static`, the order was that of rounding, and nothing in the file is reordered.
 """
 
 from collections.abc import Mapping
@@ -11,13 +13,14 @@ from collections.abc import Mapping
 import torch
 
 from trtbuild.checkpoint.formats.gptq import FLOATS
-from trtbuild.checkpoint.formats.int32 import count_groups, expect, pack, unpack
+from trtbuild.checkpoint.formats.int32 import count_groups, expect, group_order, pack, unpack
 from trtbuild.checkpoint.lazy import LazyTensor
 from trtbuild.checkpoint.quantized_weight import QuantizedWeight
 from trtbuild.errors import UserError
 
-PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "input_scale")
-IGNORED = ("weight_g_idx", "k_scale", "v_scale")  # the cache's scales come from the recipe's own calibration
+PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "input_scale")
+IGNORED = ("k_scale", "v_scale", "output_scale", "output_zero_point")  # the cache's come from our own calibration
+DEFAULTS = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None, "dynamic": False, "actorder": None}
 
 
 def read(quantization: dict, tensors: Mapping[str, LazyTensor], where: str) -> dict[str, LazyTensor | QuantizedWeight]:
@@ -26,28 +29,39 @@ def read(quantization: dict, tensors: Mapping[str, LazyTensor], where: str) -> d
     if len(groups) != 1:
         raise UserError(f"{where}: {len(groups)} config_groups are not supported; all weights must be quantized alike")
     (group,) = groups
+    sparsity = quantization.get("sparsity_config") or {}
     for name, value in (
         ("transform_config", quantization.get("transform_config")),
+        ("sparsity_config", sparsity.get("format", "dense") != "dense"),
         ("output_activations", group.get("output_activations")),
     ):
         if value:
             raise UserError(f"{where}: {name} is not supported; take a checkpoint without it")
-    _check_scheme(group, where)
+    if not isinstance(group["weights"], dict):
+        raise UserError(f"{where}: weights of config_groups is {group['weights']!r}; a scheme is expected")
+    weights, activations = _scheme(group["weights"]), None
+    if group.get("input_activations") is not None:
+        activations = _scheme(group["input_activations"])
+    _check_schemes(weights, activations, where)
     result: dict[str, LazyTensor | QuantizedWeight] = {}
     for name, tensor in tensors.items():
         prefix, _, kind = name.rpartition(".")
         if kind == "weight_scale":
-            result[f"{prefix}.weight"] = _weight(prefix, tensors, group, where)
-        elif kind not in (*PARTS, *IGNORED) and name not in result:
+            result[f"{prefix}.weight"] = _weight(prefix, tensors, weights, activations, where)
+        elif kind not in (*PARTS, "input_zero_point", *IGNORED) and name not in result:
             result[name] = tensor
     return result
 
 
-def _check_scheme(group: dict, where: str) -> None:
+def _scheme(scheme: dict) -> dict:
+    """With compressed-tensors' own values for what is left out."""
+    size = scheme.get("group_size")
+    strategy = scheme.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
+    return DEFAULTS | scheme | {"strategy": strategy}
+
+
+def _check_schemes(weights: dict, activations: dict | None, where: str) -> None:
     """Raises `UserError` for what no operation here computes."""
-    weights, activations = group["weights"], group.get("input_activations")
-    if not isinstance(weights, dict):
-        raise UserError(f"{where}: weights of config_groups is {weights!r}; a scheme is expected")
     kind = weights["type"], weights["num_bits"]
     supported = (
         kind in (("int", 4), ("int", 8), ("float", 8))
@@ -61,8 +75,6 @@ def _check_scheme(group: dict, where: str) -> None:
         supported &= activations["symmetric"]
     else:
         supported &= kind[0] == "int"
-    if weights.get("actorder"):
-        raise UserError(f"{where}: actorder {weights['actorder']!r} is not supported; quantize without act-order")
     if not supported:
         raise UserError(
             f"{where}: weights {weights['type']}{weights['num_bits']} per {weights['strategy']} with activations "
@@ -71,8 +83,13 @@ def _check_scheme(group: dict, where: str) -> None:
         )
 
 
-def _weight(prefix: str, tensors: Mapping[str, LazyTensor], group: dict, where: str) -> QuantizedWeight:
-    scheme, activations = group["weights"], group.get("input_activations")
+def _weight(
+    prefix: str, tensors: Mapping[str, LazyTensor], scheme: dict, activations: dict | None, where: str
+) -> QuantizedWeight:
+    for name, part in (("weight_zero_point", scheme), ("input_zero_point", activations)):
+        zero_point = tensors.get(f"{prefix}.{name}")
+        if zero_point is not None and part and part["symmetric"] and zero_point.load().float().any():
+            raise UserError(f"{where}: symmetric: true, but {prefix}.{name} is not zero")
     bits, scale = scheme["num_bits"], tensors[f"{prefix}.weight_scale"]
     if packed := tensors.get(f"{prefix}.weight_packed"):
         out, width = packed.shape[0], packed.shape[1] * 32 // bits
@@ -90,13 +107,18 @@ def _weight(prefix: str, tensors: Mapping[str, LazyTensor], group: dict, where: 
         expect(f"{prefix}.weight_scale", scale, FLOATS, (1,), where)
     else:
         expect(f"{prefix}.weight_scale", scale, FLOATS, (out, groups), where)
+    order, g_idx = None, f"{prefix}.weight_g_idx"
+    if scheme["actorder"] in ("group", "dynamic", True) and not (tensors[g_idx].load() == -1).any():
+        order = group_order(g_idx, tensors[g_idx], width, groups, where)
+    if order is not None:
+        stored = values
+        values = LazyTensor(torch.int8, (out, width), lambda: stored.load()[:, order.load()])
     zeros = None
     if not scheme["symmetric"]:
-        zero_point = tensors[f"{prefix}.weight_zero_point"]
-        expect(f"{prefix}.weight_zero_point", zero_point, (torch.int32,), (out // 8, groups), where)
-        zeros = LazyTensor(
-            torch.int8, (out, groups), lambda: (unpack(zero_point.load().T) - 8).to(torch.int8).T.contiguous()
-        )
+        zeros = tensors[f"{prefix}.weight_zero_point"]
+        if zeros.dtype != torch.int8:  # as until 2025; packed since then
+            zeros = _unpacked(f"{prefix}.weight_zero_point", zeros, out, groups, where)
+        expect(f"{prefix}.weight_zero_point", zeros, (torch.int8,), (out, groups), where)
     input_scale = None
     if activations and not activations["dynamic"]:
         static = tensors[f"{prefix}.input_scale"]
@@ -110,6 +132,14 @@ def _weight(prefix: str, tensors: Mapping[str, LazyTensor], group: dict, where: 
         zeros,
         "16bit" if not activations else "token" if activations["dynamic"] else "static",
         input_scale,
+        order,
+    )
+
+
+def _unpacked(name: str, zero_point: LazyTensor, out: int, groups: int, where: str) -> LazyTensor:
+    expect(name, zero_point, (torch.int32,), (out // 8, groups), where)
+    return LazyTensor(
+        torch.int8, (out, groups), lambda: (unpack(zero_point.load().T) - 8).to(torch.int8).T.contiguous()
     )
 
 

@@ -1,9 +1,10 @@
-"""The layout of AutoGPTQ and GPTQModel, 4 bits, without act-order.
+"""The layout of AutoGPTQ and GPTQModel, 4 bits; act-order is read, not written.
 
 For a product `[out, in]`: `qweight` int32 `[in / 8, out]`, eight input channels a word; `qzeros` int32
 `[groups, out / 8]`, eight output channels a word; `scales` `[groups, out]`; `g_idx` int32 `[in]`, the group of each
-channel. Weights and zero points are unsigned. Checkpoint format "gptq" stores zero points less one, "gptq_v2" as they
-are; the one is taken off and put back on whole words, as GPTQModel does, so that a borrow comes back as a carry.
+channel (of neighbours, unless channels were quantized by their activations: `desc_act`). Weights and zero points are
+unsigned. Checkpoint format "gptq" stores zero points less one, "gptq_v2" as they are; the one is taken off and put back
+on whole words, as GPTQModel does, so that a borrow comes back as a carry.
 """
 
 import re
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 
 import torch
 
-from trtbuild.checkpoint.formats.int32 import count_groups, expect, pack, unpack
+from trtbuild.checkpoint.formats.int32 import count_groups, expect, group_order, pack, unpack
 from trtbuild.checkpoint.lazy import LazyTensor
 from trtbuild.checkpoint.quantized_weight import QuantizedWeight
 from trtbuild.errors import UserError
@@ -25,11 +26,7 @@ def read(quantization: dict, tensors: Mapping[str, LazyTensor], where: str) -> d
     """See `read_quantized`."""
     if quantization["bits"] != 4:
         raise UserError(f"{where}: GPTQ with {quantization['bits']} bits is not supported; 4 bits are")
-    if quantization.get("desc_act"):
-        raise UserError(
-            f"{where}: desc_act: true (act-order) is not supported; take a checkpoint quantized with desc_act: false"
-        )
-    version = quantization.get("checkpoint_format", "gptq")
+    version = "marlin" if quantization.get("is_marlin_format") else quantization.get("checkpoint_format") or "gptq"
     if version not in ("gptq", "gptq_v2"):
         raise UserError(f"{where}: checkpoint_format {version!r} is not supported; supported are gptq and gptq_v2")
     result: dict[str, LazyTensor | QuantizedWeight] = {}
@@ -37,8 +34,6 @@ def read(quantization: dict, tensors: Mapping[str, LazyTensor], where: str) -> d
         prefix, _, kind = name.rpartition(".")
         if kind == "qweight":
             result[f"{prefix}.weight"] = _weight(prefix, tensors, quantization, version, where)
-        elif kind == "bias" and f"{prefix}.qweight" in tensors and not tensor.load().any():
-            continue  # AutoGPTQ wrote biases of zeros for models that have none
         elif kind not in ("qzeros", "scales", "g_idx"):
             result[name] = tensor
     return result
@@ -53,9 +48,13 @@ def _weight(
     expect(f"{prefix}.qweight", qweight, (torch.int32,), (width // 8, out), where)
     expect(f"{prefix}.qzeros", qzeros, (torch.int32,), (groups, out // 8), where)
     expect(f"{prefix}.scales", scales, FLOATS, (groups, out), where)
-    index = tensors.get(f"{prefix}.g_idx")
-    if index is not None and not torch.equal(index.load().long(), torch.arange(width) // (width // groups)):
-        raise UserError(f"{where}: {prefix}.g_idx reorders channels (act-order), which is not supported")
+    order = None
+    if f"{prefix}.g_idx" in tensors or (quantization.get("desc_act") and groups > 1):
+        order = group_order(f"{prefix}.g_idx", tensors[f"{prefix}.g_idx"], width, groups, where)
+
+    def values() -> torch.Tensor:
+        words = unpack(qweight.load().T)
+        return ((words if order is None else words[:, order.load()]) - 8).to(torch.int8)
 
     def zeros() -> torch.Tensor:
         words = qzeros.load()
@@ -66,9 +65,10 @@ def _weight(
         raise UserError(f"{where}: sym: true, but {prefix}.qzeros are not all 8")
     return QuantizedWeight(
         "int4",
-        LazyTensor(torch.int8, (out, width), lambda: (unpack(qweight.load().T) - 8).to(torch.int8)),
+        LazyTensor(torch.int8, (out, width), values),
         LazyTensor(scales.dtype, (out, groups), lambda: scales.load().T.contiguous()),
         None if symmetric else LazyTensor(torch.int8, (out, groups), zeros),
+        order=order,
     )
 
 

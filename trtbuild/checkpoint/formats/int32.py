@@ -1,4 +1,4 @@
-"""Small integers packed into int32 words along the last dimension, the first in the lowest bits."""
+"""What the layouts share: small integers packed into int32 words, the first in the lowest bits, and groups."""
 
 import torch
 
@@ -31,6 +31,20 @@ def count_groups(width: int, group_size: object, where: str) -> int:
     if group_size > 0 and width % group_size:
         raise UserError(f"{where}: group_size {group_size} does not divide {width} input channels")
     return 1 if group_size < 0 else width // group_size
+
+
+def group_order(name: str, index: LazyTensor, width: int, groups: int, where: str) -> LazyTensor | None:
+    """The order, int32 `[in]`, that brings together the channels of each group; None where they lie so.
+
+    `index` `[in]` holds each channel's group. Raises `UserError` unless the groups are of one size.
+    """
+    expect(name, index, (torch.int32, torch.int64), (width,), where)
+    groups_in_order, order = index.load().sort(stable=True)
+    if not groups_in_order.equal(torch.arange(width, dtype=index.dtype) // (width // groups)):
+        raise UserError(f"{where}: {name} does not give each of {groups} groups {width // groups} input channels")
+    if order.equal(torch.arange(width)):
+        return None
+    return LazyTensor(torch.int32, (width,), lambda: index.load().argsort(stable=True).int())
 
 
 def expect(name: str, tensor: LazyTensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], where: str) -> None:

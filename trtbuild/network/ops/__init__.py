@@ -8,6 +8,7 @@ from trtbuild.network.ops.log_n import log_n
 from trtbuild.network.ops.prompt_ntk import prompt_ntk
 from trtbuild.network.ops.rms_norm import rms_norm
 from trtbuild.network.ops.rotary_embedding import rotary_embedding
+from trtbuild.network.ops.select_columns import select_columns
 from trtbuild.network.ops.select_rows import select_rows
 from trtbuild.network.ops.swiglu import swiglu
 
@@ -20,6 +21,7 @@ __all__ = [
     "prompt_ntk",
     "rms_norm",
     "rotary_embedding",
+    "select_columns",
     "select_rows",
     "swiglu",
 ]

@@ -1,0 +1,26 @@
+"""Input channels in the order in which a weight stores them."""
+
+from dataclasses import dataclass
+
+import torch
+
+from trtbuild.network.network import Op, Tensor
+
+
+@dataclass(frozen=True)
+class SelectColumns(Op):
+    """`x[:, indices]`."""
+
+    def infer(self, x: Tensor, indices: Tensor):
+        return [(x.dtype, (x.shape[0], *indices.shape))]
+
+    def reference(self, x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        return x.index_select(1, indices)
+
+    def to_tensorrt(self, lowering, x, indices):
+        return lowering.gather(x, indices, axis=1)
+
+
+def select_columns(x: Tensor, indices: Tensor) -> Tensor:
+    """`[tokens, in]` and `[n]` int32 to `[tokens, n]`."""
+    return x.network.add(SelectColumns(), x, indices)
