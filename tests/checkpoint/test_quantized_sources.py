@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.checkpoint.sources import make_checkpoint, make_quantized
@@ -228,6 +228,37 @@ def test_old_configurations_beside_it_come_along(published, tmp_path):
     make_checkpoint({"local": {"path": str(folder)}}, tmp_path / "checkpoint")
     assert Checkpoint(tmp_path / "checkpoint").quantization == "gptq"
     same_weights(tmp_path / "checkpoint", "gptqmodel-asym")
+
+
+@pytest.mark.parametrize("group", ["64", "-1"])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_autogptqs_names_of_files(published, tmp_path, group, shards):
+    folder, name = published("gptqmodel-asym"), f"gptq_model-4bit-{group}g"
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    parts = [f"{name}-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+    if shards == 1:
+        parts = [f"{name}.safetensors"]
+    for i, file in enumerate(parts):
+        save_file({key: tensors[key] for key in list(tensors)[i::shards]}, folder / file)
+    if shards > 1:
+        weight_map = {key: parts[i % shards] for i, key in enumerate(tensors)}
+        (folder / f"{name}.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    make_checkpoint({"local": {"path": str(folder)}}, tmp_path / "checkpoint")
+    assert [file.name for file in Checkpoint(tmp_path / "checkpoint").files] == parts
+    same_weights(tmp_path / "checkpoint", "gptqmodel-asym")
+
+
+@pytest.mark.parametrize("other", ["model.safetensors", "gptq_model-4bit-128g.safetensors"])
+def test_autogptqs_name_beside_another(published, other):
+    """The usual name comes first, and of two that are not usual none."""
+    folder = published("gptqmodel-asym")
+    usual = (folder / "model.safetensors").rename(folder / "gptq_model-4bit-64g.safetensors")
+    shutil.copyfile(usual, folder / other)
+    if other == "model.safetensors":
+        assert [file.name for file in Checkpoint(folder).files] == [other]
+    else:
+        refused(lambda: Checkpoint(folder), f"^missing weights file {folder}/model.safetensors$")
 
 
 def test_a_model_needs_its_tokenizer(tmp_path):

@@ -145,7 +145,7 @@ def _from_local(folder: Path, path: str, model_version: str | None = None) -> No
     else:
         write_json(folder / "config.json", config)
     if tensors is None:
-        index = () if (source / SAFETENSORS).exists() else (f"{SAFETENSORS}.index.json",)
+        index = () if (source / SAFETENSORS).exists() else ("*.safetensors.index.json",)
         weights = (str(file.relative_to(source)) for file in weight_files(source))
         _link(source, folder, (*weights, *index, *BESIDE_WEIGHTS))
     else:

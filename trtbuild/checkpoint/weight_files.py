@@ -16,6 +16,14 @@ def is_derived(name: str) -> bool:
     return name.endswith("rotary_emb.inv_freq")
 
 
+def _stored_as(folder: Path, name: str) -> str:
+    """`name`, or what AutoGPTQ called it: `gptq_model-4bit-128g.safetensors`."""
+    if name != SAFETENSORS or (folder / name).exists() or (folder / f"{name}.index.json").exists():
+        return name
+    files = [file for ending in ("", ".index.json") for file in folder.glob(f"gptq_model-*g.safetensors{ending}")]
+    return files[0].name.removesuffix(".index.json") if len(files) == 1 else name
+
+
 def _has_shards(folder: Path, name: str) -> bool:
     stem, _, suffix = name.rpartition(".")
     return any(folder.glob(f"{stem}-*.{suffix}"))
@@ -31,6 +39,7 @@ def weight_files(folder: Path, name: str = SAFETENSORS) -> dict[Path, set[str] |
 
     One file is preferred to an index, as `transformers` does. Shards may lie in a folder below.
     """
+    name = _stored_as(folder, name)
     index = folder / f"{name}.index.json"
     if (folder / name).exists() or not index.exists():
         if _has_shards(folder, name) and not (folder / name).exists():
