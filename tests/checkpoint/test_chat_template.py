@@ -98,7 +98,8 @@ def tokenizers(tmp_path_factory):
         model = train_sentencepiece(**options)
         processor, tokenizer = convert(model, folder, add_bos=True)
         if name.startswith("baichuan"):
-            baichuan.save_tokenizer(folder / "tokenizer.model", tokenizer.folder)
+            version = "v2_13b" if name == "baichuan2" else "v1_13b"
+            baichuan.save_tokenizer(folder / "tokenizer.model", tokenizer.folder, {"trtbuild": {"version": version}})
         made[name] = processor.encode, tokenizer
     for name, (_, tokenizer) in made.items():
         apply(tokenizer.folder, name)

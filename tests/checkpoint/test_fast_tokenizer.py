@@ -58,6 +58,8 @@ PARTS = [
         "\u1100\u1161",
     ),
     *("<reserved_106>", "<reserved_107>", "<reserved_10", "<0x0A>", "<0xE4>", "▁▁", "'s", "'LL", "8611", "==="),
+    *"，？１ａ①½ﬁⅷÉ가ㅋㅏﾊﾞが\r\x01\x7f\u200b\u2028\ufeff\u0302\u0323\u0651\u064e\u0344",
+    *("a\u0323\u0302", "a\u0302\u0323", "ﾊﾞ", "か\u3099", "ㄱㅏ", "①\u0301", "\u00a0\u0301", "<h2>\u0338", "＜ｈ２＞"),
 ]
 SYMBOLS = ["<reserved_102>", "<reserved_103>", "<reserved_106>", "<reserved_107>", "<reserved_10", "▁the", "é", "\n"]
 MODELS = {
@@ -78,6 +80,18 @@ MODELS = {
     "prefix, shortened": {"add_dummy_prefix": True, "remove_extra_whitespaces": True},
     "no prefix, shortened": {"add_dummy_prefix": False, "remove_extra_whitespaces": True},
     "no bytes": {"add_dummy_prefix": True, "remove_extra_whitespaces": False, "byte_fallback": False},
+    "map": {  # as Baichuan's first
+        "add_dummy_prefix": True,
+        "remove_extra_whitespaces": False,
+        "normalization_rule_name": "nmt_nfkc",
+        "user_defined_symbols": [*SYMBOLS, "\t", "，", "？", "１", "<h2>"],
+    },
+    "map, no symbols, shortened": {
+        "add_dummy_prefix": True,
+        "remove_extra_whitespaces": True,
+        "normalization_rule_name": "nmt_nfkc_cf",
+        "user_defined_symbols": [],
+    },
 }
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -364,15 +378,16 @@ def test_vocabularies_of_chance(llama_model, tmp_path):
 
 
 def test_pieces_of_the_same_score(llama_model, tmp_path):
-    """Accepted where the pieces cannot compete for a part, as those that some models add for infilling."""
+    """As LLaMA's runs of spaces, which all have one score, and Baichuan2's pairs of pieces."""
+    runs = [("▁" * length, -1e9) for length in range(2, 17)]
+    pairs = [("ΑΒ", -1e6), ("ΓΔ", -1e6), ("ΑΒΓ", -2e6), ("ΔΑ", -2e6)]
     letters = [(letter, -1e7 - i) for i, letter in enumerate("ΑΒΓΔ")]
-    processor, tokenizer = convert(edited(llama_model, [("ΑΒ", -1e6), ("ΓΔ", -1e6), *letters]), tmp_path)
-    for text in random_texts("ΑΒΓΔ", 200):
+    processor, tokenizer = convert(edited(llama_model, [*runs, *pairs, *letters]), tmp_path)
+    for text in [
+        *(" " * length for length in range(100)),
+        *random_texts(["Α", "Β", "Γ", "Δ", " ", " " * 7, "the"], 1000),
+    ]:
         assert tokenizer.encode(text) == processor.encode(text), text
-    with pytest.raises(UserError, match=r"tokenizer\.model: the pieces 'ΑΒ' and 'ΒΓ' have the same score"):
-        convert(edited(llama_model, [("ΑΒ", -1e6), ("ΒΓ", -1e6), *letters]), tmp_path)
-    with pytest.raises(UserError, match="the pieces 'ΑΒ' and 'ΓΔ' have the same score"):
-        convert(edited(llama_model, [("ΑΒ", -1e6), ("ΓΔ", -1e6), ("ΑΒΓ", -1e5), *letters]), tmp_path)
 
 
 @pytest.mark.parametrize("part", [0, 0.01, 0.5, 0.99])
@@ -404,13 +419,19 @@ def test_other_files_as_sentencepiece(tmp_path):
     ("options", "message"),
     [
         ({"model_type": "unigram"}, "is a SentencePiece model of the type unigram; only bpe is supported"),
-        ({"normalization_rule_name": "nmt_nfkc"}, "has a precompiled_charsmap"),
+        ({"normalization_rule_tsv": "map.tsv"}, "has the normalization 'user_defined'"),
+        (
+            {"normalization_rule_name": "nfkc", "user_defined_symbols": [chr(0xFF41 + i) + "x" for i in range(31)]},
+            "its map changes 31 user-defined symbols; 30 can be spared",
+        ),
         ({"treat_whitespace_as_suffix": True}, "has treat_whitespace_as_suffix"),
         ({"user_defined_symbols": ["a b"], "remove_extra_whitespaces": True}, "has user-defined symbols with spaces"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_other_sentencepiece_models(options, message, tmp_path):
+def test_other_sentencepiece_models(options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("map.tsv").write_text("41\t42\n")
     with pytest.raises(UserError, match=message):
         convert(train_sentencepiece(**options), tmp_path)
 

@@ -309,7 +309,7 @@ def test_tokenizer_model(tmp_path, monkeypatch, place):
     expected.write_text("this one")
     asked = []
 
-    def save_tokenizer(file: Path, folder: Path) -> None:
+    def save_tokenizer(file: Path, folder: Path, config: dict) -> None:
         asked.append(file)
         save_byte_tokenizer(folder)
 

@@ -341,6 +341,10 @@ def test_tokenizer_of_qwen(tmp_path):
 @pytest.fixture(scope="module")
 def sentencepiece_model() -> bytes:
     """A few hundred pieces, the two that begin a chat's turns in Baichuan2 among them."""
+    return train_sentencepiece(["<reserved_106>", "<reserved_107>"])
+
+
+def train_sentencepiece(symbols: list[str]) -> bytes:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["the mountain is high and the river is long"] * 20),
@@ -349,7 +353,7 @@ def sentencepiece_model() -> bytes:
         vocab_size=310,
         byte_fallback=True,
         normalization_rule_name="identity",
-        user_defined_symbols=["<reserved_106>", "<reserved_107>"],
+        user_defined_symbols=symbols,
         minloglevel=2,
     )
     return model.getvalue()
@@ -388,6 +392,23 @@ def test_tokenizer_of_baichuan(sentencepiece_model, tmp_path):
     ids = tokenizer.encode("the river", chat=True)
     assert ids == [user, *processor.encode("the river"), assistant]
     assert tokenizer.decode(ids).strip() == "the river"
+
+
+@pytest.mark.parametrize(("version", "special"), [("v1_13b", (102, 103)), ("v2_13b", (106, 107))])
+def test_roles_of_the_other_baichuan_are_text(version, special, tmp_path):
+    """In each generation's vocabulary are the pieces of both."""
+    symbols = {i: f"<reserved_{i}>" for i in (102, 103, 106, 107)}
+    model = train_sentencepiece([*symbols.values()])
+    publish(version, tmp_path / "x", tokenizer=beside(model))
+    convert(version, tmp_path / "x", tmp_path / "out")
+    tokenizer = Tokenizer(tmp_path / "out")
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    expected = tuple(processor.piece_to_id(symbols[i]) for i in special)
+    assert tokenizer.special_token_ids(tuple(symbols.values())) == expected
+    for i in symbols.keys() - special:
+        text = f"the {symbols[i]}river"
+        assert tokenizer.encode(text) == processor.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_tokens_that_the_original_file_lacks(sentencepiece_model, tmp_path):

@@ -7,14 +7,14 @@ import base64
 import binascii
 import re
 from collections.abc import Collection, Iterator, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from trtbuild.checkpoint.sentencepiece_normalizer import SPACE, sentencepiece_normalizer
 from trtbuild.errors import UserError
 from trtbuild.files import read_json
 
-SPACE = "\u2581"  # "▁", SentencePiece's visible space
+MAPS = ("nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf")  # SentencePiece's own; other models bring their own rules
 
 
 def save_tiktoken(
@@ -42,9 +42,8 @@ def save_tiktoken(
             raise UserError(f"{path}: {token!r} is not one of the special tokens {', '.join(special_tokens)}")
     letters = bytes_to_unicode()
     vocabulary = {"".join(letters[byte] for byte in token): rank for token, rank in tokens.items()}
-    merges = [split for token in vocabulary for split in _splits(token, vocabulary)]
     # As in tiktoken, a part that is a token is that token, whatever the merges would make of it.
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=_merges([*vocabulary]), ignore_merges=True))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -78,7 +77,7 @@ def save_sentencepiece(
     them too, and unknown pieces are left out.
 
     A missing, damaged or other file, a token that the model does not have, and a model that has no exact equivalent
-    (one of unigrams, or with a map of characters, say) are a `UserError`.
+    (one of unigrams, or with a normalization of its own, say) are a `UserError`.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models
 
@@ -100,7 +99,7 @@ def save_sentencepiece(
         if wanted and token is None:
             raise UserError(f"{path} has no token for the {end} of a sequence, so none can be added")
 
-    merges = _sentencepiece_merges(path, model)
+    merges = _sentencepiece_merges(model)
 
     def bpe(**options: bool) -> models.BPE:
         return models.BPE(
@@ -110,7 +109,7 @@ def save_sentencepiece(
     tokenizer = Tokenizer(bpe(ignore_merges=bool(symbols)))
     if symbols:
         tokenizer.pre_tokenizer = _apart(symbols, [piece for piece in ids if piece not in symbols], bpe())
-    tokenizer.normalizer = _sentencepiece_normalizer(normalizer)
+    tokenizer.normalizer = sentencepiece_normalizer(path, normalizer, symbols)
     # SentencePiece drops the dummy prefix or, where it removes spaces, one of every piece before the text begins, which
     # is all of them but for pieces that begin with two.
     leading = 2**20 if normalizer.remove_extra_whitespaces else int(normalizer.add_dummy_prefix)
@@ -186,9 +185,9 @@ def _read_sentencepiece(path: Path) -> Any:
     normal = [piece.piece for piece in model.pieces if piece.type == kind.NORMAL]
     symbols = [piece.piece for piece in model.pieces if piece.type == kind.USER_DEFINED]
     characters = {*normal, *symbols}
-    charsmap = normalizer.precompiled_charsmap or model.denormalizer_spec.precompiled_charsmap
     unsupported = {
-        "a precompiled_charsmap (a normalization other than identity)": charsmap,
+        f"the normalization {normalizer.name!r}": normalizer.precompiled_charsmap and normalizer.name not in MAPS,
+        "a denormalization": model.denormalizer_spec.precompiled_charsmap,
         "treat_whitespace_as_suffix": trainer.treat_whitespace_as_suffix,
         "no escape_whitespaces": not normalizer.escape_whitespaces,
         "unused pieces": any(piece.type == kind.UNUSED for piece in model.pieces),
@@ -202,53 +201,31 @@ def _read_sentencepiece(path: Path) -> Any:
     return model
 
 
-def _splits(token: str, tokens: Collection[str]) -> Iterator[tuple[str, str]]:
-    """All pairs of tokens that make this one.
+def _merges(tokens: Sequence[str]) -> list[tuple[str, str]]:
+    """All pairs of tokens that make one of them, in the order of what they make.
 
-    Their order does not matter: what is joined inside a stretch of text does not depend on the text around it, so that
-    a token is always made of one and the same pair, if it is made at all.
+    The order of a token's own pairs does not matter: what is joined inside a stretch of text does not depend on the
+    text around it, so that a token is always made of one and the same pair, if it is made at all.
     """
-    for cut in range(1, len(token)):
-        if token[:cut] in tokens and token[cut:] in tokens:
-            yield token[:cut], token[cut:]
+    known, lengths = set(tokens), {len(token) for token in tokens}
+    cuts = {whole: [cut for cut in sorted(lengths) if whole - cut in lengths] for whole in lengths}
+    return [
+        (token[:cut], token[cut:])
+        for token in tokens
+        for cut in cuts[len(token)]  # not every place of a token that is thousands long
+        if token[:cut] in known and token[cut:] in known
+    ]
 
 
-def _sentencepiece_merges(path: Path, model: Any) -> list[tuple[str, str]]:
+def _sentencepiece_merges(model: Any) -> list[tuple[str, str]]:
     """Pairs of pieces that are joined, best score first; user-defined symbols are never joined to anything.
 
     SentencePiece joins the leftmost of pairs with the same score, `tokenizers` the first in the list, wherever it is.
-    Models made by training have no such pairs; here they are accepted if joining one cannot keep another from it.
+    Models made by training have no such pairs. Of those that were put in later, such as runs of spaces, the longest
+    come first: what a run has begun with is then made as long as it can be before the next begins, as from the left.
     """
     scores = {piece.piece: piece.score for piece in model.pieces if piece.type == model.SentencePiece.NORMAL}
-    merges: list[tuple[str, str]] = []
-    parts: set[str] = set()
-    for _, pieces in groupby(sorted(scores, key=lambda piece: -scores[piece]), key=scores.get):
-        splits = {piece: pairs for piece in pieces if (pairs := list(_splits(piece, scores)))}
-        pairs = [pair for piece in splits for pair in splits[piece]]
-        if len(splits) > 1:
-            overlap = {left for left, _ in pairs} & {right for _, right in pairs}
-            if overlap or not parts.isdisjoint(splits):
-                first, second = list(splits)[:2]
-                raise UserError(
-                    f"{path}: the pieces {first!r} and {second!r} have the same score, and in a text they may compete, "
-                    "for which there is no exact fast tokenizer; use a folder with tokenizer.json"
-                )
-        merges += pairs
-        parts.update(part for pair in pairs for part in pair)
-    return merges
-
-
-def _sentencepiece_normalizer(spec: Any) -> Any:
-    """What SentencePiece does to spaces; `\\A` and `\\z`, since `^` and `$` also stand for the ends of a line."""
-    from tokenizers import Regex
-    from tokenizers.normalizers import Prepend, Replace, Sequence
-
-    steps = [Prepend(SPACE)] if spec.add_dummy_prefix else []
-    steps += [Replace(" ", SPACE)]
-    if spec.remove_extra_whitespaces:
-        before = [Replace(Regex(r"\A +"), ""), Replace(Regex(" {2,}"), " ")]
-        steps = [*before, *steps, Replace(Regex(SPACE + r"+\z"), "")]
-    return Sequence(steps)
+    return _merges(sorted(scores, key=lambda piece: (-scores[piece], -len(piece))))
 
 
 def _apart(symbols: Collection[str], others: Sequence[str], bpe: Any) -> Any:

@@ -139,7 +139,7 @@ def _from_local(folder: Path, path: str, model_version: str | None = None) -> No
     if (source / "tokenizer.json").exists():
         _link(source, folder, TOKENIZER_FILES)
     elif not (folder / "tokenizer.json").exists():
-        _make_tokenizer(source, folder, family)
+        _make_tokenizer(source, folder, family, config)
     if tensors is None and config == published:
         _link(source, folder, ("config.json",))
     else:
@@ -164,7 +164,7 @@ def _converted(source: Path, published: dict, config: dict, family: Family) -> d
     return family.canonical_tensors(open_weights(source, SAFETENSORS if safetensors else TORCH), config)
 
 
-def _make_tokenizer(source: Path, folder: Path, family: Family) -> None:
+def _make_tokenizer(source: Path, folder: Path, family: Family, config: dict) -> None:
     """From the family's original tokenizer file, which Meta keeps beside its models' folders."""
     from tokenizers import Tokenizer
 
@@ -174,7 +174,7 @@ def _make_tokenizer(source: Path, folder: Path, family: Family) -> None:
         refuse_lfs_pointer(file)
     if not files:
         raise UserError(f"{source} has neither tokenizer.json nor {family.TOKENIZER_FILE}; fetch its tokenizer")
-    family.save_tokenizer(files[0], folder)
+    family.save_tokenizer(files[0], folder, config)
     _link(source, folder, ("generation_config.json", "*.jinja"))
     if (added := files[0].with_name("added_tokens.json")).exists():
         vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()

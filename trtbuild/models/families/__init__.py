@@ -43,8 +43,8 @@ class Family(Protocol):
         """Tensors under canonical names, fused ones split; unknown names stay. `config` is the canonical one."""
 
     @staticmethod
-    def save_tokenizer(file: Path, folder: Path) -> None:
-        """Makes `tokenizer.json` in `folder` from the original tokenizer file."""
+    def save_tokenizer(file: Path, folder: Path, config: dict) -> None:
+        """Makes `tokenizer.json` in `folder` from the original tokenizer file. `config` is the canonical one."""
 
 
 def family_of(config: dict, where: Path | str) -> Family:

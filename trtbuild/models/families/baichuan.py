@@ -18,7 +18,7 @@ VERSIONS = ("v1_7b", "v1_13b", "v2_7b", "v2_13b")
 TOKENIZER_FILE = "tokenizer.model"
 
 VOCABULARIES = {64000: "v1", 125696: "v2"}
-ROLES = ("<reserved_102>", "<reserved_103>", "<reserved_106>", "<reserved_107>")  # user and assistant, of v1 and v2
+ROLES = {"v1": ("<reserved_102>", "<reserved_103>"), "v2": ("<reserved_106>", "<reserved_107>")}  # user and assistant
 NORM_ROWS = 8192  # normalized at a time, in float32
 
 
@@ -95,8 +95,9 @@ def _unit_rows(tensor: LazyTensor) -> LazyTensor:
     return LazyTensor(tensor.dtype, tensor.shape, load)
 
 
-def save_tokenizer(file: Path, folder: Path) -> None:
-    """From a SentencePiece model; those that begin a chat's turns are special tokens."""
+def save_tokenizer(file: Path, folder: Path, config: dict) -> None:
+    """From a SentencePiece model; those that begin a chat's turns in this generation are special tokens."""
     from trtbuild.checkpoint.fast_tokenizer import save_sentencepiece
 
-    save_sentencepiece(file, folder, add_bos=False, special_tokens=ROLES)
+    generation = config[EXTENSION]["version"].partition("_")[0]
+    save_sentencepiece(file, folder, add_bos=False, special_tokens=ROLES[generation])

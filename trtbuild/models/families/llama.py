@@ -19,7 +19,7 @@ def canonical_tensors(tensors: dict[str, LazyTensor], config: dict) -> dict[str,
     return tensors
 
 
-def save_tokenizer(file: Path, folder: Path) -> None:
+def save_tokenizer(file: Path, folder: Path, config: dict) -> None:
     """From a SentencePiece model; LLaMA begins every text with its beginning-of-sequence token."""
     from trtbuild.checkpoint.fast_tokenizer import save_sentencepiece
 

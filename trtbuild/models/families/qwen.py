@@ -91,7 +91,7 @@ def canonical_tensors(tensors: dict[str, LazyTensor], config: dict) -> dict[str,
     return canonical
 
 
-def save_tokenizer(file: Path, folder: Path) -> None:
+def save_tokenizer(file: Path, folder: Path, config: dict) -> None:
     """From a tiktoken vocabulary. A chat's turn ends with `<|im_end|>`, any text with `<|endoftext|>`."""
     from tokenizers import Tokenizer
 
