@@ -349,3 +349,31 @@ def test_an_unknown_splitting_is_refused(written, tmp_path):
     with pytest.raises(UserError, match="splitting 'llama-bpe' is not supported from GGUF"):
         make_checkpoint({"gguf": {"path": str(path)}}, tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("change", ["onto another", "into the file", "out of the file"])
+@pytest.mark.parametrize("model", ["untied"], indirect=True)
+def test_tensors_that_lie_elsewhere(written, change):
+    """The package reads any bytes of the file for a tensor's."""
+    path = written()
+    tensor = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "blk.0.ffn_up.weight")
+    offset = int(tensor.field.parts[-1][0])
+    moved = {"onto another": 0, "into the file": offset + 32, "out of the file": 1 << 40}[change]
+    content = path.read_bytes()
+    at = content.index(b"blk.0.ffn_up.weight") + 19 + 4 + 2 * 8 + 4  # name, dimensions, type
+    assert content[at : at + 8] == offset.to_bytes(8, "little")
+    path.write_bytes(content[:at] + moved.to_bytes(8, "little") + content[at + 8 :])
+    with pytest.raises(
+        UserError, match=r"the tensor blk\.0\.ffn_up\.weight is said to begin|is truncated or not a GGUF"
+    ):
+        read_gguf(path)
+
+
+@pytest.mark.parametrize("model", ["untied"], indirect=True)
+def test_text_that_is_not_utf8(written):
+    path = written()
+    path.write_bytes(path.read_bytes().replace(b"smollm", b"sm\xffllm"))
+    with pytest.raises(
+        UserError, match=r"the metadata key tokenizer\.ggml\.pre cannot be read .*; fetch the file again"
+    ):
+        read_gguf(path)

@@ -30,7 +30,8 @@ NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 
-
+# What the package raises for files that are not what they seem.
+DAMAGE = (ValueError, LookupError, TypeError, OverflowError, AttributeError, MemoryError)
 # What llama.cpp reads of a file of this architecture, and what it computes otherwise for others; docs/formats.md says
 # what each means. Any other key of the architecture is refused, for it may change results.
 REQUIRED = (
@@ -100,7 +101,7 @@ def read_gguf(path: Path) -> tuple[dict, dict[str, LazyTensor]]:
 
     parts = gguf_parts(path)
     readers = [_open(part) for part in parts]
-    fields = {name: field.contents() for name, field in readers[0].fields.items()}
+    fields = metadata(path, readers[0])
     _check_split(parts, readers)
     architecture = fields.get("general.architecture")
     if architecture != "llama":
@@ -113,10 +114,10 @@ def read_gguf(path: Path) -> tuple[dict, dict[str, LazyTensor]]:
 
     tensors = {}
     for tensor in stored:
-        *prefix, stem, kind = tensor.name.split(".")
-        if stem not in NAMES:
+        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", tensor.name)
+        if not match or (stem := match[2]) not in NAMES:
             raise UserError(f"{path}: the tensor {tensor.name} is not part of a LLaMA model that trtbuild knows")
-        name = ".".join([*(["model.layers", prefix[1]] if prefix else []), NAMES[stem], kind])
+        name = ".".join([*(["model.layers", match[1]] if match[1] else []), NAMES[stem], match[3]])
         shape = tuple(int(n) for n in reversed(tensor.shape))
 
         def load(tensor=tensor) -> torch.Tensor:
@@ -136,9 +137,32 @@ def _open(path: Path):
     import gguf
 
     try:
-        return gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError) as error:
+        reader = gguf.GGUFReader(path)
+    except DAMAGE as error:
         raise UserError(f"{path} is truncated or not a GGUF file ({error})") from error
+    # One after another, as llama.cpp demands; the package would take any bytes of the file, also another tensor's.
+    place = reader.data_offset
+    for tensor in reader.tensors:
+        if tensor.data_offset != place:
+            raise UserError(
+                f"{path} is damaged: the tensor {tensor.name} is said to begin at byte {tensor.data_offset}, the one "
+                f"before ends at {place}; fetch it again"
+            )
+        place += -(-tensor.n_bytes // reader.alignment) * reader.alignment
+    return reader
+
+
+def metadata(path: Path, reader) -> dict:
+    """All values of a GGUF file by their keys."""
+    fields = {}
+    for name, field in reader.fields.items():
+        try:
+            fields[name] = field.contents()
+        except DAMAGE as error:
+            raise UserError(
+                f"{path}: the metadata key {name} cannot be read ({error}); fetch the file again"
+            ) from error
+    return fields
 
 
 def _check_split(parts: list[Path], readers: list) -> None:
