@@ -1,10 +1,11 @@
 # make demo: one whole chain, from a download to ROUGE.   make test: the whole suite.   Both make .venv themselves.
+# make fuzz [CASES=20000] [SEED=1]: damaged inputs at random; make fuzz CASE=...: one of them again (docs/reliability.md).
 # Linux wheels of torch on PyPI hold CUDA; for the small CPU build: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := results/smollm2-135m
 
-.PHONY: demo test lint clean
+.PHONY: demo test fuzz lint clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -19,6 +20,9 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/pytest -n 2 -m "not slow and not gpu"
 	$(BIN)/pytest -m "slow and not gpu"
+
+fuzz: .venv/installed
+	$(BIN)/python tests/fuzz CASES='$(CASES)' SEED='$(SEED)' CASE='$(CASE)'
 
 lint: .venv/installed
 	$(BIN)/ruff check

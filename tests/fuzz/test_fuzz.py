@@ -1,0 +1,66 @@
+"""300 damaged inputs of all kinds, always the same ones; `make fuzz` runs others."""
+
+import pytest
+from fuzzer import Fuzzer, how_it_ended, search
+from server import Outcome, Server
+
+pytestmark = pytest.mark.slow
+
+# Files whose failures are known and being mended; to be emptied.
+KNOWN = (
+    *("tokenizer", "special_tokens_map.json", "generation_config.json", "chat_template.jinja", "config", "params.json"),
+    *("pytorch_model", "consolidated", "model", "calibration.npz", "smoothing.npz", "recipes.yaml", "models.yaml"),
+    *("qwen.tiktoken", "engine", "perplexity", "rouge.json", "gate.json", "summaries", "hf/", "fp32/", "quant"),
+)
+
+
+@pytest.fixture(scope="module")
+def fuzzer(tmp_path_factory):
+    fuzzer = Fuzzer(tmp_path_factory.mktemp("fuzz"))
+    yield fuzzer
+    fuzzer.close()
+
+
+def test_damaged_inputs(fuzzer):
+    failures = {}
+    search(fuzzer, 300, 0, lambda case, failure: failure and failures.setdefault(failure.kind, str(case)))
+    assert {kind: case for kind, case in failures.items() if not kind.startswith(KNOWN)} == {}
+
+
+@pytest.mark.parametrize(
+    ("code", "stderr", "verdict"),
+    [
+        (0, "", None),
+        (2, "error: x is not valid JSON\n", None),
+        (2, "a: 10%|# | 1/9 [00:00]\r\nerror: x\n", None),
+        (2, "a warning\nerror: x\n", "not one line: a warning (2)"),
+        (2, "", "not one line: nothing (0)"),
+        (2, "error: out of memory\n", "needs gigabytes"),
+        (1, "x\n", "exit code 1"),
+        (-11, "", "dies of signal 11"),
+        (
+            1,
+            'Traceback ...\n  File "/x/trtbuild/files.py", line 3, in read\nKeyError: 1\n',
+            "KeyError at files.py read",
+        ),
+        (0, "Exception ignored in: <x>\n", "Exception ignored"),
+    ],
+)
+def test_how_it_ended(code, stderr, verdict):
+    assert how_it_ended(Outcome(code, 0.1, "", stderr), "trtbuild") == verdict
+
+
+def test_limits(tmp_path):
+    """On time, memory and files; and what a program leaves running ends with it."""
+    (tmp_path / "tmp").mkdir()
+    server = Server(seconds=1)
+    endless = server.run(tmp_path, "python", "while True: pass")
+    assert endless.code == -9
+    assert endless.seconds > 1
+    assert "MemoryError" in server.run(tmp_path, "python", "bytearray(3 << 30)").stderr
+    assert "File too large" in server.run(tmp_path, "python", "open('x', 'wb').truncate(1 << 30)").stderr
+    child = server.run(tmp_path, "python", "import subprocess; print(subprocess.Popen(['sleep', '60']).pid)")
+    assert child.code == 0
+    process = tmp_path.joinpath("/proc", child.stdout.strip(), "stat")
+    assert not process.exists() or process.read_text().split()[2] == "Z"
+    server.close()
