@@ -177,11 +177,13 @@ def test_operation(case, dtype, packed):
 # The tiny decoder
 
 LIMITS = BuildLimits(max_batch_size=3, max_input_len=24, max_output_len=8)
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 16}
 POSITIONS = {
     "default": {},
     "linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     "dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
-    "llama3": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16}},
+    "llama3": {"rope_scaling": LLAMA3},
     "alibi": {"trtbuild": {"family": "baichuan", "position_embedding": "alibi"}},
     "qwen": {"trtbuild": {"family": "qwen", "ntk_length": 7, "logn_length": 9}},
 }

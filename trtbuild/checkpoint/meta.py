@@ -95,9 +95,10 @@ def _config(params: dict, where: Path, shards: list[dict[str, LazyTensor]]) -> d
             raise UserError(f"{where}: {key} is {params[key]!r}; a positive integer is expected")
     dim, heads, multiple = params["dim"], params["n_heads"], params["multiple_of"]
     inner = int((params.get("ffn_dim_multiplier") or 1) * int(8 * dim / 3))  # SwiGLU's 2/3 of 4 dim, rounded up
-    theta = float(params.get("rope_theta") or 10000.0)
+    theta = float(params.get("rope_theta", 10000.0))
     # Nowhere in the files: CodeLlama's by its base, LLaMA 1's by its epsilon (but for 65B).
-    length = 16384 if theta == CODE_LLAMA_THETA else 2048 if params["norm_eps"] == 1e-6 else 4096
+    epsilon = float(params["norm_eps"])
+    length = 16384 if theta == CODE_LLAMA_THETA else 2048 if epsilon == 1e-6 else 4096
     output = [shard["output.weight"] for shard in shards]
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -110,7 +111,7 @@ def _config(params: dict, where: Path, shards: list[dict[str, LazyTensor]]) -> d
         "num_key_value_heads": params.get("n_kv_heads") or heads,
         "hidden_act": "silu",
         "max_position_embeddings": length,
-        "rms_norm_eps": params["norm_eps"],
+        "rms_norm_eps": epsilon,
         "rope_theta": theta,
         "tie_word_embeddings": False,
         "bos_token_id": 1,

@@ -1,5 +1,6 @@
 """Where models come from: a hub, a folder, a PyPI package, a GGUF file, or nowhere (dummy weights)."""
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -125,7 +126,7 @@ def _from_local(folder: Path, path: str, model_version: str | None = None) -> No
     family = llama if published is None or is_canonical(published) else family_of(published, where)
     if published is None:
         config, tensors = read_meta(source)
-        canonical_config(config, where, model_version)
+        config = canonical_config(config, source / "params.json", model_version)
     else:
         config = canonical_config(published, where, model_version)
         tensors = _converted(source, published, config, family)
@@ -140,7 +141,7 @@ def _from_local(folder: Path, path: str, model_version: str | None = None) -> No
         _link(source, folder, TOKENIZER_FILES)
     elif not (folder / "tokenizer.json").exists():
         _make_tokenizer(source, folder, family, config)
-    if tensors is None and config == published:
+    if tensors is None and json.dumps(config) == json.dumps(published):  # for 4096.0 equals 4096
         _link(source, folder, ("config.json",))
     else:
         write_json(folder / "config.json", config)

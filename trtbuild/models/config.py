@@ -42,20 +42,26 @@ class RopeConfig:
         Raises `KeyError` for a missing key, `UserError` for a scaling that is not supported.
         """
         parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        kind = parameters.get("rope_type") or parameters.get("type") or "default"
+        kind = parameters.get("rope_type", parameters.get("type"))
+        if kind is None and "factor" in parameters:
+            raise UserError(f"{where}: RoPE scaling has a factor and no rope_type; give {', '.join(ROPE_TYPES[1:])}")
+        kind = kind or "default"
         if kind not in ROPE_TYPES:
             raise UserError(f"{where}: RoPE scaling {kind!r} is not supported; supported are {', '.join(ROPE_TYPES)}")
         limit = config["max_position_embeddings"]
         if kind == "llama3":  # the others, like transformers, know only the model's own limit
-            limit = parameters.get("original_max_position_embeddings") or limit
-        return cls(
-            theta=float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0),
+            limit = parameters.get("original_max_position_embeddings", limit)
+        rope = cls(
+            theta=float(parameters.get("rope_theta", config.get("rope_theta", 10000.0))),
             type=kind,
             factor=1.0 if kind == "default" else float(parameters["factor"]),
-            low_freq_factor=float(parameters.get("low_freq_factor") or 1.0),
-            high_freq_factor=float(parameters.get("high_freq_factor") or 4.0),
-            original_max_position_embeddings=int(limit),
+            low_freq_factor=float(parameters["low_freq_factor"]) if kind == "llama3" else 1.0,
+            high_freq_factor=float(parameters["high_freq_factor"]) if kind == "llama3" else 4.0,
+            original_max_position_embeddings=limit,
         )
+        if rope.high_freq_factor <= rope.low_freq_factor:
+            raise UserError(f"{where}: high_freq_factor {rope.high_freq_factor} is not above low_freq_factor")
+        return rope
 
     def inverse_frequencies(self, head_dim: int) -> torch.Tensor:
         """`[head_dim / 2]` float32, radians per position; of `dynamic` and `qwen`, for a sequence within the limit."""
@@ -86,18 +92,6 @@ class RopeConfig:
         bases = self.theta * alphas ** (head_dim / (head_dim - 2))
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
         return (bases[:, None] ** -exponents).float()
-
-
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-)
 
 
 @dataclass(frozen=True)
@@ -142,8 +136,11 @@ class ModelConfig:
             rope = RopeConfig.from_hugging_face(config, where)
         if ntk_length := extension.get("ntk_length"):
             rope = replace(rope, type="qwen", original_max_position_embeddings=ntk_length)
-        bias = bool(config.get("attention_bias", False))
-        model = cls(
+        head_dim = config.get("head_dim") or config["hidden_size"] // heads
+        if rope and head_dim % 2:
+            raise UserError(f"{where}: the head size {head_dim} is odd; RoPE rotates pairs")
+        bias = config.get("attention_bias", False)
+        return cls(
             family=extension.get("family", "llama"),
             vocab_size=config["vocab_size"],
             hidden_size=config["hidden_size"],
@@ -151,25 +148,16 @@ class ModelConfig:
             num_hidden_layers=config["num_hidden_layers"],
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            head_dim=head_dim,
             max_position_embeddings=config["max_position_embeddings"],
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
             rope=rope,
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            tie_word_embeddings=config.get("tie_word_embeddings", False),
             attention_bias=bias,
-            attention_out_bias=bool(extension.get("attention_out_bias", bias)),
-            mlp_bias=bool(config.get("mlp_bias", False)),
+            attention_out_bias=extension.get("attention_out_bias", bias),
+            mlp_bias=config.get("mlp_bias", False),
             logn_length=extension.get("logn_length", 0),
         )
-        for name in SIZES:
-            value = getattr(model, name)
-            if type(value) is not int or value < 1:
-                raise UserError(
-                    f"{where}: {name} has the wrong type or value: {value!r}; a positive integer is expected"
-                )
-        if type(model.rms_norm_eps) not in (int, float):
-            raise UserError(f"{where}: rms_norm_eps has the wrong type: {model.rms_norm_eps!r}; use a number, 1.0e-6")
-        return model
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical name to shape of every tensor the model has, in the order in which they are stored."""

@@ -13,6 +13,7 @@ from typing import Protocol
 from trtbuild.checkpoint.lazy import LazyTensor
 from trtbuild.errors import UserError
 from trtbuild.models.config import EXTENSION, ModelConfig
+from trtbuild.models.values import coerced
 
 FAMILIES = tuple(sorted(module.name for module in iter_modules(__path__)))
 # What a `model_type` may begin with that looks like a supported family but is none.
@@ -64,7 +65,11 @@ def is_canonical(config: dict) -> bool:
 
 
 def canonical_config(config: dict, where: Path | str, model_version: str | None = None) -> dict:
-    """A published or canonical `config.json` in canonical terms; whatever is wrong with it is a `UserError`."""
+    """A published or canonical `config.json` in canonical terms, its values in their kinds (`values.coerced`).
+
+    Whatever is wrong with it is a `UserError`.
+    """
+    config = coerced(config, where)
     if config.get(EXTENSION):
         if model_version not in (None, config[EXTENSION].get("version")):
             raise UserError(f"{where}: model_version is given as {model_version}, which is not what this is")

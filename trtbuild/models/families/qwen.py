@@ -43,7 +43,7 @@ def canonical_config(config: dict, where: Path | str, model_version: str | None)
         if config.get(key, expected) != expected:
             raise UserError(f"{where}: {key} {config[key]} is not supported; Qwen's models have {expected}")
     for key in ("seq_length", "intermediate_size"):
-        if type(config[key]) is not int or config[key] < 2:
+        if config[key] < 2:
             raise UserError(f"{where}: {key} has the wrong type or value: {config[key]!r}; use an integer above 1")
     if config["intermediate_size"] % 2:
         raise UserError(f"{where}: intermediate_size {config['intermediate_size']} is odd; Qwen's counts w1 and w2")
@@ -67,7 +67,7 @@ def canonical_config(config: dict, where: Path | str, model_version: str | None)
         "rope_theta": float(config["rotary_emb_base"]),
         "use_sliding_window": False,
         "attention_bias": True,
-        "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "tie_word_embeddings": config.get("tie_word_embeddings", False),
         "dtype": config.get("dtype") or config.get("torch_dtype") or "bfloat16",
         EXTENSION: extension,
     }
