@@ -300,14 +300,22 @@ def test_control_pieces_are_recognized_and_the_rest_is_encoded_apart(llama_model
 
 
 def test_symbols_named_as_special_tokens(llama_model, tmp_path):
-    processor, tokenizer = convert(llama_model, tmp_path, special_tokens=["<reserved_106>"], pad_token="<unk>")
+    processor, tokenizer = convert(llama_model, tmp_path, special_tokens=["<reserved_106>", "<reserved_1>"])
     symbol, other = processor.piece_to_id(["<reserved_106>", "<reserved_107>"])
     ids = tokenizer.encode("<reserved_106>one<reserved_107>two")
     assert ids == [symbol, *processor.encode("one<reserved_107>two")]
     assert other in ids
     assert tokenizer.decode(ids) == "one<reserved_107>two"
     assert tokenizer.special_token_ids(("<reserved_106>", "<reserved_107>")) == (symbol,)
-    assert tokenizer._tokenizer.pad_token_id == 0
+    assert tokenizer._tokenizer.pad_token_id is None
+
+
+def test_named_tokens(tmp_path):
+    model = train_sentencepiece(unk_id=3, bos_id=2, eos_id=1, pad_id=0, bos_piece="<bos>", eos_piece="<eos>")
+    _, tokenizer = convert(model, tmp_path)
+    named = tokenizer._tokenizer
+    assert [named.pad_token_id, named.eos_token_id, named.bos_token_id, named.unk_token_id] == [0, 1, 2, 3]
+    assert tokenizer.special_token_ids(("<pad>", "<eos>", "<bos>", "<unk>")) == (0, 1, 2, 3)
 
 
 @pytest.mark.parametrize("add_bos", [False, True])
@@ -343,12 +351,6 @@ def test_links_are_not_written_through(llama_model, ranks, tmp_path):
             (tmp_path / "converted" / name).symlink_to(theirs)
         assert make()[1].encode("text")
         assert theirs.read_text() == "{}"
-
-
-def test_another_end_of_sequence(llama_model, tmp_path):
-    processor, tokenizer = convert(llama_model, tmp_path, eos_token="<reserved_107>")
-    assert tokenizer.eos_token_ids == (processor.piece_to_id("<reserved_107>"),)
-    assert tokenizer.encode("</s>") == [2]  # still a control piece
 
 
 def test_pieces_that_their_own_text_does_not_give(llama_model, tmp_path):
@@ -442,8 +444,11 @@ def test_edited_sentencepiece_models(llama_model, tmp_path):
     with pytest.raises(UserError, match="has pieces with characters that are no pieces"):
         convert(edited(llama_model, [("aΩ", -1e6)]), tmp_path)
     proto = sentencepiece_model_pb2.ModelProto.FromString(llama_model)
-    proto.pieces[-1].type = proto.pieces[-1].UNUSED
-    with pytest.raises(UserError, match="has unused pieces"):
+    proto.pieces.add(piece="[PAD7]", type=proto.SentencePiece.UNUSED)  # no letters give it, so it is not there
+    processor, tokenizer = convert(proto.SerializeToString(), tmp_path)
+    assert tokenizer.encode("a [PAD7]") == processor.encode("a [PAD7]")
+    next(piece for piece in proto.pieces if piece.piece == "th").type = proto.SentencePiece.UNUSED
+    with pytest.raises(UserError, match="has unused pieces that are joined"):
         convert(proto.SerializeToString(), tmp_path)
 
 
@@ -455,9 +460,7 @@ def test_a_configuration_beside_the_model_decides(config, llama_model, tmp_path)
     assert tokenizer.encode("Hello there") == ends[0] + processor.encode("Hello there") + ends[1]
 
 
-def test_sentencepiece_tokens_that_are_not_there(llama_model, tmp_path):
-    with pytest.raises(UserError, match=r"tokenizer\.model has no token <pad>"):
-        convert(llama_model, tmp_path, special_tokens=["<reserved_1>"], pad_token="<pad>")
+def test_sentencepiece_tokens_that_are_not_there(tmp_path):
     model = train_sentencepiece(bos_id=-1, eos_id=-1)
     for option, end in (("add_bos", "beginning"), ("add_eos", "end")):
         with pytest.raises(UserError, match=f"has no token for the {end} of a sequence"):

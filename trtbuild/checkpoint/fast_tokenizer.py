@@ -57,44 +57,40 @@ def save_tiktoken(
     _save(tokenizer, Path(folder), eos_token=eos_token, pad_token=pad_token)
 
 
-def save_sentencepiece(
-    path: Path,
-    folder: Path,
-    *,
-    add_bos: bool,
-    add_eos: bool = False,
-    special_tokens: Sequence[str] = (),
-    eos_token: str | None = None,
-    pad_token: str | None = None,
-) -> None:
+def save_sentencepiece(path: Path, folder: Path, **options: Any) -> None:
     """Converts a SentencePiece BPE model, `tokenizer.model` (https://github.com/google/sentencepiece).
+
+    `options` are those of `convert_sentencepiece`; a `tokenizer_config.json` beside the model decides instead of
+    `add_bos` and `add_eos` where it speaks of them. A missing, damaged or other file is a `UserError`, too.
+    """
+    beside = Path(path).with_name("tokenizer_config.json")
+    config = read_json(beside) if beside.exists() else {}
+    said = {end: bool(config[f"{end}_token"]) for end in ("add_bos", "add_eos") if f"{end}_token" in config}
+    convert_sentencepiece(_read_sentencepiece(Path(path)), path, folder, **options | said)
+
+
+def convert_sentencepiece(
+    model: Any, path: Path, folder: Path, *, add_bos: bool, add_eos: bool = False, special_tokens: Sequence[str] = ()
+) -> None:
+    """Converts a SentencePiece model as a protocol buffer (`ModelProto`), which comes from `path`.
 
     The model's control and unknown pieces and those of `special_tokens` that it has become special tokens: these are
     recognized in a text, as Hugging Face's tokenizers do and SentencePiece does not, and what stands between them is
-    encoded as SentencePiece encodes a text of its own. A `tokenizer_config.json` beside the model decides instead of
-    `add_bos` and `add_eos` where it speaks of them. `eos_token` replaces the model's end of sequence. Decoding gives
-    SentencePiece's text, but where byte tokens in a row are not UTF-8 each is shown as U+FFFD, valid characters among
-    them too, and unknown pieces are left out.
+    encoded as SentencePiece encodes a text of its own. Decoding gives SentencePiece's text, but where byte tokens in a
+    row are not UTF-8 each is shown as U+FFFD, valid characters among them too, and unknown pieces are left out.
 
-    A missing, damaged or other file, a token that the model does not have, and a model that has no exact equivalent
-    (one of unigrams, or with a normalization of its own, say) are a `UserError`.
+    A token for an end of a sequence that the model does not have, and a model that has no exact equivalent (one of
+    unigrams, or with a normalization of its own, say) are a `UserError`.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models
 
-    model = _read_sentencepiece(Path(path))
-    beside = Path(path).with_name("tokenizer_config.json")
-    config = read_json(beside) if beside.exists() else {}
-    add_bos, add_eos = bool(config.get("add_bos_token", add_bos)), bool(config.get("add_eos_token", add_eos))
+    _check_sentencepiece(path, model)
     trainer, normalizer, kind = model.trainer_spec, model.normalizer_spec, model.SentencePiece
     ids = {piece.piece: i for i, piece in enumerate(model.pieces)}
     symbols = {piece.piece for piece in model.pieces if piece.type == kind.USER_DEFINED}
     control = [piece.piece for piece in model.pieces if piece.type in (kind.CONTROL, kind.UNKNOWN)]
-    own = (trainer.unk_piece, trainer.bos_piece, eos_token or trainer.eos_piece)
-    unk, bos, eos = (piece if piece in ids or piece == eos_token else None for piece in own)
-    named = [token for token in special_tokens if token in ids]
-    special = list(dict.fromkeys([*control, *named, *filter(None, (bos, eos, pad_token))]))
-    if missing := [token for token in special if token not in ids]:
-        raise UserError(f"{path} has no token {', '.join(missing)}")
+    own = (trainer.unk_piece, trainer.bos_piece, trainer.eos_piece, trainer.pad_piece)
+    unk, bos, eos, pad = (piece if piece in ids else None for piece in own)
     for wanted, token, end in ((add_bos, bos, "beginning"), (add_eos, eos, "end")):
         if wanted and token is None:
             raise UserError(f"{path} has no token for the {end} of a sequence, so none can be added")
@@ -117,9 +113,11 @@ def save_sentencepiece(
     steps += [decoders.ByteFallback()] if trainer.byte_fallback else []
     steps += [decoders.Fuse(), decoders.Strip(" ", leading, 0)]
     tokenizer.decoder = decoders.Sequence(steps)
+    named = (token for token in special_tokens if token in ids)
+    special = dict.fromkeys([*control, *named, *filter(None, (bos, eos, pad))])
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
-    named = {"unk_token": unk, "bos_token": bos, "eos_token": eos, "pad_token": pad_token}
-    _save(tokenizer, Path(folder), **named, add_bos_token=add_bos, add_eos_token=add_eos)
+    tokens = {"unk_token": unk, "bos_token": bos, "eos_token": eos, "pad_token": pad}
+    _save(tokenizer, Path(folder), **tokens, add_bos_token=add_bos, add_eos_token=add_eos)
 
 
 def _save(tokenizer: Any, folder: Path, **options: Any) -> None:
@@ -166,7 +164,7 @@ def _read_tiktoken(path: Path) -> dict[bytes, int]:
 
 
 def _read_sentencepiece(path: Path) -> Any:
-    """The model as a protocol buffer, if a `tokenizers` model can give the same ids."""
+    """The model as a protocol buffer."""
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
@@ -178,6 +176,11 @@ def _read_sentencepiece(path: Path) -> Any:
         whole = False
     if not whole:
         raise UserError(f"{path} is not a SentencePiece model, or not all of one; fetch the file again")
+    return model
+
+
+def _check_sentencepiece(path: Path, model: Any) -> None:
+    """Raises `UserError` unless a `tokenizers` model can give the same ids."""
     trainer, normalizer, kind = model.trainer_spec, model.normalizer_spec, model.SentencePiece
     if trainer.model_type != trainer.BPE:
         name = trainer.ModelType.Name(trainer.model_type).lower()
@@ -185,12 +188,14 @@ def _read_sentencepiece(path: Path) -> Any:
     normal = [piece.piece for piece in model.pieces if piece.type == kind.NORMAL]
     symbols = [piece.piece for piece in model.pieces if piece.type == kind.USER_DEFINED]
     characters = {*normal, *symbols}
+    unused = {piece.piece for piece in model.pieces if piece.type == kind.UNUSED}
+    joined = _merges([*normal, *unused]) if unused else []
     unsupported = {
         f"the normalization {normalizer.name!r}": normalizer.precompiled_charsmap and normalizer.name not in MAPS,
         "a denormalization": model.denormalizer_spec.precompiled_charsmap,
         "treat_whitespace_as_suffix": trainer.treat_whitespace_as_suffix,
         "no escape_whitespaces": not normalizer.escape_whitespaces,
-        "unused pieces": any(piece.type == kind.UNUSED for piece in model.pieces),
+        "unused pieces that are joined": any(not unused.isdisjoint((*pair, "".join(pair))) for pair in joined),
         "user-defined symbols with spaces": normalizer.remove_extra_whitespaces and any(" " in s for s in symbols),
         "pieces with characters that are no pieces": any(c not in characters for piece in normal for c in piece),
     }

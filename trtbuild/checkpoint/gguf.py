@@ -246,31 +246,3 @@ def _rope_scaling(path: Path, values: dict) -> dict | None:
         raise UserError(f"{path}: RoPE scaling {kind!r} in GGUF is not supported; use the model's Hugging Face folder")
     factor = values.get("rope.scaling.factor", values.get("rope.scale_linear", 0)) or 1
     return None if kind == "none" or factor == 1 else {"rope_type": "linear", "factor": float(factor)}
-
-
-def save_tokenizer(path: Path, folder: Path) -> None:
-    """Reads a GGUF file's tokenizer with `transformers` and saves it as `tokenizer.json` and its configuration.
-
-    `transformers` gives every byte-level BPE the splitting of GPT-2, whatever `tokenizer.ggml.pre` says. SmolLM's also
-    keeps digits apart, which is put back here; another splitting is a `UserError`, since it would give wrong tokens.
-    """
-    import gguf
-    from tokenizers import pre_tokenizers
-    from transformers import AutoTokenizer
-    from transformers.utils import logging
-
-    reader = gguf.GGUFReader(path)
-    fields = (reader.get_field(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
-    model, pre = (field.contents() if field is not None else "" for field in fields)
-    if model == "gpt2" and pre not in ("gpt-2", "smollm"):
-        raise UserError(
-            f"{path}: the tokenizer's splitting {pre!r} is not supported from GGUF (gpt-2 and smollm are); "
-            "use the model's Hugging Face folder"
-        )
-    logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    if pre == "smollm":
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-    tokenizer.save_pretrained(folder)

@@ -13,7 +13,8 @@ import torch
 from trtbuild.checkpoint import chat_template as chat_templates
 from trtbuild.checkpoint.canonical import Checkpoint, check_tensors, published_config, settle_head
 from trtbuild.checkpoint.dummy import BYTES, SPECIAL_TOKENS, dummy_tensors, save_byte_tokenizer
-from trtbuild.checkpoint.gguf import gguf_parts, read_gguf, save_tokenizer
+from trtbuild.checkpoint.gguf import gguf_parts, read_gguf
+from trtbuild.checkpoint.gguf_tokenizer import save_tokenizer
 from trtbuild.checkpoint.lazy import LazyTensor
 from trtbuild.checkpoint.meta import is_meta, read_meta
 from trtbuild.checkpoint.safetensors_stream import write_sharded
