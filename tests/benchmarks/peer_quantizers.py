@@ -92,7 +92,7 @@ def with_gptqmodel(args: argparse.Namespace, samples: list[list[int]]) -> float:
         bits=4,
         group_size=args.group_size,
         sym=args.symmetric,
-        desc_act=False,
+        desc_act=args.act_order,
         act_group_aware=False,
         damp_percent=args.damping,
         offload_to_disk=False,
@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the quantized checkpoint")
     parser.add_argument("--group-size", type=int, default=64, help="of the 4-bit weights")
     parser.add_argument("--symmetric", action="store_true", help="4-bit weights without zero points")
+    parser.add_argument("--act-order", action="store_true", help="gptqmodel: groups of channels by their activations")
     parser.add_argument("--dynamic", action="store_true", help="smoothquant: quantize the activations of each token")
     parser.add_argument("--damping", type=float, default=0.01, help="of GPTQ, a fraction of the mean diagonal")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="to load as")

@@ -27,6 +27,7 @@ DATA = Path(__file__).parent.parent / "data"
 FIXTURES = {
     "gptqmodel-sym": (("int4", 64, True, "16bit"), torch.float16),
     "gptqmodel-asym": (("int4", 64, False, "16bit"), torch.float16),
+    "gptqmodel-act-order": (("int4", 32, False, "16bit"), torch.float16),
     "autoawq-gemm": (("int4", 64, False, "16bit"), torch.float16),
     "llmcompressor-int4-sym": (("int4", 64, True, "16bit"), torch.bfloat16),
     "llmcompressor-int4-asym": (("int4", 64, False, "16bit"), torch.bfloat16),
@@ -70,7 +71,7 @@ def test_what_is_announced_is_what_is_loaded(fixture):
     quantized = checkpoint.quantized()
     assert len(quantized) == len(PROJECTIONS)
     for weight in quantized:
-        for part in (weight.values, weight.scales, weight.zeros, weight.input_scale):
+        for part in (weight.values, weight.scales, weight.zeros, weight.input_scale, weight.order):
             if part is not None:
                 value = part.load()
                 assert (value.dtype, tuple(value.shape)) == (part.dtype, part.shape)
@@ -82,6 +83,13 @@ def test_zero_points_reach_both_ends(fixture):
     zeros = torch.cat([weight.zeros.load().flatten() for weight in Checkpoint(DATA / fixture).quantized()])
     assert (zeros.dtype, zeros.min().item(), zeros.max().item()) == (torch.int8, -8, 7)
     assert len(zeros.unique()) > 8
+
+
+def test_only_act_order_reorders_channels():
+    for fixture in FIXTURES:
+        orders = [weight.order for weight in Checkpoint(DATA / fixture).quantized()]
+        assert all(order is not None for order in orders) == (fixture == "gptqmodel-act-order")
+        assert all(order is None for order in orders) == (fixture != "gptqmodel-act-order")
 
 
 @pytest.mark.parametrize("fixture", ["llmcompressor-w8a8-static", "llmcompressor-fp8"])

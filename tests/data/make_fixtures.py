@@ -38,6 +38,7 @@ FIXTURES = {
     "gptqmodel": {
         "gptqmodel-sym": ["--peer", "gptqmodel-gptq", "--symmetric", "--dtype", "float16"],
         "gptqmodel-asym": ["--peer", "gptqmodel-gptq", "--dtype", "float16"],
+        "gptqmodel-act-order": ["--peer", "gptqmodel-gptq", "--act-order", "--group-size", "32", "--dtype", "float16"],
     },
     "llmcompressor": {
         "llmcompressor-int4-sym": ["--peer", "llmcompressor-int4", "--symmetric", "--dtype", "bfloat16"],

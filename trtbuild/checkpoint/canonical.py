@@ -83,8 +83,8 @@ class Checkpoint:
 
     def _drop_empty_biases(self) -> None:
         """Drops biases of zeros that the model does not have: AutoGPTQ wrote one for every product."""
-        for name in [name for name in self.tensors if name.endswith(".bias")]:
-            if name not in self.config.tensor_shapes() and not self.tensors[name].load().any():
+        for name in self.tensors.keys() - self.config.tensor_shapes().keys():
+            if name.endswith(".bias") and not self.tensors[name].load().any():
                 del self.tensors[name]
 
     def _check_fused(self) -> None:
