@@ -1,8 +1,11 @@
 """The portable engine on CUDA. Run by hand: `pytest -m gpu tests/gpu`."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.checkpoint.dummy import dummy_tensors
 from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.portable import PortableEngine, StepContext
@@ -94,3 +97,16 @@ def test_sampling_is_reproducible(model):
     params = SamplingParams(max_output_len=20, temperature=0.8, top_k=40, top_p=0.9, seed=5)
     runs = [generate(session(model, torch.float16, "cuda"), PROMPTS, params) for _ in range(2)]
     assert [o.output_ids for o in runs[0]] == [o.output_ids for o in runs[1]]
+
+
+def test_logits_of_a_model_quantized_by_act_order():
+    """GPTQModel's own file, float16, prefill and decode, against float32 on the CPU."""
+    checkpoint = Checkpoint(Path(__file__).parents[1] / "data" / "gptqmodel-act-order")
+    model, prompts = (checkpoint.config, checkpoint), [list(range(2, 2 + n)) for n in (5, 1, 90)]
+    reference, tested = session(model, torch.float32, "cpu"), session(model, torch.float16, "cuda")
+    pairs = [(reference.prefill(prompts), tested.prefill(prompts).clone())]
+    for _ in range(8):
+        tokens = pairs[-1][0].argmax(-1).int()
+        pairs.append((reference.decode(tokens), tested.decode(tokens.cuda()).clone()))
+    for expected, actual in pairs:
+        assert (actual.cpu() - expected).norm() / expected.norm() < 5e-3
