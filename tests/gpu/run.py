@@ -51,6 +51,7 @@ RECIPES = {  # formats of the weights, of activations, and of the cache
     "fp16": (None, None, None),
     "int8wo": ("int8", "16bit", None),
     "int4": ("int4", "16bit", None),
+    "int4-act-order": ("int4 reordered", "16bit", None),
     "int8kv": ("int8", "16bit", torch.int8),
     "fp16-int8kv": (None, None, torch.int8),
     "fp8": ("fp8", "static", torch.float8_e4m3fn),
@@ -96,7 +97,14 @@ def ours(session: PortableSession, prompts: list[list[int]]) -> tuple[float, lis
 
 
 def round_to_nearest(weight: LazyTensor, format: str, activations: str) -> QuantizedWeight:
-    """`[out, in]`: INT4 in groups of 128, INT8 with a scale an output channel, FP8 with one scale."""
+    """`[out, in]`: INT4 in groups of 128, INT8 with a scale an output channel, FP8 with one scale.
+
+    "int4 reordered": as if groups were of channels that lie anywhere, the same for all products of one width.
+    """
+    format, _, reordered = format.partition(" ")
+    order = None
+    if reordered:
+        order = from_tensor(torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(0)).int())
     dtype = torch.float8_e4m3fn if format == "fp8" else torch.int8
     scales_dtype, groups = (torch.float16, weight.shape[1] // 128) if format == "int4" else (torch.float32, 1)
 
@@ -109,7 +117,7 @@ def round_to_nearest(weight: LazyTensor, format: str, activations: str) -> Quant
     values = LazyTensor(dtype, weight.shape, lambda: rounded()[0])
     scales = LazyTensor(scales_dtype, (weight.shape[0], groups), lambda: rounded()[1])
     input_scale = from_tensor(torch.full((1,), 0.02)) if activations == "static" else None
-    return QuantizedWeight(format, values, scales, None, activations, input_scale)
+    return QuantizedWeight(format, values, scales, None, activations, input_scale, order)
 
 
 def recipe_session(config: ModelConfig, recipe: str, limits: BuildLimits, device: str = "cuda") -> PortableSession:
