@@ -48,7 +48,6 @@ wildcard_constraints:
     run="|".join(map(re.escape, [*RECIPES, "hf"])),
     rank=r"\d+",
     quantization="|".join(map(re.escape, QUANTIZATIONS)) or "none",
-    judged="|".join(map(re.escape, filter(lambda name: gate_limits(RECIPES[name]), RECIPES))) or "none",
     calibration="|".join(map(re.escape, CALIBRATIONS)) or "none",
 
 
@@ -91,9 +90,8 @@ def ranges_of_quantization(wildcards):
 
 
 def gate_of_run(wildcards):
-    """What stands between a quantized engine and its scores."""
-    gated = wildcards.run != "hf" and gate_limits(RECIPES[wildcards.run])
-    return f"results/{wildcards.model}/{wildcards.run}/gate.json" if gated else []
+    """What stands between an engine and its scores; the baseline has no gate."""
+    return f"results/{wildcards.model}/{wildcards.run}/gate.json" if wildcards.run != "hf" else []
 
 
 def recipes_of_matrix(model):

@@ -94,14 +94,14 @@ rule perplexity_hf:
 
 rule gate:
     input:
-        perplexity="results/{model}/{judged}/perplexity.json",
+        perplexity="results/{model}/{recipe}/perplexity.json",
         baseline="results/{model}/hf/perplexity.json",
     output:
-        "results/{model}/{judged}/gate.json",
+        "results/{model}/{recipe}/gate.json",
     log:
-        "results/{model}/{judged}/logs/gate.log",
+        "results/{model}/{recipe}/logs/gate.log",
     params:
-        limits=lambda wildcards: gate_limits(RECIPES[wildcards.judged]),
+        limits=lambda wildcards: gate_limits(RECIPES[wildcards.recipe]),
     conda:
         "../config/environment.yaml"
     script:

@@ -415,7 +415,7 @@ def score(
     if output or baseline:
         print(rouge_table([result, *([read_json(baseline)] if baseline else [])]))
     else:
-        print(json.dumps(result, indent=2))
+        print(json.dumps(result, indent=2, allow_nan=False))
 
 
 @app.command()
@@ -451,7 +451,7 @@ def perplexity(
         runtime=runtime.value,
         device=device.value,
     )
-    write_json(output, result) if output else print(json.dumps(result, indent=2))
+    write_json(output, result) if output else print(json.dumps(result, indent=2, allow_nan=False))
 
 
 @app.command()
@@ -473,7 +473,7 @@ def benchmark(
 
     result = run_benchmark(engine_dir, batch_size, input_len, output_len, repeats, runtime.value, device.value)
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps(result, allow_nan=False))
         return
     for name, value in result.items():
         print(f"{name:30} {value:.6g}" if isinstance(value, float) else f"{name:30} {value}")

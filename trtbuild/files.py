@@ -155,9 +155,10 @@ def _remove(path: Path) -> None:
 
 
 def write_json(path: Path | str, value: object) -> None:
-    """Writes `value` as indented JSON, atomically."""
+    """Writes `value` as indented JSON, atomically. NaN and infinity, which JSON does not have, are a `ValueError`."""
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def user_path(path: Path | str) -> Path:

@@ -202,6 +202,7 @@ def test_kept_in_16bit(name, head, patterns, expected):
 @pytest.mark.parametrize(
     ("recipe", "kind"),
     [
+        ({"dtype": "float16"}, "plain"),
         ({"weights": {"dtype": "int8"}}, "int8"),
         ({"kv_cache": {"dtype": "int8"}}, "int8"),
         ({"kv_cache": {"dtype": "fp8"}}, "fp8"),
@@ -218,12 +219,7 @@ def test_gate_by_the_weakest_part(recipe, kind):
     assert gate_limits(recipe) == {"max_increase": MAX_PERPLEXITY_INCREASE[kind], "gate": "fail"}
 
 
-def test_a_plain_recipe_is_judged_only_if_it_says_so():
-    assert gate_limits({"dtype": "float16"}) is None
-    assert gate_limits({"dtype": "float16", "gate": "warn"}) is None
-    assert gate_limits({"dtype": "float16", "max_perplexity_increase": 0.5}) == {"max_increase": 0.5, "gate": "fail"}
-
-
 def test_a_declared_limit_wins():
     declared = {"weights": {"dtype": "int4"}, "max_perplexity_increase": 2, "gate": "warn"}
     assert gate_limits(declared) == {"max_increase": 2, "gate": "warn"}
+    assert gate_limits({"dtype": "float16", "max_perplexity_increase": 0.5}) == {"max_increase": 0.5, "gate": "fail"}

@@ -129,7 +129,7 @@ class Workspace:
             rule = re.match(r"(?:local)?rule (\w+):", block)[1]
             if wildcards := re.search(r"^    wildcards: (.*)$", block, re.MULTILINE):
                 values = dict(item.split("=", 1) for item in wildcards[1].split(", "))
-                keys = ("recipe", "judged", "run", "quantization", "calibration")
+                keys = ("recipe", "run", "quantization", "calibration")
                 names = [values[key] for key in keys if key in values]
                 jobs.add(" ".join([rule, "/".join([values["model"], *names])]))
         assert jobs or "Nothing to be done" in output, output

@@ -23,7 +23,7 @@ def test_every_score_of_the_matrix_is_made(made):
     workspace, _ = made
     found = {str(path.relative_to(workspace.results)) for path in workspace.results.glob("*/*/*.json")}
     expected = {f"{run}/{name}" for run in RUNS for name in ("rouge.json", "perplexity.json", "summaries.meta.json")}
-    expected |= {f"{run}/benchmark.json" for run in RUNS if not run.endswith("hf")}
+    expected |= {f"{run}/{name}.json" for run in RUNS if not run.endswith("hf") for name in ("gate", "benchmark")}
     checkpoint = {"config.json", "tokenizer.json", "tokenizer_config.json"}
     expected |= {f"{model}/checkpoint/{name}" for model in ("tiny", "other") for name in checkpoint}
     assert found == expected
@@ -76,7 +76,7 @@ def test_models_differ(made):
 def test_every_job_leaves_a_log(made):
     workspace, output = made
     found = {str(path.relative_to(workspace.results)) for path in workspace.results.rglob("*.log")}
-    stages = {"portable_engine.rank0", "engine", "summarize", "rouge", "perplexity", "benchmark"}
+    stages = {"portable_engine.rank0", "engine", "summarize", "perplexity", "gate", "rouge", "benchmark"}
     engine_logs = {f"{run}/logs/{stage}.log" for run in RUNS if not run.endswith("hf") for stage in stages}
     baseline = {"summarize", "rouge", "perplexity"}
     expected = engine_logs | {f"{run}/logs/{stage}.log" for run in RUNS if run.endswith("hf") for stage in baseline}
@@ -103,6 +103,9 @@ def test_one_target_makes_only_what_it_needs(empty):
         "portable_engine tiny/fp32",
         "engine tiny/fp32",
         "summarize tiny/fp32",
+        "perplexity tiny/fp32",
+        "perplexity_hf tiny",
+        "gate tiny/fp32",
         "rouge tiny/fp32",
     }
 

@@ -87,7 +87,11 @@ def test_rehearse_in_the_configuration_file(fresh):
     fresh.config |= {"rehearse": True, "matrix": [{"model": "bare", "recipes": ["published"]}]}
     assert fresh.pending("results/tiny/fp32/rouge.json") == {
         f"checkpoint {FOLDER}",
-        *(f"{rule} {FOLDER}/fp32" for rule in ("portable_engine", "engine", "summarize", "rouge")),
+        f"perplexity_hf {FOLDER}",
+        *(
+            f"{rule} {FOLDER}/fp32"
+            for rule in ("portable_engine", "engine", "summarize", "perplexity", "gate", "rouge")
+        ),
     }
 
 

@@ -1,9 +1,12 @@
 """Tensors that are known by shape and dtype and read only when their values are needed."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from trtbuild.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,23 @@ class LazyTensor:
     def to(self, dtype: torch.dtype) -> "LazyTensor":
         """The same values in `dtype`, rounded to nearest even."""
         return self if dtype == self.dtype else LazyTensor(dtype, self.shape, lambda: self.load().to(dtype))
+
+    def fitting(self, dtype: torch.dtype, name: str) -> "LazyTensor":
+        """The same in `dtype`; `load()` raises `UserError` where that does not hold the values (`fitted`)."""
+        return LazyTensor(dtype, self.shape, lambda: fitted(self.load(), dtype, name))
+
+
+def fitted(value: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """`value` in `dtype`, rounded to nearest even. Raises `UserError` where `name` is not finite there."""
+    result = value.to(dtype)
+    if not all(bound.isfinite() for bound in torch.aminmax(result)):  # one pass; NaN is both bounds
+        kind, wider = str(dtype).removeprefix("torch."), "bfloat16" if dtype == torch.float16 else "float32"
+        largest = value.abs().max().item()
+        if math.isfinite(largest):
+            limit = torch.finfo(dtype).max
+            raise UserError(f"{name} holds {largest:g}, and the largest {kind} is {limit:g}; use {wider}")
+        raise UserError(f"{name} holds NaN or infinite numbers; they are in the checkpoint, or {kind} was too narrow")
+    return result
 
 
 def from_tensor(tensor: torch.Tensor) -> LazyTensor:

@@ -1,12 +1,13 @@
 """A quantized weight as every format on disk is read to, and every engine is built from."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-from trtbuild.checkpoint.lazy import LazyTensor, concatenate, from_tensor
+from trtbuild.checkpoint.lazy import LazyTensor, concatenate, fitted, from_tensor
+from trtbuild.errors import UserError
 
 Activations = Literal["16bit", "static", "token"]
 
@@ -44,6 +45,26 @@ class QuantizedWeight:
         if self.order is None or other.order is None:
             return self.order is other.order
         return self.order.load().equal(other.order.load())
+
+    def fitting(self, dtype: torch.dtype, name: str) -> "QuantizedWeight":
+        """The same for a product in `dtype`, in which int4 has its scales; those of 8 bits stay in float32.
+
+        Loading the scales raises `UserError` where one is not finite there, or becomes 0.
+        """
+        if self.format != "int4":
+            dtype = torch.float32
+
+        def load() -> torch.Tensor:
+            scales = self.scales.load()
+            result = fitted(scales, dtype, f"a scale of {name}")
+            if (lost := (result == 0) & (scales != 0)).any():
+                kind = str(dtype).removeprefix("torch.")
+                raise UserError(
+                    f"a scale of {name} is {scales[lost][0].item():g}, which {kind} rounds to 0; use bfloat16"
+                )
+            return result
+
+        return replace(self, scales=LazyTensor(dtype, self.scales.shape, load))
 
     def dequantize(self) -> LazyTensor:
         """The float32 matrix that the numbers mean."""

@@ -26,11 +26,13 @@ def build_portable(
 ) -> None:
     """Writes one rank's portable engine: its network and its share of the weights.
 
-    Weights are as in the checkpoint, quantized or not, and what is not quantized is in the recipe's dtype.
+    Weights are as in the checkpoint, quantized or not, and what is not quantized is in the recipe's dtype. Raises
+    `UserError` for a tensor that does not fit in that, before a file is there.
     """
     checkpoint = _opened(checkpoint)
     dtype = getattr(torch, recipe["dtype"])
-    network = decoder(checkpoint.config, checkpoint.__getitem__, dtype, limits.max_length, cache, mapping)
+    weights = lambda name: checkpoint[name].fitting(dtype, name)  # noqa: E731
+    network = decoder(checkpoint.config, weights, dtype, limits.max_length, cache, mapping)
     total = sum(constant.nbytes for constant in network.constants.values())
     with byte_bar(total, path.name) as bar:
         write_portable(path, network, limits, bar.update)

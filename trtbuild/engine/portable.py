@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -160,3 +161,27 @@ class PortableEngine:
                 for slot, value in zip(targets, result, strict=True):
                     values[slot] = value
         return values[self._logits]
+
+    @contextmanager
+    def checked(self) -> Iterator[None]:
+        """Inside, `run` raises `FloatingPointError` where numbers stop being finite, naming the last weight before."""
+        plan, weight = self._plan, ""
+        self._plan = []
+        for node, (run, *slots) in zip(self.network.nodes, plan, strict=True):
+            weight = next((name for name in reversed(node.inputs) if name in self.network.constants), weight)
+            self._plan.append((_checked(run, weight), *slots))
+        try:
+            yield
+        finally:
+            self._plan = plan
+
+
+def _checked(run: Callable, weight: str) -> Callable:
+    def call(step: StepContext, *values: torch.Tensor):
+        result = run(step, *values)
+        first = result if isinstance(result, torch.Tensor) else result[0]  # others are caches, with unused positions
+        if not first.isfinite().all():
+            raise FloatingPointError(weight)
+        return result
+
+    return call

@@ -50,22 +50,26 @@ class HuggingFaceModel:
 
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], max_output_len: int, eos_token_ids: tuple[int, ...]) -> list[Output]:
-        """Greedy continuations."""
+        """Greedy continuations. Raises `UserError` where logits are not finite."""
         outputs = []
         with item_bar(len(prompts), "Hugging Face baseline", "prompt") as bar:
             for i, prompt in enumerate(prompts):
                 if not prompt:
                     raise UserError(f"prompt {i} is empty; give at least one token of text")
                 ids = torch.tensor([prompt], device=self.device)
-                sequence = self.model.generate(
+                result = self.model.generate(
                     ids,
                     attention_mask=torch.ones_like(ids),
                     max_new_tokens=max_output_len,
                     do_sample=False,
                     eos_token_id=list(eos_token_ids) or None,
                     pad_token_id=eos_token_ids[0] if eos_token_ids else 0,
-                )[0]
-                new = sequence[len(prompt) :].tolist()
+                    return_dict_in_generate=True,
+                    output_logits=True,
+                )
+                if not result.logits[-1].sum().isfinite():  # what is not finite stays in the cache
+                    raise UserError(f"prompt {i}: logits of the baseline in {self.dtype} are not finite; use bfloat16")
+                new = result.sequences[0, len(prompt) :].tolist()
                 outputs.append(Output(new, "eos" if new[-1] in eos_token_ids else "length"))
                 bar.update()
         return outputs

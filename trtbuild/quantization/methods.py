@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from trtbuild.checkpoint.canonical import Checkpoint
+from trtbuild.checkpoint.lazy import fitted
 from trtbuild.errors import UserError
 from trtbuild.models.config import PRODUCTS
 from trtbuild.network.rounding import DTYPES, scale_for
@@ -32,15 +33,6 @@ class Rounded:
 
 
 Layer = dict[str, Rounded | torch.Tensor]  # by projection; what stays in 16 bits, by tensor
-
-
-def fitting(value: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    """`value` in `dtype`; `UserError` where it is not finite there."""
-    result = value.to(dtype)
-    if not result.isfinite().all():
-        kind = str(dtype).removeprefix("torch.")
-        raise UserError(f"{name} holds numbers that are NaN, infinite or too large for {kind}; use bfloat16 or float32")
-    return result
 
 
 class Round:
@@ -97,10 +89,10 @@ class Round:
 
     def unquantized(self, layer: LayerWeights, products: list[str]) -> Layer:
         """What stays in 16 bits: norms, biases, and the products that are kept; smoothing may have changed them."""
-        result: Layer = {name: fitting(value, self.dtype, name).cpu() for name, value in layer.vectors.items()}
+        result: Layer = {name: fitted(value, self.dtype, name).cpu() for name, value in layer.vectors.items()}
         for product in PRODUCTS.keys() - set(products):
             for part, weight in layer.parts(product, layer.weights[product]).items():
-                result[f"{part}.weight"] = fitting(weight, self.dtype, part).cpu()
+                result[f"{part}.weight"] = fitted(weight, self.dtype, part).cpu()
         return result
 
     def head_weight(self) -> torch.Tensor:
@@ -115,7 +107,7 @@ class Round:
     def stored(self, values: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> Rounded:
         """int4 numbers in the dtypes that they are kept in."""
         kept = None if self.options["symmetric"] else zeros.to(torch.int8).cpu()
-        return Rounded(values.to(torch.int8).cpu(), fitting(scales, self.dtype, "a scale").cpu(), kept)
+        return Rounded(values.to(torch.int8).cpu(), fitted(scales, self.dtype, "a scale").cpu(), kept)
 
     def _round(self, weight: torch.Tensor, input_range: torch.Tensor | None) -> Rounded:
         if self.options["dtype"] == "int4":

@@ -19,7 +19,7 @@ from trtbuild.models.config import PRODUCTS
 from trtbuild.progress import byte_bar
 from trtbuild.quantization.calibration import SMOOTHING_FILE, read_calibration, refuse_quantized
 from trtbuild.quantization.layer import every_projection
-from trtbuild.quantization.methods import METHODS, Round, Rounded, fitting
+from trtbuild.quantization.methods import METHODS, Round, Rounded
 from trtbuild.quantization.parallel import workers
 from trtbuild.quantization.recipe import kept_in_16bit, needs_ranges, quantization_of
 from trtbuild.quantization.samples import calibration_samples
@@ -198,8 +198,7 @@ def _tensors(
         elif parts[1] == "layers":
             tensors[name] = LazyTensor(dtype, shape, _bind(streamed, layer, inside))
         else:
-            source = checkpoint[name]
-            tensors[name] = LazyTensor(dtype, shape, lambda s=source, n=name: fitting(s.load(), dtype, n))
+            tensors[name] = checkpoint[name].fitting(dtype, name)
     return tensors, example
 
 

@@ -15,8 +15,9 @@ DEFAULT_CALIBRATION = {
     "seed": 0,
 }
 # Per cent of perplexity, by the weakest part of a recipe: what small models lose where nothing is broken. W8A8 is meant
-# with a scale a token; a 135M model with static scales, or with int4 and no groups, loses more (README).
-MAX_PERPLEXITY_INCREASE = {"int8": 5.0, "fp8": 5.0, "w8a8": 25.0, "int4-groups": 30.0, "int4": 75.0}
+# with a scale a token; a 135M model with static scales, or with int4 and no groups, loses more (README). "plain" is a
+# recipe that quantizes nothing.
+MAX_PERPLEXITY_INCREASE = {"plain": 1.0, "int8": 5.0, "fp8": 5.0, "w8a8": 25.0, "int4-groups": 30.0, "int4": 75.0}
 
 
 def quantization_of(recipe: dict) -> dict | None:
@@ -85,21 +86,15 @@ def engine_recipe(recipe: dict) -> dict:
     return {key: value for key, value in recipe.items() if key not in ("max_perplexity_increase", "gate")}
 
 
-def gate_limits(recipe: dict) -> dict | None:
-    """`max_increase` of perplexity in per cent, declared or by kind, and `gate`; None for a recipe that is not judged.
-
-    A recipe that quantizes nothing is judged only where it declares a limit.
-    """
+def gate_limits(recipe: dict) -> dict:
+    """`max_increase` of perplexity in per cent, declared or by kind, and `gate`."""
     weights, activations = recipe.get("weights", {}), recipe.get("activations", {})
-    kinds = [recipe["kv_cache"]["dtype"]] if "kv_cache" in recipe else []
+    kinds = ["plain", *([recipe["kv_cache"]["dtype"]] if "kv_cache" in recipe else [])]
     if activations.get("dtype") == "int8":
         kinds.append("w8a8")
     if "quant_checkpoint" in recipe or weights.get("group_size"):
         kinds.append("int4-groups")
     elif weights:
         kinds.append(weights["dtype"])
-    declared = recipe.get("max_perplexity_increase")
-    if declared is None and not kinds:
-        return None
-    limit = declared if declared is not None else max(MAX_PERPLEXITY_INCREASE[kind] for kind in kinds)
+    limit = recipe.get("max_perplexity_increase", max(MAX_PERPLEXITY_INCREASE[kind] for kind in kinds))
     return {"max_increase": limit, "gate": recipe.get("gate", "fail")}

@@ -30,7 +30,7 @@ def generate(
 
     `decode` turns ids into text and is needed for stop words. `on_token(prompt index, token)` is called as tokens
     come. `output_ids` ends with the end-of-sequence token if there was one. Raises `UserError` for a prompt or an
-    output length that the engine cannot hold; everything is checked before anything runs.
+    output length that the engine cannot hold, before anything runs, and where numbers are not finite.
     """
     limits = session.limits
     if params.max_output_len > limits.max_output_len:
@@ -54,21 +54,28 @@ def _generate_batch(session, prompts, outputs, first, params, decode, on_token) 
     # On a GPU the next step is launched before the last one's tokens are looked at, so the device never waits for the
     # host; the price is one step too many at the end. On a CPU that step would cost its full time.
     ahead = session.device.type == "cuda"
-    tokens = sampler(session.prefill(prompts))
+    logits = session.prefill(prompts)
+    tokens = sampler(logits)
     for i in range(params.max_output_len):
         fetch = _to_host(tokens)
         last = i + 1 == params.max_output_len
         if ahead and not last:
-            tokens = sampler(session.decode(tokens))
+            logits = session.decode(tokens)
+            tokens = sampler(logits)
         for index, (output, token) in enumerate(zip(outputs, fetch(), strict=True)):
             if not output.finish_reason:
                 output.output_ids.append(token)
                 output.finish_reason = _finish_reason(output.output_ids, params, decode)
                 on_token(first + index, token)
         if last or all(output.finish_reason for output in outputs):
-            return
+            break
         if not ahead:
-            tokens = sampler(session.decode(tokens))
+            logits = session.decode(tokens)
+            tokens = sampler(logits)
+    # What is not finite stays in the cache, so the last step tells of those before; what follows an end does not count.
+    going = [len(output.output_ids) == params.max_output_len for output in outputs]
+    if not logits[torch.tensor(going, device=logits.device)].sum().isfinite():
+        raise session.not_finite("in the logits of generated tokens")
 
 
 def _finish_reason(output_ids: list[int], params: SamplingParams, decode: Callable[[list[int]], str] | None) -> str:

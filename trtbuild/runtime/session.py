@@ -1,5 +1,6 @@
 """A session: one engine, its KV cache, and the two kinds of step."""
 
+import re
 from abc import ABC, abstractmethod
 from itertools import accumulate
 
@@ -23,6 +24,7 @@ class Session(ABC):
         self.limits, self.device = limits, device
         self.vocab_size = network.tensors["logits"].shape[1]
         self.weight_bytes = network.weight_bytes
+        self._is_float16 = network.holds(torch.float16)
         self.cache = KVCache(network, limits.max_batch_size, device)
 
     @torch.inference_mode()
@@ -30,7 +32,7 @@ class Session(ABC):
         """Starts new sequences from token ids; returns float32 logits of each last token, `[batch, vocab]`.
 
         With `all_logits` the logits of every token, packed: `[tokens, vocab]`. Raises `UserError` for an empty prompt,
-        one longer than `max_input_len`, or more than `max_batch_size` of them.
+        one longer than `max_input_len`, more than `max_batch_size` of them, or logits that are not finite.
         """
         if not 0 < len(prompts) <= self.limits.max_batch_size:
             raise UserError(
@@ -39,7 +41,19 @@ class Session(ABC):
         for i, prompt in enumerate(prompts):
             self.check_prompt(prompt, i)
         self.lengths = [len(prompt) for prompt in prompts]
-        return self._prefill(prompts, all_logits)
+        logits = self._prefill(prompts, all_logits)
+        if not logits.sum().isfinite():
+            raise self.not_finite(self._where_not_finite(prompts))
+        return logits
+
+    def not_finite(self, where: str) -> UserError:
+        """What to say of logits that are NaN or infinite; generation steps do not look, so as not to wait."""
+        advice = "float16 ends at 65504, use bfloat16" if self._is_float16 else "the checkpoint's weights are damaged"
+        return UserError(f"numbers are not finite {where}; {advice}")
+
+    def _where_not_finite(self, prompts: list[list[int]]) -> str:
+        """Where numbers stop being finite, as far as can be known."""
+        return "in the logits"
 
     def check_prompt(self, prompt: list[int], index: int) -> None:
         """Raises `UserError` for a prompt that the engine cannot take."""
@@ -114,6 +128,16 @@ class PortableSession(Session):
             self._decode_state[name].copy_(inputs["query_starts"].diff())
         step = StepContext(self._decode_state["batch_index"], self.lengths, max(self.lengths))
         return self.engine.run(step, inputs | self.cache.views(batch))
+
+    def _where_not_finite(self, prompts: list[list[int]]) -> str:
+        try:
+            with self.engine.checked():
+                self._prefill(prompts, all_logits=False)
+        except FloatingPointError as error:
+            name = str(error)
+            layer = re.match(r"model\.layers\.(\d+)\.", name)
+            return f"in layer {layer[1]}, from {name} on" if layer else f"from {name} on"
+        return super()._where_not_finite(prompts)
 
     def _decode_inputs(self, batch: int) -> dict[str, torch.Tensor]:
         """The buffers that the generation steps of a batch size read; `position_ids` counts up by itself."""

@@ -1,0 +1,164 @@
+"""Numbers beyond float16: weights are named when an engine is built, layers when it runs; bfloat16 computes them."""
+
+import math
+
+import pytest
+import torch
+from outlier_models import CONFIG, outlier_weights, write_model
+from safetensors.torch import load_file, save_file
+
+from trtbuild.engine.build import build_engine_dir
+from trtbuild.engine.config import BuildLimits
+from trtbuild.errors import UserError
+from trtbuild.evaluation.hugging_face import HuggingFaceModel
+from trtbuild.evaluation.stages import measure_perplexity
+from trtbuild.quantization.quantize import quantize
+from trtbuild.quantization.recipe import quantization_of
+from trtbuild.runtime.generation import generate
+from trtbuild.runtime.open import open_engine
+from trtbuild.runtime.sampling import SamplingParams
+
+LIMITS = BuildLimits(max_batch_size=2, max_input_len=32, max_output_len=8)
+PROMPTS = [[70, 80, 90], [100, 110, 120, 130]]
+LAYERS = {"num_hidden_layers": 3}
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+def build(checkpoint, folder, **recipe):
+    build_engine_dir(checkpoint, folder, model="m", recipe=recipe, limits=LIMITS, engines=["portable"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loud(tmp_path_factory):
+    """Weights that float16 holds, and activations beyond it from a product of layer 1 on."""
+    weights = outlier_weights(CONFIG | LAYERS)
+    weights[f"{DOWN}.weight"] *= 5e4
+    return write_model(tmp_path_factory.mktemp("loud") / "checkpoint", weights, **LAYERS)
+
+
+@pytest.fixture(scope="module")
+def engine(loud, tmp_path_factory):
+    return build(loud, tmp_path_factory.mktemp("loud") / "engine", dtype="float16")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "dtype", "message"),
+    [
+        (f"{DOWN}.weight", 1e5, "float16", "holds 100000, and the largest float16 is 65504; use bfloat16"),
+        ("model.norm.weight", -7e4, "float16", "holds 70000, and the largest float16 is 65504; use bfloat16"),
+        ("model.embed_tokens.weight", 65520, "float16", "holds 65520, and the largest float16 is 65504; use bfloat16"),
+        ("lm_head.weight", 3.4e38, "bfloat16", "holds 3.4e+38, and the largest bfloat16 is 3.38953e+38; use float32"),
+        (f"{DOWN}.weight", math.nan, "float32", "holds NaN or infinite numbers; they are in the checkpoint, or"),
+        (f"{DOWN}.weight", math.inf, "float16", "holds NaN or infinite numbers; they are in the checkpoint, or"),
+    ],
+)
+def test_a_weight_that_does_not_fit_is_named(tmp_path, name, value, dtype, message):
+    checkpoint = write_model(tmp_path / "checkpoint")
+    weights = load_file(checkpoint / "model.safetensors")
+    weights[name].view(-1)[7] = value
+    save_file(weights, checkpoint / "model.safetensors")
+    with pytest.raises(UserError) as caught:
+        build(checkpoint, tmp_path / "engine", dtype=dtype)
+    assert str(caught.value).startswith(f"{name} {message}")
+    assert not (tmp_path / "engine").exists()
+
+
+@pytest.mark.parametrize("value", [65504, 65519])  # the second is rounded to the first
+def test_the_largest_weight_that_fits(tmp_path, value):
+    weights = outlier_weights(CONFIG)
+    weights["model.norm.weight"][0] = value
+    folder = build(write_model(tmp_path / "checkpoint", weights), tmp_path / "engine", dtype="float16")
+    assert load_file(folder / "rank0.safetensors")["model.norm.weight"][0] == 65504
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (1e5, "holds 99840, and the largest float16 is 65504; use bfloat16"),
+        (1e-9, "is 9.96806e-10, which float16 rounds to 0; use bfloat16"),
+    ],
+)
+def test_scales_of_int4_that_do_not_fit(tmp_path, value, message):
+    """Quantized in bfloat16, built in float16."""
+    quantization = quantization_of({"dtype": "bfloat16", "weights": {"dtype": "int4", "group_size": 32}})
+    quantize(write_model(tmp_path / "checkpoint"), tmp_path / "quantized", quantization)
+    file = tmp_path / "quantized" / "model.safetensors"
+    tensors = load_file(file)
+    tensors[f"{DOWN}.weight_scale"][3, 1] = value
+    save_file(tensors, file)
+    build(tmp_path / "quantized", tmp_path / "bfloat16", dtype="bfloat16")
+    with pytest.raises(UserError) as caught:
+        build(tmp_path / "quantized", tmp_path / "engine", dtype="float16")
+    assert str(caught.value) == f"a scale of {DOWN}.weight {message}"
+
+
+LAYER = rf"^numbers are not finite in layer 1, from {DOWN}\.weight on; float16 ends at 65504, use bfloat16$"
+
+
+def test_the_layer_is_named(engine, loud):
+    opened = open_engine(engine, "portable", "cpu")
+    with pytest.raises(UserError, match=LAYER):
+        generate(opened.session, PROMPTS, SamplingParams(4))
+    dataset = {"name": "trtbuild-news", "split": "evaluation", "samples": 1}
+    with pytest.raises(UserError, match=LAYER):
+        measure_perplexity(checkpoint_dir=loud, engine_dir=engine, dataset=dataset, device="cpu")
+    with pytest.raises(UserError, match=LAYER):  # and again: nothing of the search is left
+        opened.session.prefill(PROMPTS)
+
+
+def test_interpreted_says_what_it_knows(engine):
+    pytest.importorskip("tensorrt_rtx")
+    with pytest.raises(UserError, match=r"^numbers are not finite in the logits; float16 ends at 65504, use bfloat16"):
+        open_engine(engine, "interpreted").session.prefill(PROMPTS)
+
+
+def test_bfloat16_computes_it(loud, tmp_path):
+    session = open_engine(build(loud, tmp_path / "engine", dtype="bfloat16"), "portable", "cpu").session
+    outputs = generate(session, PROMPTS, SamplingParams(4))
+    expected = HuggingFaceModel(loud, device="cpu").logits([*PROMPTS[0], *outputs[0].output_ids])
+    ours = session.prefill([[*PROMPTS[0], *outputs[0].output_ids]], all_logits=True)
+    assert (ours - expected).norm() < 0.1 * expected.norm()
+
+
+def test_the_baseline_in_float16(loud):
+    model = HuggingFaceModel(loud, "float16", "cpu")
+    with pytest.raises(UserError, match="prompt 0: logits of the baseline in float16 are not finite; use bfloat16"):
+        model.generate(PROMPTS, 4, ())
+    dataset = {"name": "trtbuild-news", "split": "evaluation", "samples": 1}
+    with pytest.raises(UserError, match="logits of window 0 of the text are not finite; where that is float16, use"):
+        measure_perplexity(
+            checkpoint_dir=loud, dataset=dataset, max_input_len=32, baseline_dtype="float16", device="cpu"
+        )
+
+
+class Overflowing:
+    """A session whose logits are finite for the prompts, and NaN from some step on for the second of two."""
+
+    limits, device = LIMITS, torch.device("cpu")
+
+    def __init__(self, step: int) -> None:
+        self.left = step
+
+    def check_prompt(self, prompt, index) -> None:
+        pass
+
+    def prefill(self, prompts) -> torch.Tensor:
+        return torch.eye(2, 5)
+
+    def decode(self, tokens) -> torch.Tensor:
+        self.left -= 1
+        return torch.eye(2, 5) * torch.tensor([[1.0], [1.0 if self.left > 0 else math.nan]])
+
+    def not_finite(self, where) -> UserError:
+        return UserError(where)
+
+
+def test_numbers_that_end_to_be_finite_in_generation():
+    with pytest.raises(UserError, match="in the logits of generated tokens"):
+        generate(Overflowing(2), PROMPTS, SamplingParams(4))
+    outputs = generate(Overflowing(4), PROMPTS, SamplingParams(4))
+    assert [output.output_ids for output in outputs] == [[0] * 4, [1] * 4]
+    # What comes after an end is nobody's: token 1 ends the second sequence at once.
+    outputs = generate(Overflowing(1), PROMPTS, SamplingParams(4, eos_token_ids=(1,)))
+    assert [output.output_ids for output in outputs] == [[0] * 4, [1]]
