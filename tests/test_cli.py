@@ -178,8 +178,15 @@ def test_verify(made, tmp_path):
     tensors = load_file(other / "model.safetensors")
     tensors["lm_head.weight"] *= 1.01
     save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    message = "was not built from .*other; give the checkpoint that it was built from"
+    refused(message, "verify", "--engine-dir", made.engine, "--checkpoint-dir", other)
+
+    config = json.loads((made.engine / "config.json").read_text())  # an engine that says it was, and was not
+    config["inputs"]["model.safetensors"] = sha256(other / "model.safetensors")
+    engine = shutil.copytree(made.engine, tmp_path / "engine")
+    (engine / "config.json").write_text(json.dumps(config))
     result = CliRunner().invoke(
-        app, ["verify", "--engine-dir", str(made.engine), "--checkpoint-dir", str(other), *arguments]
+        app, ["verify", "--engine-dir", str(engine), "--checkpoint-dir", str(other), *arguments]
     )
     assert result.exit_code == 1
     assert result.stdout.splitlines()[1].split()[-1] == "DIFFERS"

@@ -399,7 +399,10 @@ def score(
     output: Annotated[
         Path | None, typer.Option(help="Where rouge.json goes; default: print it.", callback=_output)
     ] = None,
-    baseline: Annotated[Path | None, typer.Option(help="Another rouge.json, to print a table of both.")] = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(help="Another rouge.json of the same model, articles and prompt, for a table of both."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
 ) -> None:
     """ROUGE of summaries: mean F1 in per cent and its 95% bootstrap interval.
@@ -410,10 +413,11 @@ def score(
     from trtbuild.files import read_json, write_json
 
     result = score_summaries(summaries, seed)
+    table = rouge_table([result, *([read_json(baseline)] if baseline else [])])
     if output:
         write_json(output, result)
     if output or baseline:
-        print(rouge_table([result, *([read_json(baseline)] if baseline else [])]))
+        print(table)
     else:
         print(json.dumps(result, indent=2, allow_nan=False))
 

@@ -225,6 +225,11 @@ def parse_json(text: str, where: Path | str) -> object:
     return value
 
 
+def sha256_of(value: object) -> str:
+    """Hex digest of what JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")
 

@@ -271,6 +271,7 @@ def test_provenance(folder, name, reason):
         "model": "small",
         "dtype": "float32",
         "engine_sha256": sha256(folder(name) / "model.safetensors"),
+        "source_sha256": Checkpoint(folder(name)).source_sha256,
         "threads": 1,
     }
 

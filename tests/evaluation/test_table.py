@@ -7,17 +7,22 @@ from trtbuild.evaluation.table import recipe_table
 from trtbuild.files import write_json
 
 
-def rouge(one: float, long: float) -> dict:
-    return {"rouge1": {"mean": one}, "rougeL": {"mean": long}, "provenance": {"dtype": "float32"}}
+def rouge(one: float, long: float, model: str = "12") -> dict:
+    provenance = {"dtype": "float32", "source_sha256": model}
+    return {"rouge1": {"mean": one}, "rougeL": {"mean": long}, "provenance": provenance}
+
+
+def measured(perplexity: float, model: str = "12") -> dict:
+    return {"perplexity": perplexity, "provenance": {"source_sha256": model}}
 
 
 @pytest.fixture
 def results(tmp_path):
     """A model's results: the baseline, a plain recipe and a quantized one with both engines."""
-    write_json(tmp_path / "hf/perplexity.json", {"perplexity": 20.0})
+    write_json(tmp_path / "hf/perplexity.json", measured(20.0))
     write_json(tmp_path / "hf/rouge.json", rouge(30, 20))
     for recipe, value in (("fp16", 20.1), ("int8", 21.0)):
-        write_json(tmp_path / recipe / "perplexity.json", {"perplexity": value})
+        write_json(tmp_path / recipe / "perplexity.json", measured(value))
         write_json(tmp_path / recipe / "rouge.json", rouge(29.5, 19.25))
         outputs = {"rank0.safetensors": {"bytes": 2_500_000}, "rank0.engine": {"bytes": 3_000_000}}
         write_json(tmp_path / recipe / "engine/config.json", {"outputs": outputs})
@@ -40,8 +45,17 @@ def test_table(results):
 def test_a_rehearsal_says_so(results):
     plain = recipe_table(results, {"fp16": "checkpoint"})
     assert "ehearsal" not in plain
-    write_json(results / "hf/perplexity.json", {"perplexity": 20.0, "rehearsal": True})
+    write_json(results / "hf/perplexity.json", measured(20.0) | {"rehearsal": True})
     assert recipe_table(results, {"fp16": "checkpoint"}) == "**Rehearsal**: dummy weights, no results.\n\n" + plain
+
+
+@pytest.mark.parametrize(("file", "value"), [("perplexity", measured(20.0, "9")), ("rouge", rouge(30, 20, "9"))])
+def test_results_of_another_model(results, file, value):
+    """As when other weights came into a source's folder after the baseline was measured."""
+    write_json(results / f"hf/{file}.json", value)
+    message = r"fp16 and .*hf: the results are not comparable: the original model \(source_sha256\) is 12 and 9$"
+    with pytest.raises(UserError, match=message):
+        recipe_table(results, {"fp16": "checkpoint"})
 
 
 def test_results_that_are_missing(results):

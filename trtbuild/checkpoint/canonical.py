@@ -4,6 +4,7 @@ Weights may be quantized, in one of the published layouts (`formats/`).
 """
 
 from dataclasses import replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,12 +16,13 @@ from trtbuild.checkpoint.meta import is_meta
 from trtbuild.checkpoint.quantized_weight import QuantizedWeight
 from trtbuild.checkpoint.weight_files import open_weights, weight_files
 from trtbuild.errors import UserError
-from trtbuild.files import read_json
+from trtbuild.files import read_json, sha256, sha256_of
 from trtbuild.models.config import PRODUCTS, ModelConfig
 from trtbuild.models.families import FAMILIES, config_from_hugging_face, is_canonical
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+ORIGIN_FILE = "quantization.json"  # of a quantized folder: what it was made from
 
 
 class Checkpoint:
@@ -63,6 +65,21 @@ class Checkpoint:
         """The files that it was read from, by their names inside the folder."""
         files = [self.folder / "config.json", *self.files] if self.files else []
         return {str(file.relative_to(self.folder)): file for file in files}
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """The sha256 of each of these files."""
+        return {name: sha256(file) for name, file in self.inputs.items()}
+
+    @cached_property
+    def source_sha256(self) -> str | None:
+        """What tells one original model from another: the sha256 of its files' hashes; None without files.
+
+        A folder of quantized weights has recorded its original's.
+        """
+        origin = self.folder / ORIGIN_FILE if self.files else None
+        recorded = read_json(origin).get("source_sha256") if origin and origin.exists() else None
+        return recorded or (sha256_of(self.hashes) if self.files else None)
 
     def __getitem__(self, name: str) -> LazyTensor | QuantizedWeight:
         return self.tensors[name]

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from trtbuild.checkpoint import chat_template as chat_templates
-from trtbuild.checkpoint.canonical import Checkpoint, check_tensors, published_config, settle_head
+from trtbuild.checkpoint.canonical import ORIGIN_FILE, Checkpoint, check_tensors, published_config, settle_head
 from trtbuild.checkpoint.dummy import BYTES, SPECIAL_TOKENS, dummy_tensors, save_byte_tokenizer
 from trtbuild.checkpoint.gguf import gguf_parts, read_gguf
 from trtbuild.checkpoint.gguf_tokenizer import save_tokenizer
@@ -69,7 +69,8 @@ def make_checkpoint(source: dict, folder: Path | str, chat_template: str | None 
 def make_quantized(source: dict, checkpoint_dir: Path | str, folder: Path | str) -> None:
     """Makes `folder` from published quantized weights of the model in `checkpoint_dir`, which lends its tokenizer.
 
-    `source`: `hub` or `local`. Raises `UserError` if the weights are not quantized or are those of another model.
+    `source`: `hub` or `local`. Raises `UserError` if the weights are not quantized or are those of another model, as
+    far as sizes tell, or what a folder of ours was quantized from. The result records the model that it stands for.
     """
     ((kind, options),) = source.items()
     original = Checkpoint(checkpoint_dir)
@@ -87,6 +88,11 @@ def make_quantized(source: dict, checkpoint_dir: Path | str, folder: Path | str)
             raise UserError(
                 f"{_name(options)} is another model than {original.folder}: {_difference(original, quantized)}"
             )
+        origin = temporary / ORIGIN_FILE
+        made = read_json(origin) if origin.exists() else {}
+        if made.get("source_sha256", original.source_sha256) != original.source_sha256:
+            raise UserError(f"{_name(options)} was quantized from other weights than those in {original.folder}")
+        write_json(origin, made | {"source_sha256": original.source_sha256})
 
 
 def _name(options: dict) -> str:

@@ -10,7 +10,7 @@ from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.engine.config import BuildLimits, marker, rank_file, write_config
 from trtbuild.engine.portable import read_portable, write_portable
 from trtbuild.errors import UserError
-from trtbuild.files import atomic, refuse_output_over_input
+from trtbuild.files import atomic, refuse_output_over_input, sha256
 from trtbuild.models.decoder import QuantizedCache, decoder
 from trtbuild.models.mapping import Mapping
 from trtbuild.progress import byte_bar
@@ -67,7 +67,7 @@ def write_engine_config(
     compute_capabilities: list[str] | None = None,
     calibration: Path | None = None,
 ) -> None:
-    """Writes `config.json`: model, recipe, mapping, limits, builders, and the sha256 of every input and output.
+    """Writes `config.json`: model, recipe, mapping, limits, builders, and the sha256 of source, inputs and outputs.
 
     `calibration` is the file that a quantized KV cache's scales come from.
     """
@@ -80,7 +80,6 @@ def write_engine_config(
         builders["tensorrt"] = describe_builder(compute_capabilities, network.holds(torch.float8_e4m3fn))
     write_config(
         folder,
-        checkpoint.inputs | ({calibration.name: calibration} if calibration else {}),
         [rank_file(rank, kind) for rank in range(mapping.world_size) for kind in engines],
         model=model,
         recipe=recipe,
@@ -89,6 +88,8 @@ def write_engine_config(
         limits=dataclasses.asdict(limits),
         remove_input_padding=remove_input_padding,
         builders=builders,
+        inputs=checkpoint.hashes | ({calibration.name: sha256(calibration)} if calibration else {}),
+        source_sha256=checkpoint.source_sha256,
         **marker(model),
     )
 

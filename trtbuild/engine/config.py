@@ -39,17 +39,11 @@ def rank_file(rank: int, kind: str) -> str:
     return f"rank{rank}.{ {'portable': 'safetensors', 'tensorrt': 'engine'}[kind] }"
 
 
-def write_config(folder: Path, inputs: dict[str, Path], outputs: list[str], **content: object) -> None:
-    """Writes `config.json` with the sha256 of every input and, with its size, of every engine file `outputs` names."""
+def write_config(folder: Path, outputs: list[str], **content: object) -> None:
+    """Writes `config.json` with the sha256 and size of every engine file that `outputs` names."""
     files = [folder / name for name in outputs]
-    write_json(
-        folder / CONFIG_FILE,
-        content
-        | {
-            "inputs": {name: sha256(path) for name, path in inputs.items()},
-            "outputs": {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files},
-        },
-    )
+    hashes = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
+    write_json(folder / CONFIG_FILE, content | {"outputs": hashes})
 
 
 def read_config(folder: Path) -> dict:

@@ -9,7 +9,6 @@ from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.portable import PortableEngine
 from trtbuild.evaluation.hugging_face import HuggingFaceModel
 from trtbuild.evaluation.provenance import environment
-from trtbuild.files import sha256
 from trtbuild.models.config import ModelConfig
 from trtbuild.models.decoder import QuantizedCache, decoder
 from trtbuild.progress import item_bar
@@ -107,7 +106,8 @@ class PortableBaseline:
             "baseline": self.reason,
             "model": model,
             "dtype": self.dtype,
-            "engine_sha256": sha256(self.checkpoint.files[0]),
+            "engine_sha256": list(self.checkpoint.hashes.values())[1],  # after that of config.json
+            "source_sha256": self.checkpoint.source_sha256,
             **environment(self.device),
         }
 

@@ -8,7 +8,6 @@ from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.errors import UserError
 from trtbuild.evaluation.fake_quantized import fake_quantized_cache, load_model
 from trtbuild.evaluation.provenance import environment
-from trtbuild.files import sha256
 from trtbuild.models.decoder import QuantizedCache
 from trtbuild.progress import item_bar
 from trtbuild.runtime.generation import Output
@@ -80,6 +79,7 @@ class HuggingFaceModel:
             "engine": "transformers",
             "model": model,
             "dtype": self.dtype,
-            "engine_sha256": sha256(self.checkpoint.files[0]),
+            "engine_sha256": list(self.checkpoint.hashes.values())[1],  # after that of config.json
+            "source_sha256": self.checkpoint.source_sha256,
             **environment(self.device),
         }

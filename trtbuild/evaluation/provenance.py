@@ -1,22 +1,72 @@
-"""What produced a result: engine, versions, device."""
+"""What produced a result, and what it was asked; results that differ in the latter are not compared."""
 
+from collections.abc import Sequence
+from dataclasses import astuple
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 import trtbuild
+from trtbuild.datasets import Article
+from trtbuild.errors import UserError
+from trtbuild.files import sha256_of
 from trtbuild.runtime.open import OpenedEngine
+
+# What two results must have in common, and its name; the token ids also depend on the tokenizer and its chat template.
+SAME = {
+    "source_sha256": "the original model (source_sha256)",
+    "dataset": "dataset",
+    "articles_sha256": "the text of the articles (articles_sha256)",
+    "prompt": "prompt",
+    "chat": "chat",
+    "max_input_len": "max_input_len",
+    "max_output_len": "max_output_len",
+    "tokens_sha256": "what tokenizer and chat template made of the text (tokens_sha256)",
+    "samples": "the number of texts",
+    "tokenizer": "ROUGE's tokenizer",
+}
 
 
 def provenance(opened: OpenedEngine) -> dict:
-    """Engine kind, dtype, sha256 of the engine file, device and versions."""
+    """Engine kind, dtype, sha256 of the engine file and of the model that it comes from, device and versions."""
     return {
         "engine": opened.session.kind,
         "model": opened.config["model"],
         "dtype": opened.dtype,
         "engine_sha256": opened.sha256,
+        "source_sha256": opened.config.get("source_sha256"),
         **environment(opened.session.device),
     }
+
+
+def settings(dataset: dict, articles: list[Article], tokens: list[list[int]], **options: object) -> dict:
+    """What a result was asked: the data set and what of it was read, the token ids given to the model, options."""
+    return {
+        "dataset": {key: value for key, value in dataset.items() if value is not None},
+        "samples": len(articles),
+        "articles_sha256": sha256_of([astuple(article) for article in articles]),
+        "tokens_sha256": sha256_of(tokens),
+        **options,
+        "seed": 0,
+    }
+
+
+def refuse_different(results: Sequence[dict]) -> None:
+    """Raises `UserError` unless results of one kind are of one original model, and were asked and scored alike."""
+    first, *others = results
+    for other in others:
+        ours, theirs = _asked(first), _asked(other)
+        for key, name in SAME.items():
+            if ours.get(key) != theirs.get(key):
+                a, b = (str(side.get(key))[: 12 if key.endswith("sha256") else None] for side in (ours, theirs))
+                raise UserError(f"the results are not comparable: {name} is {a} and {b}")
+
+
+def _asked(result: dict) -> dict:
+    origin = result.get("provenance")
+    if not isinstance(origin, dict) or not origin.get("source_sha256"):
+        raise UserError("a result does not tell which model it is of (provenance.source_sha256); make it again")
+    return origin | {key: result[key] for key in ("samples", "tokenizer") if key in result}
 
 
 def environment(device: torch.device) -> dict:

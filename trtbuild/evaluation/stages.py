@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.datasets import load_articles
 from trtbuild.engine.config import marker, rank_file, read_config
 from trtbuild.engine.portable import read_portable
@@ -12,11 +13,10 @@ from trtbuild.errors import UserError
 from trtbuild.evaluation.baseline import open_baseline
 from trtbuild.evaluation.benchmark import benchmark
 from trtbuild.evaluation.perplexity import perplexity
-from trtbuild.evaluation.provenance import provenance
+from trtbuild.evaluation.provenance import provenance, refuse_different, settings
 from trtbuild.evaluation.rouge import METRICS, TOKENIZER, score
 from trtbuild.evaluation.summarization import read_summaries, summarization_prompts, write_summaries
 from trtbuild.evaluation.verify import TOLERANCE, Agreement, verify
-from trtbuild.files import sha256
 from trtbuild.models.decoder import cache_of_network
 from trtbuild.progress import item_bar
 from trtbuild.runtime.generation import Output, generate
@@ -61,9 +61,9 @@ def summarize_articles(
         run = lambda prompts: baseline.generate(prompts, max_output_len, tokenizer.eos_token_ids)  # noqa: E731
         origin = baseline.provenance(model or checkpoint_dir.resolve().name)
     prompts = summarization_prompts(articles, tokenizer, prompt, chat, max_input_len)
-    settings = {"dataset": dataset, "samples": len(articles), "prompt": prompt, "chat": chat}
-    settings |= {"max_input_len": max_input_len, "max_output_len": max_output_len, "seed": 0}
-    write_summaries(output, articles, tokenizer, prompts, run, origin | settings | marker(origin["model"]))
+    limits = {"max_input_len": max_input_len, "max_output_len": max_output_len}
+    origin |= settings(dataset, articles, prompts, prompt=prompt, chat=chat, **limits)
+    write_summaries(output, articles, tokenizer, prompts, run, origin | marker(origin["model"]))
 
 
 def _with_bar(run: Callable, max_output_len: int) -> Callable[[list[list[int]]], list[Output]]:
@@ -79,12 +79,12 @@ def score_summaries(path: Path, seed: int = 0) -> dict:
     records, origin = read_summaries(path)
     scores = score([r["summary"] for r in records], [r["reference"] for r in records], seed)
     marked = marker(origin.get("model", ""))
-    settings = {"samples": len(records), "tokenizer": TOKENIZER, "bootstrap_seed": seed}
-    return scores | settings | {"provenance": origin} | marked
+    scored = {"samples": len(records), "tokenizer": TOKENIZER, "bootstrap_seed": seed}
+    return scores | scored | {"provenance": origin} | marked
 
 
 def rouge_table(results: list[dict]) -> str:
-    """Scores side by side, a line an engine."""
+    """Scores side by side, a line an engine. Raises `UserError` for those that are not comparable."""
     lines = [f"{'':34}" + "".join(f"{metric:>24}" for metric in METRICS)]
     for result in results:
         if not {"provenance", *METRICS} <= result.keys():
@@ -93,6 +93,7 @@ def rouge_table(results: list[dict]) -> str:
         cells = (f"{m['mean']:.2f} [{m['low']:.2f}, {m['high']:.2f}]" for m in (result[metric] for metric in METRICS))
         name = f"{origin['engine']} {origin['dtype']}" + (" (rehearsal)" if "rehearsal" in result else "")
         lines.append(f"{name:34}" + "".join(f"{cell:>24}" for cell in cells))
+    refuse_different(results)
     return "\n".join(lines)
 
 
@@ -109,7 +110,8 @@ def measure_perplexity(
 ) -> dict:
     """Perplexity of a data set's articles under an engine, or without `engine_dir` under the Hugging Face model."""
     tokenizer = Tokenizer(checkpoint_dir)
-    texts = [tokenizer.encode(article.article) for article in load_articles(**dataset)]
+    articles = load_articles(**dataset)
+    texts = [tokenizer.encode(article.article) for article in articles]
     if engine_dir:
         opened = open_engine(engine_dir, runtime, device)
         max_input_len = opened.session.limits.max_input_len
@@ -119,8 +121,8 @@ def measure_perplexity(
         origin, logits = baseline.provenance(model or checkpoint_dir.resolve().name), baseline.logits
     with torch.inference_mode():
         result = perplexity(texts, logits, max_input_len)
-    settings = {"dataset": dataset, "samples": len(texts), "max_input_len": max_input_len, "seed": 0}
-    return result | {"provenance": origin | settings} | marker(origin["model"])
+    origin |= settings(dataset, articles, texts, max_input_len=max_input_len)
+    return result | {"provenance": origin} | marker(origin["model"])
 
 
 def run_benchmark(
@@ -152,7 +154,7 @@ def verify_engine(
     if max_output_len < 1:
         raise UserError(f"max_output_len is {max_output_len}; it must be at least 1")
     config = read_config(Path(engine_dir))
-    if config["inputs"]["config.json"] != sha256(checkpoint_dir / "config.json"):
+    if not Checkpoint(checkpoint_dir).hashes.items() <= config["inputs"].items():
         raise UserError(
             f"{engine_dir} was not built from {checkpoint_dir}; give the checkpoint that it was built from, which for "
             "quantized weights is the quantized one"

@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 
 from trtbuild.errors import UserError
+from trtbuild.evaluation.provenance import refuse_different
 from trtbuild.files import read_json
 
 HEADER = (
@@ -24,7 +25,7 @@ def recipe_table(folder: Path, recipes: dict[str, str]) -> str:
 
     `recipes` maps a recipe to the folder that its weights come from, relative to `folder`. Increases are over the
     Hugging Face model's perplexity; times are those of the rules (`logs/*.tsv`), quantization and build. Raises
-    `UserError` for results that are missing.
+    `UserError` for results that are missing, or of another model, text or prompt than the Hugging Face model's.
     """
     measured = read_json(folder / "hf" / "perplexity.json")
     baseline = measured["perplexity"]
@@ -40,8 +41,13 @@ def recipe_table(folder: Path, recipes: dict[str, str]) -> str:
         )
     ]
     for recipe, weights in recipes.items():
-        perplexity = read_json(folder / recipe / "perplexity.json")["perplexity"]
-        rouge = read_json(folder / recipe / "rouge.json")
+        ours, rouge = (read_json(folder / recipe / f"{name}.json") for name in ("perplexity", "rouge"))
+        perplexity = ours["perplexity"]
+        try:
+            refuse_different([ours, measured])
+            refuse_different([rouge, hf])
+        except UserError as error:
+            raise UserError(f"{folder / recipe} and {folder / 'hf'}: {error}") from None
         outputs = read_json(folder / recipe / "engine" / "config.json")["outputs"]
         sizes = {Path(name).suffix: f"{output['bytes'] / 1e6:.1f}" for name, output in outputs.items()}
         quantize = folder / "logs" / f"quantize.{Path(weights).name}.tsv" if weights != "checkpoint" else None

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trtbuild.checkpoint.canonical import Checkpoint
+from trtbuild.checkpoint.canonical import ORIGIN_FILE, Checkpoint
 from trtbuild.checkpoint.formats import FORMATS
 from trtbuild.checkpoint.lazy import LazyTensor
 from trtbuild.checkpoint.quantized_weight import QuantizedWeight
@@ -25,7 +25,6 @@ from trtbuild.quantization.recipe import kept_in_16bit, needs_ranges, quantizati
 from trtbuild.quantization.samples import calibration_samples
 from trtbuild.runtime.open import pick_device
 
-ORIGIN_FILE = "quantization.json"
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "*.jinja", "merges.txt", "vocab*")
 
 
@@ -64,9 +63,8 @@ def quantize(
         temporary.mkdir()
         method = METHODS[name](checkpoint, quantization, ranges, samples, target, map_)
         _write(temporary, checkpoint, quantization, projections, method)
-        inputs = checkpoint.inputs | ({calibration.name: calibration} if ranges else {})
-        hashes = {name: sha256(path) for name, path in inputs.items()}
-        origin = {"quantization": quantization, "inputs": hashes}
+        inputs = checkpoint.hashes | ({calibration.name: sha256(calibration)} if ranges else {})
+        origin = {"quantization": quantization, "source_sha256": checkpoint.source_sha256, "inputs": inputs}
         write_json(temporary / ORIGIN_FILE, origin)
 
 
@@ -126,7 +124,7 @@ def check_weights(recipe: dict, folder: Path) -> None:
     wanted = quantization_of(recipe)
     if wanted is None:
         return
-    made = read_json(folder / ORIGIN_FILE)["quantization"] if (folder / ORIGIN_FILE).exists() else None
+    made = read_json(folder / ORIGIN_FILE).get("quantization") if (folder / ORIGIN_FILE).exists() else None
     if made != wanted:
         state = "is not quantized" if made is None else "was quantized by another recipe"
         raise UserError(f"{folder} {state}; make the recipe's weights with 'trtbuild quantize' and build from those")
