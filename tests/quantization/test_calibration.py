@@ -268,7 +268,7 @@ def test_other_columns(checkpoint, tmp_path):
 
 
 def test_an_empty_article(checkpoint, tmp_path):
-    dataset = own_dataset(tmp_path / "own", {"article": "", "highlights": "", "id": "a7"})
+    dataset = own_dataset(tmp_path / "own", {"article": "x", "highlights": "short", "id": "a7"})
     with pytest.raises(UserError, match=r"the article a7 of .* has fewer than two tokens; remove it"):
         calibrate(checkpoint, tmp_path / "out.npz", **SAMPLES | {"dataset": dataset, "samples": 1})
 
