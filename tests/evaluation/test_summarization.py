@@ -68,9 +68,11 @@ def test_round_trip(tokenizer, tmp_path, text):
     ids = tokenizer.encode(f" {text} ")
     articles = [article("a", "x"), article("b", "y")]
     outputs = [Output([*ids, 1], "eos"), Output(ids[:1], "length")]
-    write_summaries(path, articles, tokenizer, [[5] * 3, [5] * 4], lambda prompts: outputs, {"engine": "tëst"})
+    write_summaries(
+        path, articles, tokenizer, [[5] * 3, [5] * 4], lambda prompts: outputs, {"engine": "tëst", "dtype": "int1"}
+    )
     records, provenance = read_summaries(path)
-    assert provenance == {"engine": "tëst"}
+    assert provenance == {"engine": "tëst", "dtype": "int1"}
     assert records[0] == {
         "id": "x",
         "summary": text,
@@ -97,13 +99,13 @@ def test_nothing_is_written_when_generation_fails(tokenizer, tmp_path):
     [
         (None, r"\(No such file or directory\); make it with 'trtbuild summarize'"),
         (b"", "holds no summaries"),
-        (b"text\n", "is not a summaries file"),
-        (b'{"summary": "a", "refe', "is not a summaries file"),
+        (b"text\n", r"s\.jsonl, line 1 is not valid JSON"),
+        (b'{"summary": "a", "refe', r"s\.jsonl, line 1 is not valid JSON"),
         (b"\xff\xfe\n", "is not a summaries file"),
         (json.dumps({"summary": "a"}).encode(), "line 1: an object with the texts summary and reference is expected"),
         (b'{"summary": "a", "reference": "b"}\n["a", "b"]\n', r"s\.jsonl, line 2: an object with the texts"),
         (b'{"summary": null, "reference": "b"}', r"s\.jsonl, line 1: an object with the texts"),
-        (b'{"summary": "a", "reference": "b"}\n\n', "is not a summaries file: line 2: "),
+        (b'{"summary": "a", "reference": "b"}\n\n', r"s\.jsonl, line 2 is not valid JSON"),
         (json.dumps({"summary": "a", "reference": "b"}).encode(), "s.meta.json does not exist"),
     ],
     ids=["missing", "empty", "text", "truncated", "not-utf8", "keys", "list", "null", "blank", "no-provenance"],
@@ -115,6 +117,13 @@ def test_unreadable_summaries(tmp_path, data, message):
     with pytest.raises(UserError, match=message) as caught:
         read_summaries(path)
     assert str(path.with_suffix("")) in str(caught.value)
+
+
+def test_provenance_that_says_nothing(tmp_path):
+    (tmp_path / "s.jsonl").write_text(json.dumps({"summary": "a", "reference": "b"}))
+    (tmp_path / "s.meta.json").write_text("{}")
+    with pytest.raises(UserError, match=r"s\.meta\.json does not say which engine wrote the summaries"):
+        read_summaries(tmp_path / "s.jsonl")
 
 
 def test_provenance_lies_beside(tmp_path):

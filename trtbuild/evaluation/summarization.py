@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trtbuild.datasets import Article
 from trtbuild.errors import UserError
-from trtbuild.files import atomic, read_json, write_json
+from trtbuild.files import atomic, parse_json, read_json, write_json
 from trtbuild.runtime.generation import Output
 from trtbuild.runtime.tokenizer import Tokenizer
 
@@ -69,27 +69,27 @@ def write_summaries(
 
 
 def read_summaries(path: Path) -> tuple[list[dict], dict]:
-    """The records of a summaries file, and the provenance beside it. Raises `UserError` for a file with others."""
-    records = []
+    """The records of a summaries file, and the provenance beside it. Raises `UserError` for files that hold others."""
     try:
         with open(path, encoding="utf-8") as file:  # splitlines() would also split at U+2028 and its like
-            for number, line in enumerate(file, 1):
-                records.append(json.loads(line))
-                if not _is_record(records[-1]):
-                    raise UserError(
-                        f"{path}, line {number}: an object with the texts summary and reference is expected"
-                    )
+            records = [_record(line, f"{path}, line {number}") for number, line in enumerate(file, 1)]
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}); make it with 'trtbuild summarize'") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a summaries file: line {len(records) + 1}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a summaries file: {error}") from error
     if not records:
         raise UserError(f"{path} holds no summaries; make it with 'trtbuild summarize'")
-    return records, read_json(meta_path(path))
+    origin = read_json(meta_path(path))
+    if not {"engine", "dtype"} <= origin.keys():
+        raise UserError(f"{meta_path(path)} does not say which engine wrote the summaries, and in which dtype")
+    return records, origin
 
 
-def _is_record(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("summary", "reference"))
+def _record(line: str, where: str) -> dict:
+    value = parse_json(line, where)
+    if not isinstance(value, dict) or not all(isinstance(value.get(key), str) for key in ("summary", "reference")):
+        raise UserError(f"{where}: an object with the texts summary and reference is expected")
+    return value
 
 
 def meta_path(path: Path) -> Path:
