@@ -407,6 +407,22 @@ def test_sentencepiece_file_without_its_last_part(llama_model, tmp_path):
             convert(proto.SerializeToString(), tmp_path)
 
 
+def test_damaged_sentencepiece_models(llama_model, tmp_path):
+    """What SentencePiece refuses, a piece that is not UTF-8, and a map that can be read in part."""
+    for old, new in ((b"<0x0A>", b"<0x0Z>"), (b"<reserved_106>", b"<reserved_10\xff>"), (b"return", b"retur\xff")):
+        assert old in llama_model
+        with pytest.raises(UserError, match=r"tokenizer\.model is not a SentencePiece model, or not all of one"):
+            convert(llama_model.replace(old, new), tmp_path)
+    charsmap = sentencepiece_model_pb2.ModelProto.FromString(train_sentencepiece(**MODELS["map"])).normalizer_spec
+    damaged = edited(
+        llama_model,
+        name="nmt_nfkc",
+        precompiled_charsmap=charsmap.precompiled_charsmap.replace("가".encode(), b"\xff\xff\xff"),
+    )
+    with pytest.raises(UserError, match=r"tokenizer\.model has a character map that is damaged"):
+        convert(damaged, tmp_path)
+
+
 def test_other_files_as_sentencepiece(tmp_path):
     for content in (b'{"version": "1.0"}', b"version https://git-lfs.github.com/spec/v1\n", b"\xff" * 100):
         with pytest.raises(UserError, match=r"tokenizer\.model is not a SentencePiece model"):

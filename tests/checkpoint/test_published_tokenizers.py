@@ -44,6 +44,13 @@ COMPOSED = """naïve café Ångström Tiếng Việt đường phố ấ ộ ữ
 ﬁ ① ½ ² Ⅷ ㎏ ａｂｃ Ω Å"""
 
 
+def every_character(start: int, stop: int) -> list[str]:
+    """In lines of 64, as they are and decomposed; without those that Unicode keeps for a program's own use."""
+    characters = [chr(c) for c in range(start, stop) if not 0xD800 <= c < 0xE000 and not 0xFDD0 <= c < 0xFDF0]
+    lines = [" ".join(characters[i : i + 64]) for i in range(0, len(characters), 64)]
+    return [*lines, *(unicodedata.normalize("NFD", line) for line in lines)]
+
+
 def strings() -> list[str]:
     rng = random.Random(0)
     documents = [*corpus()[:80], CHINESE, CODE, JAPANESE_AND_KOREAN]
@@ -58,6 +65,7 @@ def strings() -> list[str]:
     for form in ("NFC", "NFD"):
         words = [unicodedata.normalize(form, word) for word in COMPOSED.split()]
         texts += [*words, *random_texts([*words, " ", "，"], 150, seed=3)]
+    texts += [*every_character(1, 0x3400), *every_character(0xF900, 0x10000), *every_character(0x1D400, 0x1FB00)]
     return list(dict.fromkeys([*texts, *random_texts(PARTS, 1500, seed=4)]))
 
 

@@ -164,15 +164,17 @@ def _read_tiktoken(path: Path) -> dict[bytes, int]:
 
 
 def _read_sentencepiece(path: Path) -> Any:
-    """The model as a protocol buffer."""
+    """The model as a protocol buffer, which SentencePiece itself has checked."""
     from google.protobuf.message import DecodeError
-    from sentencepiece import sentencepiece_model_pb2
+    from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
-    model = sentencepiece_model_pb2.ModelProto()
+    content = _read(path)
     try:
-        model.ParseFromString(_read(path))
-        whole = model.pieces and model.HasField("trainer_spec") and model.HasField("normalizer_spec")
-    except DecodeError:
+        model = sentencepiece_model_pb2.ModelProto.FromString(content)
+        SentencePieceProcessor(model_proto=content)
+        whole = model.HasField("trainer_spec") and model.HasField("normalizer_spec")
+        whole = whole and all(isinstance(piece.piece, str) for piece in model.pieces)  # bytes if they are not UTF-8
+    except (DecodeError, UnicodeDecodeError, RuntimeError):
         whole = False
     if not whole:
         raise UserError(f"{path} is not a SentencePiece model, or not all of one; fetch the file again")

@@ -47,7 +47,10 @@ def _character_map(path: Path, charsmap: bytes, symbols: Collection[str]) -> lis
     from tokenizers import Regex
     from tokenizers.normalizers import NFC, Precompiled, Replace
 
-    precompiled = Precompiled(charsmap)
+    try:
+        precompiled = Precompiled(charsmap)
+    except Exception as error:  # the library knows no other
+        raise UserError(f"{path} has a character map that is damaged; fetch the file again") from error
     changed = [
         symbol for symbol in sorted(symbols, key=len, reverse=True) if precompiled.normalize_str(symbol) != symbol
     ]
