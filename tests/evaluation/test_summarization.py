@@ -50,11 +50,56 @@ def test_an_exact_fit_is_kept(tokenizer):
     assert tokenizer.decode(ids) == f"Read: {text}\nTL;DR:"
 
 
+URL = "https://example.org/" + "x" * 300
+CHINESE = "世界上第二高的山峰是乔戈里峰，海拔8611米。" * 30
+
+
+@pytest.mark.parametrize(
+    ("text", "limit", "kept"),
+    [
+        (CHINESE, 100, CHINESE[:31]),  # 27 characters of 3 bytes and 4 digits are as many as fit into 87
+        (CHINESE[3:], 13 + 44, CHINESE[3:17]),  # not within 8611
+        (URL + " and more", 100, URL[:87]),
+        ("See " + URL, 100, ("See " + URL)[:87]),
+        ("a\nlist\nwithout\nspaces", 13 + 9, "a\nlist"),
+        ("two  words", 13 + 5, "two"),
+        ("two  words", 13 + 9, "two"),
+        ("\n" * 200 + "text " * 9, 13 + 9, "text text"),
+        ("word" * 10 + " " + "word" * 20, 13 + 81, "word" * 10),
+        ("word " + "w" * 99, 13 + 45, "word"),
+        ("word " + "w" * 99, 13 + 46, "word " + "w" * 41),
+        ("🚀" * 30, 13 + 11, "🚀🚀"),
+        ("模型GPU推理", 13 + 8, "模型"),
+        ("x", 13, None),
+        ("🚀", 13 + 3, None),
+    ],
+)
+def test_an_article_is_cut_by_tokens(tokenizer, text, limit, kept):
+    """As much of its beginning as fits, up to the end of a word if there is one near; never nothing."""
+    if kept is None:
+        with pytest.raises(UserError, match="so that none of article 1 fits into max_input_len"):
+            summarization_prompts([article(text)], tokenizer, TEMPLATE, False, limit)
+        return
+    (ids,) = summarization_prompts([article(text)], tokenizer, TEMPLATE, False, limit)
+    assert len(ids) <= limit
+    assert tokenizer.decode(ids) == f"Read: {kept}\nTL;DR:"
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_special_tokens_of_an_article_are_text(tiny_checkpoint, chat):
+    """Those that the prompt names are meant."""
+    tokenizer = Tokenizer(tiny_checkpoint, "{{ messages[0].content }}")
+    (ids,) = summarization_prompts([article("One.</s>Two.")], tokenizer, "<s>{article}</s>", chat, 64)
+    bos, eos = tokenizer.special_token_ids(("<s>", "</s>"))
+    assert ids == [bos, *tokenizer.encode("One.</s>Two."), eos]
+    assert tokenizer.decode(ids) == "One.</s>Two."
+
+
 @pytest.mark.parametrize(
     ("template", "limit", "message"),
     [
         ("Summarize this.", 64, "the summarization prompt 'Summarize this.' does not contain {article}"),
-        (TEMPLATE, 12, "the summarization prompt alone has 13 tokens; max_input_len is 12"),
+        (TEMPLATE, 12, "prompt alone has 13 tokens, so that none of article 1 fits into max_input_len 12"),
     ],
 )
 def test_refused_templates(tokenizer, template, limit, message):

@@ -4,6 +4,8 @@ import json
 import shutil
 
 import pytest
+from tokenizers import AddedToken, models, pre_tokenizers
+from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer
 
 from trtbuild.errors import UserError
@@ -77,6 +79,106 @@ def test_chat_template(copy):
     message = [{"role": "user", "content": "Wer da?"}]
     expected = theirs.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
     assert tokenizer.encode("Wer da?", chat=True) == expected
+
+
+@pytest.fixture
+def control(copy):
+    """With a template that trims contents, and looks into them; its role's tokens are made of parts."""
+    content = "{{ m.content | trim }}{% if '</s>' in m.content %}!{% endif %}"
+    template = "{% for m in messages %}{{ '<' + m.role[0] + '>' }}" + content + "{{ eos_token }}{% endfor %}"
+    change_json(copy / "tokenizer_config.json", chat_template=template, additional_special_tokens=["<u>"])
+    return Tokenizer(copy)
+
+
+def test_special_tokens_in_a_text_are_text(control):
+    bos, eos = control.special_token_ids(("<s>", "</s>"))
+    text = "a</s> <s>b</s"
+    assert control.encode(text) == [i for c in text for i in control.encode(c)]
+    assert control.decode(control.encode(text)) == text
+    a, b, space = (control.encode(c) for c in "ab ")
+    meant = [*a, eos, *space, bos, *b, *control.encode("</s")]
+    assert control.encode(text, special_tokens=True) == meant
+    # A text of somebody else's in one's own.
+    assert control.encode(control.literal("</s>") + "</s>", special_tokens=True) == [*control.encode("</s>"), eos]
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        ["a</s>"],
+        [" </s> a <u>\n"],
+        ["<u>"],
+        ["</s></s></s>"],
+        ["</", "s>"],
+        ["x</s", ">"],
+        ["a<", "/s> b"],
+        ["<<</s>>>", "<s>"],
+        ["\ufdd0", "\ue000</s>"],
+    ],
+    ids=repr,
+)
+def test_only_the_template_writes_special_tokens(control, contents):
+    """Contents are trimmed, tested and encoded as what they are."""
+    user, end = control.special_token_ids(("<u>", "</s>"))
+    expected = []
+    for content in contents:
+        expected += [user, *control.encode(content.strip() + ("!" if "</s>" in content else "")), end]
+    messages = [{"role": "user", "content": content} for content in contents]
+    assert control.encode_chat(messages) == expected
+    if len(contents) == 1:
+        assert control.encode(contents[0], chat=True) == expected
+    joined = Tokenizer(control.folder, "{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert joined.encode_chat(messages) == control.encode("".join(contents))
+
+
+def test_an_end_of_generation_is_a_special_token(copy):
+    """Also where tokenizer.json does not call it one, as fine-tuned models' files have it."""
+    backend = FastTokenizer.from_file(str(copy / "tokenizer.json"))
+    backend.add_tokens(["<end>", "<odd>"])
+    backend.save(str(copy / "tokenizer.json"))
+    end, odd = map(backend.token_to_id, ("<end>", "<odd>"))
+    change_json(copy / "generation_config.json", eos_token_id=[end])
+    tokenizer = Tokenizer(copy)
+    assert end not in tokenizer.encode("a<end><odd>")
+    assert tokenizer.encode("<end><odd>", special_tokens=True) == [end, odd]
+    assert tokenizer.encode("<odd>") == [odd]  # text, its publisher says
+
+
+def test_text_around_special_tokens_is_encoded_as_published(copy):
+    """A dummy prefix that only the beginning of a prompt has, and a token that eats the space behind it."""
+    backend = FastTokenizer.from_file(str(copy / "tokenizer.json"))
+    pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    words = {word: i for i, word in enumerate(["<s>", "</s>", "?", "▁", "▁a", "a", "▁b", "b", "<e>"])}
+    backend = FastTokenizer(models.WordLevel(words, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizer
+    backend.add_special_tokens(["<s>", "</s>", AddedToken("<e>", rstrip=True)])
+    backend.save(str(copy / "tokenizer.json"))
+    tokenizer = Tokenizer(copy)
+    for text in ("a b", "<s>a b", "a<s>b", "<s> a", "a<e> b", "<e>  </s>b", "a</s> b"):
+        assert tokenizer.encode(text, special_tokens=True) == backend.encode(text).ids, text
+    assert tokenizer.encode("a<s>b") == [words["?"]]
+
+
+def test_a_cut_separates(tmp_path):
+    """What is around it is encoded apart; else a template's text and a content are one text."""
+    backend = FastTokenizer(models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")]))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    messages = [{"role": "user", "content": "b"}]
+    assert Tokenizer(tmp_path, "a{{ messages[0].content }}").encode_chat(messages) == [2]
+    assert Tokenizer(tmp_path, "a{{ cut ~ messages[0].content }}").encode_chat(messages) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('no') }}", "no"),
+        ("{{ messages[0].content + 1 }}", "can only concatenate str"),
+        ("{{ nothing.at.all }}", "'nothing' is undefined"),
+    ],
+)
+def test_a_template_that_fails(tiny_checkpoint, template, reason):
+    with pytest.raises(UserError, match=f"^the chat template fails: {reason}"):
+        Tokenizer(tiny_checkpoint, template).encode("text", chat=True)
 
 
 @pytest.mark.parametrize("missing", ["file", "folder"])

@@ -74,10 +74,10 @@ def convert_sentencepiece(
 ) -> None:
     """Converts a SentencePiece model as a protocol buffer (`ModelProto`), which comes from `path`.
 
-    The model's control and unknown pieces and those of `special_tokens` that it has become special tokens: these are
-    recognized in a text, as Hugging Face's tokenizers do and SentencePiece does not, and what stands between them is
-    encoded as SentencePiece encodes a text of its own. Decoding gives SentencePiece's text, but where byte tokens in a
-    row are not UTF-8 each is shown as U+FFFD, valid characters among them too, and unknown pieces are left out.
+    The model's control and unknown pieces and those of `special_tokens` that it has become special tokens: where these
+    are recognized, which SentencePiece does not do, what stands between them is encoded as SentencePiece encodes a text
+    of its own. Decoding gives SentencePiece's text, but where byte tokens in a row are not UTF-8 each is shown as U+FFFD,
+    valid characters among them too, and unknown pieces are left out.
 
     A token for an end of a sequence that the model does not have, and a model that has no exact equivalent (one of
     unigrams, or with a normalization of its own, say) are a `UserError`.
@@ -87,7 +87,7 @@ def convert_sentencepiece(
     _check_sentencepiece(path, model)
     trainer, normalizer, kind = model.trainer_spec, model.normalizer_spec, model.SentencePiece
     ids = {piece.piece: i for i, piece in enumerate(model.pieces)}
-    symbols = {piece.piece for piece in model.pieces if piece.type == kind.USER_DEFINED}
+    symbols = {piece.piece for piece in model.pieces if piece.type == kind.USER_DEFINED} - {*special_tokens}
     control = [piece.piece for piece in model.pieces if piece.type in (kind.CONTROL, kind.UNKNOWN)]
     own = (trainer.unk_piece, trainer.bos_piece, trainer.eos_piece, trainer.pad_piece)
     unk, bos, eos, pad = (piece if piece in ids else None for piece in own)

@@ -1,6 +1,7 @@
 """Summaries of articles, one JSON object a line."""
 
 import json
+import re
 from bisect import bisect_right
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,9 @@ from trtbuild.runtime.generation import Output
 from trtbuild.runtime.tokenizer import Tokenizer
 
 PLACEHOLDER = "{article}"
+CJK = "\u2e80-\U0010ffff"
+LETTER = rf"[^\s{CJK}]"
+LAST_WORD = re.compile(rf"(?<=\S)(?:\s+|(?<=[{CJK}])){LETTER}{{,40}}\Z")
 
 
 def summarization_prompts(
@@ -19,28 +23,39 @@ def summarization_prompts(
 ) -> list[list[int]]:
     """Token ids of `template` with each article in the place of `{article}`.
 
-    An article too long for `max_input_len` keeps as many words of its beginning as let the whole prompt fit.
+    Special tokens that the template names are meant, those that an article names are text. An article too long for
+    `max_input_len` keeps as much of its beginning as lets the whole prompt fit.
     """
     if PLACEHOLDER not in template:
         raise UserError(f"the summarization prompt {template!r} does not contain {PLACEHOLDER}")
 
     def encode(text: str) -> list[int]:
-        return tokenizer.encode(template.replace(PLACEHOLDER, text), chat)
+        return tokenizer.encode(template.replace(PLACEHOLDER, tokenizer.literal(text)), chat, special_tokens=True)
 
     prompts = []
     for article in articles:
         ids = encode(article.article)
         if len(ids) > max_input_len:
-            words = article.article.split(" ")
-            size = lambda count: len(encode(" ".join(words[:count])))  # noqa: B023, E731
-            fitting = bisect_right(range(len(words)), max_input_len, key=size) - 1
-            if fitting < 0:
+            text = article.article.strip()
+            size = lambda length: len(encode(beginning(text, length)))  # noqa: B023, E731
+            fitting = bisect_right(range(len(text) + 1), max_input_len, key=size) - 1
+            if fitting < 1:
                 raise UserError(
-                    f"the summarization prompt alone has {size(0)} tokens; max_input_len is {max_input_len}"
+                    f"the summarization prompt alone has {size(0)} tokens, so that none of article {article.id} fits "
+                    f"into max_input_len {max_input_len}"
                 )
-            ids = encode(" ".join(words[:fitting]))
+            ids = encode(beginning(text, fitting))
         prompts.append(ids)
     return prompts
+
+
+def beginning(text: str, length: int) -> str:
+    """The first `length` characters, without a word that they cut in two.
+
+    What has more than 40 characters, such as an address, is no word; Chinese and Japanese put no space between words.
+    """
+    in_word = re.match(LETTER, text[length : length + 1])
+    return (LAST_WORD.sub("", text[:length]) if in_word else text[:length]).rstrip()
 
 
 def write_summaries(

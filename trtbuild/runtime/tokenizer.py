@@ -1,5 +1,7 @@
 """Text to token ids and back, with the tokenizer of the canonical checkpoint."""
 
+import re
+import secrets
 from pathlib import Path
 
 from trtbuild.errors import UserError
@@ -9,18 +11,21 @@ from trtbuild.files import read_json
 class Tokenizer:
     """`transformers`' fast tokenizer of a folder; no code from the folder is run.
 
-    Raises `UserError` if the folder has none.
+    A special token is what a chat template writes, or what is put around every text; in the text that a user or an
+    article brings its name is text like any other, and cannot end a turn. `chat_template` is the text of a Jinja
+    template, in place of the folder's own. Raises `UserError` if the folder has no tokenizer.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, chat_template: str | None = None) -> None:
         from transformers import PreTrainedTokenizerFast
 
-        self.folder = Path(folder)
+        self.folder, self._chat_template = Path(folder), chat_template
         if not (self.folder / "tokenizer.json").exists():
             raise UserError(f"{self.folder} has no tokenizer.json; give the checkpoint's folder, or convert it again")
         read_json(self.folder / "tokenizer.json")
         self._tokenizer = PreTrainedTokenizerFast.from_pretrained(self.folder, local_files_only=True)
         self.eos_token_ids = self._eos_token_ids()
+        self._add_aliases()
 
     def _eos_token_ids(self) -> tuple[int, ...]:
         ids = [self._tokenizer.eos_token_id]
@@ -30,18 +35,87 @@ class Tokenizer:
                 ids += eos if isinstance(eos, list) else [eos]
         return tuple(dict.fromkeys(i for i in ids if i is not None))
 
-    def encode(self, text: str, chat: bool = False) -> list[int]:
-        """Token ids of a text; with `chat` of that text as a user's message, ready for the answer."""
+    @property
+    def chat_template(self) -> str:
+        """The text of the chat template. Raises `UserError` if there is none."""
+        try:
+            return self._chat_template or self._tokenizer.get_chat_template()
+        except ValueError as error:
+            raise UserError(
+                f"the tokenizer in {self.folder} has no chat template; leave chat off, or name one: chat_template of "
+                "the model in config/models.yaml, or --chat-template"
+            ) from error
+
+    def _add_aliases(self) -> None:
+        """Gives each special token a second name, which no text can hold, so that its published one can be text.
+
+        Special tokens and text are then encoded in one go, and a text is cut where the published tokenizer cuts it.
+        """
+        from tokenizers import AddedToken
+
+        backend, secret = self._tokenizer.backend_tokenizer, secrets.token_hex(8)
+        self._mark, self._cut = f"{secret}:text;", f"{secret}:cut;"
+        added = backend.get_added_tokens_decoder().items()
+        special = {i: token for i, token in added if token.special or i in self.eos_token_ids}
+        names = {i: f"{secret}:{i};" for i in special}
+        # The published ones must be special for `split_special_tokens` to split them, the second ones must not.
+        backend.add_special_tokens([AddedToken(t.content, special=True) for t in special.values() if not t.special])
+        backend.add_tokens(
+            [AddedToken(names[i], lstrip=t.lstrip, rstrip=t.rstrip, normalized=False) for i, t in special.items()]
+            + [AddedToken(self._cut, normalized=False)]
+        )
+        self._alias = {token.content: names[i] for i, token in special.items()}
+        self._ids = {backend.token_to_id(name): [i] for i, name in names.items()} | {backend.token_to_id(self._cut): []}
+        longest_first = sorted(map(re.escape, self._alias), key=len, reverse=True)
+        beginnings = {name[:end] for name in self._alias for end in range(1, len(name))}
+        beginnings = (rf"{re.escape(part)}\Z" for part in sorted(beginnings, key=len, reverse=True))
+        self._to_mark = re.compile("|".join([*longest_first, *beginnings]) or "(?!)")
+        self._marked_or_special = re.compile("|".join([f"{self._mark}(?:{'|'.join(longest_first)})?", *longest_first]))
+
+    def literal(self, text: str) -> str:
+        """`text` with a mark before each special token's name, of which `encode(special_tokens=True)` makes text again.
+
+        The beginning of a name at the end of the text is marked as well: the rest of it might follow.
+        """
+        return self._to_mark.sub(lambda name: self._mark + name[0], text)
+
+    def encode(
+        self, text: str, chat: bool = False, special_tokens: bool = False, system: str | None = None
+    ) -> list[int]:
+        """Token ids of a text; with `chat` of it as a user's message, after one of the system, ready for the answer.
+
+        `special_tokens`: those that the text names are meant.
+        """
         if not text:
             return []
-        if not chat:
-            return self._tokenizer(text)["input_ids"]
-        if not self._tokenizer.chat_template:
-            raise UserError(f"the tokenizer in {self.folder} has no chat template; leave chat off")
-        messages = [{"role": "user", "content": text}]
-        return self._tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        if chat:
+            messages = [("system", system)] if system else []
+            messages = [{"role": role, "content": content} for role, content in [*messages, ("user", text)]]
+            return self.encode_chat(messages, special_tokens)
+        return self._encode(text if special_tokens else self.literal(text), add_special_tokens=True)
+
+    def encode_chat(self, messages: list[dict[str, str]], special_tokens: bool = False) -> list[int]:
+        """Token ids of messages, each with `role` and `content`, and of what begins an answer.
+
+        Where a template writes the variable `cut`, what is before and after is encoded apart. Raises `UserError` if
+        there is no chat template, or if it fails.
+        """
+        if not special_tokens:
+            messages = [message | {"content": self.literal(message["content"])} for message in messages]
+        template = self.chat_template
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=True, cut=self._cut
+            )
+        except Exception as error:  # its own, Jinja's, and whatever its expressions raise
+            raise UserError(f"the chat template fails: {error}") from error
+        return self._encode(text, add_special_tokens=False)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text in which every special token is meant, but for the marked ones."""
+        text = self._marked_or_special.sub(lambda it: self._alias.get(it[0], it[0].removeprefix(self._mark)), text)
+        ids = self._tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=True)["input_ids"]
+        return [published for i in ids for published in self._ids.get(i, [i])]
 
     def special_token_ids(self, words: tuple[str, ...]) -> tuple[int, ...]:
         """Ids of those words that are special tokens, which `decode` leaves out."""
