@@ -8,7 +8,6 @@ rule checkpoint:
         "results/{model}/logs/checkpoint.log",
     params:
         source=lambda wildcards: MODELS[wildcards.model]["source"],
-        chat_template=lambda wildcards: MODELS[wildcards.model].get("chat_template"),
     conda:
         "../config/environment.yaml"
     script:

@@ -38,6 +38,11 @@ if REHEARSE:
     config.update(rehearsal.rehearsal_config(config))
     MODELS, RECIPES = rehearsal.rehearsal_models(MODELS), rehearsal.rehearsal_recipes(RECIPES)
 
+try:
+    CHAT_TEMPLATES = trtbuild_workflow.chat_templates(MODELS, config["models"])
+except UserError as error:
+    raise WorkflowError(str(error)) from None
+
 QUANTIZATIONS = trtbuild_workflow.quantizations(RECIPES)
 CALIBRATIONS = trtbuild_workflow.calibrations(RECIPES)
 
@@ -100,6 +105,17 @@ def recipes_of_matrix(model):
 
 def evaluation(*keys):
     return {key: config["evaluation"][key] for key in keys}
+
+
+def chat_template(wildcards):
+    """The text of the template that a model is talked to with; None: its tokenizer's own, or there is no chat."""
+    if not config["evaluation"]["chat"]:
+        return None
+    try:
+        trtbuild_workflow.check_chat_template(wildcards.model, MODELS[wildcards.model], config["models"])
+    except UserError as error:
+        raise WorkflowError(str(error)) from None
+    return CHAT_TEMPLATES[wildcards.model]
 
 
 def baseline_limits():

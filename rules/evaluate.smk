@@ -12,6 +12,7 @@ rule summarize:
         "results/{model}/{recipe}/logs/summarize.log",
     params:
         options=evaluation("runtime", "device", "dataset", "prompt", "chat", "max_output_len"),
+        chat_template=chat_template,
     threads: 16
     resources:
         gpu=1,
@@ -31,6 +32,7 @@ rule summarize_hf:
         "results/{model}/hf/logs/summarize.log",
     params:
         options=evaluation("baseline_dtype", "device", "dataset", "prompt", "chat", "max_output_len") | baseline_limits(),
+        chat_template=chat_template,
     threads: 16
     resources:
         gpu=1,

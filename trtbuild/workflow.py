@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from trtbuild.checkpoint import chat_template
 from trtbuild.engine.config import REHEARSAL
 from trtbuild.errors import UserError, one_line
 from trtbuild.files import check_output, user_path
@@ -62,6 +63,35 @@ def load_table(path: str, schema_path: Path) -> dict:
     table = read_yaml(user_path(path))
     validate(table, schema_path, path)
     return table
+
+
+def chat_templates(models: dict, where: str) -> dict[str, str | None]:
+    """The text of each model's chat template, so that a change of a file's text is one of the configuration.
+
+    None: the one that the model's tokenizer brings along, if any. Raises `UserError` for one that cannot be read.
+    """
+    texts = {}
+    for name, model in models.items():
+        template = model.get("chat_template")
+        try:
+            texts[name] = template and chat_template.read(template)
+        except UserError as error:
+            raise UserError(f"{where}: {name}.chat_template: {error}") from error
+    return texts
+
+
+def check_chat_template(name: str, model: dict, where: str) -> None:
+    """Raises `UserError` if it can be seen already that neither a declared model nor its tokenizer has a chat template.
+
+    That is where its source is a folder, or where its checkpoint has been made.
+    """
+    source = model["source"]
+    folder = user_path(source["local"]["path"]) if "local" in source else Path(f"results/{name}/checkpoint")
+    if "chat_template" not in model and folder.is_dir() and not chat_template.is_in(folder):
+        raise UserError(
+            f"{where}: {name}: evaluation.chat is true, but there is no chat_template, nor has the tokenizer in "
+            f"{folder} one; add it, such as {name}.chat_template: plain"
+        )
 
 
 def matrix_targets(config: dict) -> list[str]:

@@ -5,4 +5,4 @@ from trtbuild.workflow import rule_log
 with rule_log(snakemake):
     from trtbuild.checkpoint.sources import make_checkpoint
 
-    make_checkpoint(snakemake.params.source, snakemake.output[0], snakemake.params.chat_template)
+    make_checkpoint(snakemake.params.source, snakemake.output[0])

@@ -13,5 +13,6 @@ with rule_log(snakemake):
         model=snakemake.wildcards.model,
         checkpoint_dir=Path(snakemake.input.checkpoint),
         engine_dir=Path(engine).parent if engine else None,
+        chat_template=snakemake.params.chat_template,
         **snakemake.params.options,
     )

@@ -1,22 +1,14 @@
 """The shipped chat templates: the text that they give, and its tokens with the tokenizers that they are for."""
 
 import json
-from pathlib import Path
 
 import pytest
-from jinja2.exceptions import TemplateError
 from test_fast_tokenizer import MODELS, convert, convert_tiktoken, train_sentencepiece, train_tiktoken
 
-from trtbuild.checkpoint.chat_template import names, read, write
+from trtbuild.checkpoint.chat_template import is_in, names, read
 from trtbuild.errors import UserError
 from trtbuild.models.families import baichuan
 from trtbuild.runtime.tokenizer import Tokenizer
-
-
-def apply(folder: Path, name: str) -> None:
-    """As `make_checkpoint` does it."""
-    write(folder, read(name))
-
 
 QUESTION = "世界上第二高的山峰是哪座？"
 ANSWER = "乔戈里峰。"
@@ -83,6 +75,13 @@ def messages(pairs):
     return [{"role": role, "content": content} for role, content in pairs]
 
 
+def render(tokenizer, pairs, **options):
+    """The text, by `transformers` itself, to which `cut` is unknown."""
+    return tokenizer._tokenizer.apply_chat_template(
+        messages(pairs), chat_template=tokenizer.chat_template, tokenize=False, **options
+    )
+
+
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
     """For each template a function that encodes a text as the model's own code does, and the converted tokenizer."""
@@ -101,21 +100,20 @@ def tokenizers(tmp_path_factory):
             version = "v2_13b" if name == "baichuan2" else "v1_13b"
             baichuan.save_tokenizer(folder / "tokenizer.model", tokenizer.folder, {"trtbuild": {"version": version}})
         made[name] = processor.encode, tokenizer
-    for name, (_, tokenizer) in made.items():
-        apply(tokenizer.folder, name)
-    return {name: (encode, Tokenizer(tokenizer.folder)) for name, (encode, tokenizer) in made.items()}
+    return {name: (encode, Tokenizer(tokenizer.folder, read(name))) for name, (encode, tokenizer) in made.items()}
 
 
 @pytest.mark.parametrize(("name", "pairs", "parts"), PROMPTS)
 def test_prompt(tokenizers, name, pairs, parts):
     encode, tokenizer = tokenizers[name]
-    render = tokenizer._tokenizer.apply_chat_template
-    assert render(messages(pairs), add_generation_prompt=True, tokenize=False) == "".join(parts)
-    ids = render(messages(pairs), add_generation_prompt=True, return_dict=False)
+    assert render(tokenizer, pairs, add_generation_prompt=True) == "".join(parts)
+    ids = tokenizer.encode_chat(messages(pairs))
     special = tokenizer._tokenizer.get_added_vocab()
     assert ids == [i for part in parts for i in ([special[part]] if part in special else encode(part))]
     if len(pairs) == 1:
         assert tokenizer.encode(pairs[0][1], chat=True) == ids
+    if [role for role, _ in pairs] == ["system", "user"]:
+        assert tokenizer.encode(pairs[1][1], chat=True, system=pairs[0][1]) == ids
 
 
 def test_every_template_is_tested():
@@ -124,61 +122,59 @@ def test_every_template_is_tested():
 
 @pytest.mark.parametrize(("name", "pairs", "parts"), PROMPTS)
 def test_without_the_prompt_of_an_answer(tokenizers, name, pairs, parts):
-    render = tokenizers[name][1]._tokenizer.apply_chat_template
     prompt = {"chatml": "".join(PROMPT), "qwen": "".join(PROMPT), "baichuan": "<reserved_103>"}.get(name, "")
     if name == "baichuan2" and pairs[-1][0] == "user":
         prompt = "<reserved_107>"
-    assert render(messages(pairs), add_generation_prompt=False, tokenize=False) + prompt == "".join(parts)
+    assert render(tokenizers[name][1], pairs, add_generation_prompt=False) + prompt == "".join(parts)
 
 
 @pytest.mark.parametrize(("name", "roles"), REFUSED)
 def test_roles_that_cannot_be(tokenizers, name, roles):
-    with pytest.raises(TemplateError, match=r"^roles must be "):
-        tokenizers[name][1]._tokenizer.apply_chat_template(messages((role, "text") for role in roles))
+    with pytest.raises(UserError, match=r"^the chat template fails: roles must be "):
+        tokenizers[name][1].encode_chat(messages((role, "text") for role in roles))
 
 
 def test_plain_bos_needs_such_a_token(tmp_path):
     _, tokenizer = convert(train_sentencepiece(bos_id=-1), tmp_path)
-    apply(tokenizer.folder, "plain-bos")
-    with pytest.raises(TemplateError, match="no token for the beginning of a sequence; use plain"):
-        Tokenizer(tokenizer.folder).encode("text", chat=True)
+    with pytest.raises(UserError, match="no token for the beginning of a sequence; use plain"):
+        Tokenizer(tokenizer.folder, read("plain-bos")).encode("text", chat=True)
 
 
-def test_a_template_replaces_what_is_there(tokenizers, tmp_path):
-    """The configuration's template, one in a file, and one in a file that is a link to somebody else's."""
+def test_a_template_that_is_given_goes_before_the_own_one(tmp_path):
+    """Whether that is in the configuration or in a file."""
     _, tokenizer = convert(train_sentencepiece(), tmp_path)
     folder = tokenizer.folder
+    assert not is_in(folder)
     config = folder / "tokenizer_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": "theirs"}))
-    theirs = tmp_path / "theirs.jinja"
-    theirs.write_text("theirs")
-    assert Tokenizer(folder)._tokenizer.chat_template == "theirs"
-    apply(folder, "plain")
-    assert Tokenizer(folder).encode(QUESTION, chat=True) == tokenizer.encode(QUESTION)
-    (folder / "chat_template.jinja").unlink()
-    (folder / "chat_template.jinja").symlink_to(theirs)
-    apply(folder, "chatml")
-    assert not (folder / "chat_template.jinja").is_symlink()
-    assert "<|im_start|>" in Tokenizer(folder)._tokenizer.chat_template
-    assert theirs.read_text() == "theirs"
+    assert is_in(folder)
+    assert Tokenizer(folder).chat_template == "theirs"
+    assert Tokenizer(folder, read("plain")).encode(QUESTION, chat=True) == tokenizer.encode(QUESTION)
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}theirs")
+    assert Tokenizer(folder).encode(QUESTION, chat=True) == tokenizer.encode(QUESTION + "theirs")
+    assert Tokenizer(folder, read("plain")).encode(QUESTION, chat=True) == tokenizer.encode(QUESTION)
 
 
 def test_own_template(tmp_path):
+    """As `transformers` reads it, whose templates may mark what the model is trained to write."""
     own = tmp_path / "own.jinja"
-    own.write_text("问：{{ messages[0]['content'] }}", encoding="utf-8")
-    apply(tmp_path / "folder", str(own))
-    assert (tmp_path / "folder/chat_template.jinja").read_text(encoding="utf-8") == own.read_text(encoding="utf-8")
+    text = "问：{% generation %}{{ messages[0]['content'] }}{% endgeneration %}"
+    own.write_text(text, encoding="utf-8")
+    assert read(str(own)) == text
 
 
 def test_templates_that_are_not_there(tmp_path):
     with pytest.raises(UserError, match="there is no chat template 'qwen3'; use baichuan, baichuan2, chatml, llama2, "):
-        apply(tmp_path, "qwen3")
+        read("qwen3")
     with pytest.raises(UserError, match=rf"the chat template {tmp_path}/own\.jinja does not exist"):
-        apply(tmp_path, f"{tmp_path}/own.jinja")
+        read(f"{tmp_path}/own.jinja")
     (tmp_path / "folder.jinja").mkdir()
     with pytest.raises(UserError, match=rf"cannot read the chat template {tmp_path}/folder\.jinja: "):
-        apply(tmp_path, f"{tmp_path}/folder.jinja")
+        read(f"{tmp_path}/folder.jinja")
     (tmp_path / "latin.jinja").write_bytes(b"caf\xe9")
     with pytest.raises(UserError, match=rf"the chat template {tmp_path}/latin\.jinja is not UTF-8 text"):
-        apply(tmp_path, f"{tmp_path}/latin.jinja")
-    assert not (tmp_path / "chat_template.jinja").exists()
+        read(f"{tmp_path}/latin.jinja")
+    for wrong, reason in (("{% for %}", "Expected an expression"), ("{{ x | nope }}", "No filter named 'nope'")):
+        (tmp_path / "wrong.jinja").write_text(wrong)
+        with pytest.raises(UserError, match=rf"{tmp_path}/wrong\.jinja is no Jinja template: {reason}.*\(line 1\)"):
+            read(f"{tmp_path}/wrong.jinja")

@@ -27,7 +27,7 @@ from reference_models import baichuan_logits, qwen_logits
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trtbuild.checkpoint import dummy
+from trtbuild.checkpoint import chat_template, dummy
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.checkpoint.dummy import save_byte_tokenizer
 from trtbuild.checkpoint.sources import make_checkpoint
@@ -385,8 +385,8 @@ def test_tokenizer_of_llama(add_bos, sentencepiece_model, tmp_path):
 def test_tokenizer_of_baichuan(sentencepiece_model, tmp_path):
     """No beginning; what begins a turn is one token, and none of the text."""
     publish("v2_7b", tmp_path / "x", tokenizer=beside(sentencepiece_model))
-    make_checkpoint(source("v2_7b", tmp_path / "x"), tmp_path / "out", "baichuan2")
-    tokenizer = Tokenizer(tmp_path / "out")
+    make_checkpoint(source("v2_7b", tmp_path / "x"), tmp_path / "out")
+    tokenizer = Tokenizer(tmp_path / "out", chat_template.read("baichuan2"))
     processor = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model)
     user, assistant = (processor.piece_to_id(f"<reserved_{i}>") for i in (106, 107))
     ids = tokenizer.encode("the river", chat=True)

@@ -41,7 +41,7 @@ CONFIG = {
         "baseline_dtype": "float32",
         "dataset": {"name": "trtbuild-news", "split": "evaluation", "samples": 2},
         "prompt": "{article}",
-        "chat": False,
+        "chat": True,
         "max_output_len": 8,
     },
     "benchmark": {"batch_size": 1, "input_len": 8, "output_len": 4, "repeats": 1},
@@ -140,7 +140,10 @@ class Workspace:
 def dummy_models(tiny_config) -> dict:
     """Two models of one shape and other weights."""
     config = tiny_config | {"max_position_embeddings": 2048}
-    return {name: {"source": {"dummy": {"config": config, "seed": seed}}} for name, seed in (("tiny", 1), ("other", 2))}
+    return {
+        name: {"source": {"dummy": {"config": config, "seed": seed}}, "chat_template": "plain"}
+        for name, seed in (("tiny", 1), ("other", 2))
+    }
 
 
 @pytest.fixture
@@ -229,7 +232,7 @@ def declared(tiny_config) -> tuple[dict, dict, dict]:
         "int8kv": {"dtype": "float16", "weights": {"dtype": "int8"}, "kv_cache": {"dtype": "int8"}},
         "published": {"dtype": "float16", "quant_checkpoint": {"local": {"path": "no/where"}}},
     }
-    evaluation = {"max_output_len": 16, "chat": True, "dataset": CONFIG["evaluation"]["dataset"] | {"samples": 3}}
+    evaluation = {"max_output_len": 16, "dataset": CONFIG["evaluation"]["dataset"] | {"samples": 3}}
     return (
         CONFIG
         | {

@@ -86,6 +86,14 @@ BAD_CONFIGURATION = {
         "config/models.yaml: tiny.source: Additional properties are not allowed ('ftp' was unexpected); "
         "known keys: hub, local, gguf, pypi, dummy",
     ),
+    "unknown chat template": (
+        set_to("models", "tiny", "chat_template", "qwne"),
+        "config/models.yaml: tiny.chat_template: there is no chat template 'qwne'; use baichuan,",
+    ),
+    "missing chat template": (
+        set_to("models", "tiny", "chat_template", "own.jinja"),
+        "config/models.yaml: tiny.chat_template: the chat template own.jinja does not exist",
+    ),
     "unknown dtype": (
         set_to("recipes", "fp32", "dtype", "float8"),
         "config/recipes.yaml: fp32.dtype: 'float8' is not one of ['float32', 'float16', 'bfloat16']",
@@ -133,6 +141,20 @@ def test_missing_model_folder(empty, tmp_path):
     empty.models["tiny"]["source"] = {"local": {"path": str(tmp_path / "nowhere")}}
     line = f"error: the model folder {tmp_path / 'nowhere'} does not exist"
     failing_rule(empty, "results/tiny/fp32/rouge.json", "tiny/logs/checkpoint.log", line)
+
+
+def test_no_chat_template(finished):
+    """Said before any work where it can be known: of a checkpoint that is there, and of a folder to be converted."""
+    line = "config/models.yaml: {}: evaluation.chat is true, but there is no chat_template, nor has the tokenizer in {}"
+    del finished.models["tiny"]["chat_template"]
+    folder = finished.results / "tiny" / "checkpoint"
+    finished.models["third"] = {"source": {"local": {"path": str(folder)}}}
+    for model, where in (("tiny", "results/tiny/checkpoint"), ("third", folder)):
+        result = finished.run("--dry-run", f"results/{model}/hf/rouge.json")
+        assert result.returncode != 0
+        assert line.format(model, where) in result.stdout
+    finished.config["evaluation"]["chat"] = False
+    finished.succeed("--dry-run", "results/third/hf/rouge.json")
 
 
 def test_damaged_gguf_file(empty, tmp_path):

@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from conftest import REPOSITORY
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +41,7 @@ def set_to(*path):
 CHANGES = {
     "evaluation.max_output_len": (set_to("evaluation", "max_output_len", 4), SUMMARIES),
     "evaluation.prompt": (set_to("evaluation", "prompt", "News: {article}"), SUMMARIES),
-    "evaluation.chat": (set_to("evaluation", "chat", True), SUMMARIES),
+    "evaluation.chat": (set_to("evaluation", "chat", False), SUMMARIES),
     "evaluation.dataset.samples": (set_to("evaluation", "dataset", "samples", 3), SUMMARIES | PERPLEXITY),
     "evaluation.baseline_dtype": (
         set_to("evaluation", "baseline_dtype", "bfloat16"),
@@ -104,11 +105,26 @@ def test_change_of_a_models_weights(finished):
 
 
 def test_what_rehearsals_are_made_of_is_no_part_of_a_model(finished):
-    """Its chat template is, since that lies in the checkpoint."""
     finished.models["tiny"]["config"] = {"model_type": "llama"}
     assert finished.pending() == set()
-    finished.models["tiny"]["chat_template"] = "plain"
-    assert finished.pending() >= {"checkpoint tiny", "summarize tiny/fp32"}
+
+
+def test_change_of_a_chat_template(finished):
+    """Its text counts, and summaries alone depend on it."""
+    own = finished.folder / "own.jinja"
+    own.write_text((REPOSITORY / "trtbuild/chat_templates/plain.jinja").read_text())
+    finished.models["tiny"]["chat_template"] = "own.jinja"
+    assert finished.pending() == set()
+    own.write_text("Read: {{ messages[0].content }}")
+    summaries = {job for job in SUMMARIES if " tiny" in job}
+    assert finished.pending() == summaries
+    finished.config["matrix"] = [{"model": "tiny", "recipes": ["fp32"]}]
+    finished.succeed()
+    assert finished.pending() == set()
+    finished.config["evaluation"]["chat"] = False
+    finished.succeed()
+    own.write_text("Unused: {{ messages[0].content }}")
+    assert finished.pending() == set()
 
 
 def test_new_model(finished):

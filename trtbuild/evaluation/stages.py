@@ -35,6 +35,7 @@ def summarize_articles(
     dataset: dict,
     prompt: str,
     chat: bool,
+    chat_template: str | None = None,
     max_output_len: int,
     max_input_len: int = 0,
     baseline_dtype: str = "float32",
@@ -45,9 +46,10 @@ def summarize_articles(
     """Writes the summaries of a data set by an engine, or without `engine_dir` by the baseline, Hugging Face's model.
 
     `checkpoint_dir` gives the tokenizer, and the Hugging Face model. An engine brings its own `max_input_len`.
+    `chat_template`: the text of one, in place of the tokenizer's own.
     """
     articles = load_articles(**dataset)
-    tokenizer = Tokenizer(checkpoint_dir)
+    tokenizer = Tokenizer(checkpoint_dir, chat_template)
     params = SamplingParams(max_output_len, eos_token_ids=tokenizer.eos_token_ids)
     if engine_dir:
         opened = open_engine(engine_dir, runtime, device)
