@@ -78,8 +78,7 @@ def test_published(published_tokenizer, tmp_path):
     assert tokenizer.encode(" b") == [1, 29871, 289]
     for text in random_texts(PARTS, 500):
         assert tokenizer.encode(text) == [1, *processor.encode(text)], text
-    chat_template.write(tokenizer.folder, chat_template.read("llama2"))
-    ids = Tokenizer(tokenizer.folder).encode("hi", chat=True)
+    ids = Tokenizer(tokenizer.folder, chat_template.read("llama2")).encode("hi", chat=True)
     assert ids == [1, *processor.encode("[INST] hi [/INST]")]
     assert ids[:3] == [1, 518, 25580]
 

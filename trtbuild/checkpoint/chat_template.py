@@ -7,7 +7,7 @@ lie in `trtbuild/chat_templates`.
 from pathlib import Path
 
 from trtbuild.errors import UserError
-from trtbuild.files import read_json, user_path
+from trtbuild.files import atomic, read_json, user_path
 
 SHIPPED = Path(__file__).parents[1] / "chat_templates"
 
@@ -43,6 +43,15 @@ def read(name: str) -> str:
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"the chat template {path} is no Jinja template: {error} (line {error.lineno})") from error
     return template
+
+
+def write(folder: Path, template: str) -> None:
+    """Gives the tokenizer in `folder` its published template, as `chat_template.jinja`.
+
+    `transformers` prefers that to one in `tokenizer_config.json`. A link of that name is replaced, not written through.
+    """
+    with atomic(folder / "chat_template.jinja") as temporary:
+        temporary.write_text(template, encoding="utf-8")
 
 
 def is_in(folder: Path) -> bool:

@@ -76,8 +76,8 @@ def convert_sentencepiece(
 
     The model's control and unknown pieces and those of `special_tokens` that it has become special tokens: where these
     are recognized, which SentencePiece does not do, what stands between them is encoded as SentencePiece encodes a text
-    of its own. Decoding gives SentencePiece's text, but where byte tokens in a row are not UTF-8 each is shown as U+FFFD,
-    valid characters among them too, and unknown pieces are left out.
+    of its own. Decoding gives SentencePiece's text, but where byte tokens in a row are not UTF-8 each is shown as
+    U+FFFD, valid characters among them too, and unknown pieces are left out.
 
     A token for an end of a sequence that the model does not have, and a model that has no exact equivalent (one of
     unigrams, or with a normalization of its own, say) are a `UserError`.

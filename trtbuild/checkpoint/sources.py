@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from trtbuild.checkpoint import chat_template
 from trtbuild.checkpoint.canonical import ORIGIN_FILE, Checkpoint, check_tensors, published_config, settle_head
 from trtbuild.checkpoint.dummy import BYTES, SPECIAL_TOKENS, dummy_tensors, save_byte_tokenizer
 from trtbuild.checkpoint.gguf import gguf_parts, read_gguf
@@ -187,7 +188,7 @@ def _make_tokenizer(source: Path, folder: Path, family: Family, config: dict) ->
     beside = files[0].with_name("tokenizer_config.json")
     template = read_json(beside).get("chat_template") if beside.exists() else None
     if isinstance(template, str) and not (folder / "chat_template.jinja").exists():
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        chat_template.write(folder, template)
 
 
 def _link(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:
