@@ -82,9 +82,9 @@ class Fuzzer:
                 break
         return outcomes
 
-    def check(self, case: Case, name: str = "case") -> Failure | None:
+    def check(self, case: Case) -> Failure | None:
         original = self.originals[case.original]
-        place = self._place(original, name)
+        place = self._place(original, "case")
         for file, kind, number in case.damage:
             path = place / "in" / file
             getattr(mutations, kind)(path, Random(number))
@@ -99,6 +99,15 @@ class Fuzzer:
             or (outcomes[-1].code == 0 and self._wrong_result(original, place, case, outcomes))
         )
         return Failure(f"{case.damage[-1][0].removeprefix('checkpoint/')}: {kind}", outcomes[-1]) if kind else None
+
+    def smallest(self, case: Case) -> tuple[Case, Failure | None]:
+        """Checks a case; of one that fails, the part that fails alone."""
+        failure = self.check(case)
+        for damage in case.damage if failure and len(case.damage) > 1 else ():
+            part = Case(case.original, (damage,))
+            if alone := self.check(part):
+                return part, alone
+        return case, failure
 
     def _left_behind(self, original: Original, place: Path, before: set[str], outcomes: list[Outcome]) -> str | None:
         if changed := before ^ listing(place / "in"):
@@ -188,7 +197,7 @@ def search(fuzzer: Fuzzer, count: int, number: int, see: Callable[[Case, Failure
     @settings(max_examples=count, suppress_health_check=list(HealthCheck), **options)
     @given(cases(list(fuzzer.originals.values())))
     def run(case: Case) -> None:
-        see(case, fuzzer.check(case))
+        see(*fuzzer.smallest(case))
 
     run()
 
