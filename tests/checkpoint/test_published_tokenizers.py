@@ -114,3 +114,18 @@ def test_tiktoken(published_tokenizer, texts, tmp_path):
     for text, ids in zip(normal, ids_of(tokenizer, texts), strict=True):
         assert ids == original.encode(text, allowed_special="all"), repr(text)
         assert text_of(tokenizer, ids) == text
+
+
+@pytest.mark.parametrize(("name", "other"), [("baichuan-7b.model", (106, 107)), ("baichuan2.model", (102, 103))])
+def test_roles_of_baichuan(name, other, published_tokenizer, tmp_path):
+    """Both generations say in `generation_config.json` that users are 195 and assistants 196."""
+    _, version = SENTENCEPIECE[name]
+    baichuan.save_tokenizer(published_tokenizer(name), tmp_path, {"trtbuild": {"version": version}})
+    tokenizer = Tokenizer(tmp_path)
+    roles = tuple(f"<reserved_{i}>" for i in (102, 103, 106, 107))
+    assert tokenizer.special_token_ids(roles) == (195, 196)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(published_tokenizer(name)))
+    for i in other:
+        text = f"世界 <reserved_{i}>the river"
+        assert ids_of(tokenizer, [text]) == [processor.encode(text)]
+        assert tokenizer.decode(processor.encode(text)) == text

@@ -205,7 +205,6 @@ def _check_sentencepiece(path: Path, model: Any) -> None:
         raise UserError(
             f"{path} has {found[0]}, for which there is no exact fast tokenizer; use a folder with tokenizer.json"
         )
-    return model
 
 
 def _merges(tokens: Sequence[str]) -> list[tuple[str, str]]:
