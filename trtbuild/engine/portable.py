@@ -17,6 +17,10 @@ from trtbuild.network import Network, ops  # noqa: F401 (makes the operations kn
 
 METADATA_KEY = "trtbuild"
 FORMAT_VERSION = 2
+WEIGHTS = (
+    "model.",
+    "lm_head.",
+)  # how names of a model's own tensors begin; others are computed, such as ALiBi's slopes
 
 
 def write_portable(
@@ -164,24 +168,25 @@ class PortableEngine:
 
     @contextmanager
     def checked(self) -> Iterator[None]:
-        """Inside, `run` raises `FloatingPointError` where numbers stop being finite, naming the last weight before."""
-        plan, weight = self._plan, ""
+        """Inside, `run` raises `FloatingPointError` where numbers stop being finite, naming the last product or norm."""
+        plan, last = self._plan, ""
         self._plan = []
         for node, (run, *slots) in zip(self.network.nodes, plan, strict=True):
-            weight = next((name for name in reversed(node.inputs) if name in self.network.constants), weight)
-            self._plan.append((_checked(run, weight), *slots))
+            weights = [name for name in node.inputs if name in self.network.constants and name.startswith(WEIGHTS)]
+            last = weights[0].rpartition(".")[0] if weights else last
+            self._plan.append((_checked(run, last), *slots))
         try:
             yield
         finally:
             self._plan = plan
 
 
-def _checked(run: Callable, weight: str) -> Callable:
+def _checked(run: Callable, name: str) -> Callable:
     def call(step: StepContext, *values: torch.Tensor):
         result = run(step, *values)
         first = result if isinstance(result, torch.Tensor) else result[0]  # others are caches, with unused positions
         if not first.isfinite().all():
-            raise FloatingPointError(weight)
+            raise FloatingPointError(name)
         return result
 
     return call
