@@ -17,10 +17,7 @@ from trtbuild.network import Network, ops  # noqa: F401 (makes the operations kn
 
 METADATA_KEY = "trtbuild"
 FORMAT_VERSION = 2
-WEIGHTS = (
-    "model.",
-    "lm_head.",
-)  # how names of a model's own tensors begin; others are computed, such as ALiBi's slopes
+WEIGHTS = ("model.", "lm_head.")  # how names of a model's own constants begin; ALiBi's slopes are computed
 
 
 def write_portable(
@@ -168,7 +165,7 @@ class PortableEngine:
 
     @contextmanager
     def checked(self) -> Iterator[None]:
-        """Inside, `run` raises `FloatingPointError` where numbers stop being finite, naming the last product or norm."""
+        """Inside, `run` raises `FloatingPointError` where numbers stop being finite: at which product or norm."""
         plan, last = self._plan, ""
         self._plan = []
         for node, (run, *slots) in zip(self.network.nodes, plan, strict=True):
