@@ -441,3 +441,25 @@ def test_json_that_is_none(tmp_path, text, reason):
 def test_a_whole_surrogate_pair(tmp_path):
     (tmp_path / "x.json").write_text(r'{"a": "\ud83d\ude00"}')
     assert read_json(tmp_path / "x.json") == {"a": "\U0001f600"}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"a": 1, "b": {"c": "x"}}, None),
+        ({"a": 1.5, "b": {"c": "x", "d": 2}}, None),
+        ({"a": True, "b": {"c": "x"}}, "a is a bool, a float is expected"),
+        ({"a": None, "b": {"c": "x"}}, "a is a NoneType, a float is expected"),
+        ({"a": 1}, "the key b is missing"),
+        ({"a": 1, "b": [1]}, "b is a list, a dict is expected"),
+        ({"a": 1, "b": {}}, "b: the key c is missing"),
+        ({"a": 1, "b": {"c": 1}}, "b: c is a int, a str is expected"),
+    ],
+)
+def test_read_json_compares_with_a_shape(tmp_path, value, message):
+    write_json(tmp_path / "x.json", value)
+    if message is None:
+        assert read_json(tmp_path / "x.json", {"a": float, "b": {"c": str}}) == value
+        return
+    with pytest.raises(UserError, match=f"x.json: {message}; make the file again"):
+        read_json(tmp_path / "x.json", {"a": float, "b": {"c": str}})

@@ -425,11 +425,12 @@ def score(
 
     Example: trtbuild score --summaries summaries.jsonl --output rouge.json
     """
+    from trtbuild.evaluation.rouge import SHAPE
     from trtbuild.evaluation.stages import rouge_table, score_summaries
     from trtbuild.files import read_json, write_json
 
     result = score_summaries(summaries, seed)
-    table = rouge_table([result, *([read_json(baseline)] if baseline else [])])
+    table = rouge_table([result, *([read_json(baseline, SHAPE)] if baseline else [])])
     if output:
         write_json(output, result)
     if output or baseline:

@@ -234,12 +234,29 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")
 
 
-def read_json(path: Path | str) -> dict:
-    """Reads a JSON object; a missing, malformed or other file is a `UserError` that names it."""
+def read_json(path: Path | str, shape: dict | None = None) -> dict:
+    """Reads a JSON object; a missing, malformed or other file is a `UserError` that names it.
+
+    `shape` is of files that this project writes: the keys that it must have, each with its type, or with a shape.
+    """
     value = parse_json(read_text(path), path)
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a JSON {type(value).__name__}; an object is expected")
+    check_shape(value, shape or {}, path)
     return value
+
+
+def check_shape(value: dict, shape: dict, where: Path | str) -> None:
+    """Raises `UserError` for a key that is missing, or of another type; where a float is expected an int will do."""
+    for key, kind in shape.items():
+        if key not in value:
+            raise UserError(f"{where}: the key {key} is missing; make the file again")
+        expected = dict if isinstance(kind, dict) else kind
+        if type(value[key]) not in ((int, float) if expected is float else (expected,)):
+            found = type(value[key]).__name__
+            raise UserError(f"{where}: {key} is a {found}, a {expected.__name__} is expected; make the file again")
+        if isinstance(kind, dict):
+            check_shape(value[key], kind, f"{where}: {key}")
 
 
 def sha256(path: Path | str) -> str:

@@ -8,8 +8,9 @@ from trtbuild.files import write_json
 
 
 def rouge(one: float, long: float, model: str = "12") -> dict:
-    provenance = {"dtype": "float32", "source_sha256": model}
-    return {"rouge1": {"mean": one}, "rougeL": {"mean": long}, "provenance": provenance}
+    means = {"rouge1": one, "rouge2": 9, "rougeL": long, "rougeLsum": 25}
+    scores = {metric: {"mean": mean, "low": mean - 1, "high": mean + 1} for metric, mean in means.items()}
+    return scores | {"provenance": {"engine": "portable", "dtype": "float32", "source_sha256": model}}
 
 
 def measured(perplexity: float, model: str = "12") -> dict:

@@ -5,9 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trtbuild.errors import UserError
-from trtbuild.files import read_json, sha256, write_json
+from trtbuild.files import check_shape, read_json, sha256, write_json
 
 CONFIG_FILE = "config.json"
+FILE = {"bytes": int, "sha256": str}
+SHAPE = {
+    "model": str,
+    "recipe": {"dtype": str},
+    "limits": {"max_batch_size": int, "max_input_len": int, "max_output_len": int},
+    "remove_input_padding": bool,
+    "builders": dict,
+    "inputs": dict,
+}
 REHEARSAL = "rehearsal/"  # begins the names of models that are rehearsed with dummy weights
 
 
@@ -54,10 +63,14 @@ def read_config(folder: Path) -> dict:
     if not (folder / CONFIG_FILE).exists():
         raise UserError(f"{folder} is not an engine folder: it has no {CONFIG_FILE}; build one with 'trtbuild build'")
     config = read_json(folder / CONFIG_FILE)
-    if "outputs" not in config:  # a model's config.json has the same name
+    if not isinstance(config.get("outputs"), dict):  # a model's config.json has the same name
         raise UserError(f"{folder} is not an engine folder: its {CONFIG_FILE} lists no engine files")
+    check_shape(config, SHAPE | {"outputs": dict.fromkeys(config["outputs"], FILE)}, folder / CONFIG_FILE)
+    BuildLimits(**config["limits"])
     for name, expected in config["outputs"].items():
         path = folder / name
+        if Path(name).name != name:
+            raise UserError(f"{folder / CONFIG_FILE} lists {name!r}, which is no file of this folder; build it again")
         if not path.exists():
             raise UserError(f"{folder} is incomplete: {name} is missing; build the engine again")
         if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:

@@ -6,6 +6,14 @@ from trtbuild.engine.config import marker
 from trtbuild.errors import UserError
 from trtbuild.evaluation.provenance import refuse_different
 
+PERPLEXITY = {"perplexity": float, "provenance": dict}  # of a perplexity.json, what is read here
+GATE = {
+    "verdict": str,
+    "gate": str,
+    "baseline_engine": str,
+    **dict.fromkeys(("value", "baseline", "increase_percent", "limit_percent"), float),
+}
+
 
 def gate(value: dict, baseline: dict, max_increase: float, gate: str) -> dict:
     """Compares two `perplexity.json`: the engine's and the baseline's, which is mostly the Hugging Face model.
@@ -15,7 +23,7 @@ def gate(value: dict, baseline: dict, max_increase: float, gate: str) -> dict:
     of different models, were measured on different text, or are no numbers.
     """
     refuse_different([value, baseline])
-    if not (math.isfinite(value["perplexity"]) and math.isfinite(baseline["perplexity"])):
+    if not (0 < value["perplexity"] < math.inf and 0 < baseline["perplexity"] < math.inf):
         raise UserError(f"perplexities {value['perplexity']} and {baseline['perplexity']} are not comparable")
     ours, theirs = value["provenance"], baseline["provenance"]
     increase = 100 * (value["perplexity"] / baseline["perplexity"] - 1)

@@ -8,6 +8,9 @@ import numpy as np
 from trtbuild.errors import UserError
 
 METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+# Of a rouge.json, what is read.
+SHAPE = dict.fromkeys(METRICS, dict.fromkeys(("mean", "low", "high"), float))
+SHAPE |= {"provenance": {"engine": str, "dtype": str}}
 RESAMPLES = 1000
 TOKENIZER = "rouge-score, stemmed; Chinese, Japanese and Korean by characters"
 # Kana, Hangul's letters, compatibility ideographs, half and full-width forms: several ways to write one character.

@@ -4,7 +4,9 @@ import csv
 from pathlib import Path
 
 from trtbuild.errors import UserError
+from trtbuild.evaluation.gate import PERPLEXITY
 from trtbuild.evaluation.provenance import refuse_different
+from trtbuild.evaluation.rouge import SHAPE
 from trtbuild.files import read_json
 
 HEADER = (
@@ -27,9 +29,8 @@ def recipe_table(folder: Path, recipes: dict[str, str]) -> str:
     Hugging Face model's perplexity; times are those of the rules (`logs/*.tsv`), quantization and build. Raises
     `UserError` for results that are missing, or of another model, text or prompt than the Hugging Face model's.
     """
-    measured = read_json(folder / "hf" / "perplexity.json")
+    measured, hf = _results(folder / "hf")
     baseline = measured["perplexity"]
-    hf = read_json(folder / "hf" / "rouge.json")
     rows = [
         (
             f"{_baseline(hf['provenance'])}, {hf['provenance']['dtype']}",
@@ -41,14 +42,14 @@ def recipe_table(folder: Path, recipes: dict[str, str]) -> str:
         )
     ]
     for recipe, weights in recipes.items():
-        ours, rouge = (read_json(folder / recipe / f"{name}.json") for name in ("perplexity", "rouge"))
+        ours, rouge = _results(folder / recipe)
         perplexity = ours["perplexity"]
         try:
             refuse_different([ours, measured])
             refuse_different([rouge, hf])
         except UserError as error:
             raise UserError(f"{folder / recipe} and {folder / 'hf'}: {error}") from None
-        outputs = read_json(folder / recipe / "engine" / "config.json")["outputs"]
+        outputs = read_json(folder / recipe / "engine" / "config.json", {"outputs": dict})["outputs"]
         sizes = {Path(name).suffix: f"{output['bytes'] / 1e6:.1f}" for name, output in outputs.items()}
         quantize = folder / "logs" / f"quantize.{Path(weights).name}.tsv" if weights != "checkpoint" else None
         logs = folder / recipe / "logs"
@@ -70,6 +71,10 @@ def recipe_table(folder: Path, recipes: dict[str, str]) -> str:
     lines = ["**Rehearsal**: dummy weights, no results.", ""] if "rehearsal" in measured else []
     lines += ["| " + " | ".join(cells) + " |" for cells in (*zip(*HEADER, strict=True), *rows)]
     return "\n".join(lines) + "\n"
+
+
+def _results(folder: Path) -> tuple[dict, dict]:
+    return read_json(folder / "perplexity.json", PERPLEXITY), read_json(folder / "rouge.json", SHAPE)
 
 
 def _baseline(origin: dict) -> str:
