@@ -14,6 +14,7 @@ rule calibration:
         "results/{model}/logs/calibration.{calibration}.tsv"
     params:
         settings=lambda wildcards: CALIBRATIONS[wildcards.calibration]["settings"],
+        articles=lambda wildcards: articles_state(**CALIBRATIONS[wildcards.calibration]["settings"]["dataset"]),
     threads: 16
     resources:
         gpu=1,

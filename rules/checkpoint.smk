@@ -8,6 +8,7 @@ rule checkpoint:
         "results/{model}/logs/checkpoint.log",
     params:
         source=lambda wildcards: MODELS[wildcards.model]["source"],
+        files=lambda wildcards: source_state(MODELS[wildcards.model]["source"]),
     conda:
         "../config/environment.yaml"
     script:

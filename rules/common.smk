@@ -8,12 +8,16 @@ from snakemake.exceptions import WorkflowError
 
 from trtbuild import rehearsal
 from trtbuild import workflow as trtbuild_workflow
+from trtbuild.checkpoint.source_files import source_state
+from trtbuild.datasets import articles_state
 from trtbuild.engine.config import rank_file
 from trtbuild.errors import UserError
+from trtbuild.kept_outputs import keep_outputs
 from trtbuild.quantization.recipe import engine_recipe, gate_limits, needs_ranges
 from trtbuild.yaml_reader import read_yaml
 
 trtbuild_workflow.export_package(workflow.basedir)
+keep_outputs({"checkpoint", "calibration", "quantize"})
 
 SCHEMAS = trtbuild_workflow.SCHEMAS
 
@@ -25,6 +29,7 @@ try:
     trtbuild_workflow.check_limits(config)
     MODELS = trtbuild_workflow.load_table(config["models"], SCHEMAS / "models.schema.yaml")
     RECIPES = trtbuild_workflow.load_table(config["recipes"], SCHEMAS / "recipes.schema.yaml")
+    trtbuild_workflow.check_articles(config, RECIPES)
     TARGETS = trtbuild_workflow.matrix_targets(config)
     # Targets are only known from the command line here; a wrong name would else end as "missing input files".
     trtbuild_workflow.check_targets([*sys.argv[1:], *TARGETS], MODELS, RECIPES, REHEARSE)
@@ -51,7 +56,7 @@ wildcard_constraints:
     model="|".join(map(re.escape, MODELS)) or "none",
     recipe="|".join(map(re.escape, RECIPES)) or "none",
     run="|".join(map(re.escape, [*RECIPES, "hf"])),
-    rank=r"\d+",
+    rank="0",  # of one
     quantization="|".join(map(re.escape, QUANTIZATIONS)) or "none",
     calibration="|".join(map(re.escape, CALIBRATIONS)) or "none",
 
@@ -94,6 +99,15 @@ def ranges_of_quantization(wildcards):
     return f"results/{wildcards.model}/calibration/{name}.npz"
 
 
+def state_of_quantization(wildcards):
+    """The state of the files that weights are quantized with (articles), or that they are (published weights)."""
+    wanted = QUANTIZATIONS[wildcards.quantization]
+    if "source" in wanted:
+        return source_state(wanted["source"])
+    calibration = wanted["quantization"].get("calibration")
+    return calibration and articles_state(**calibration["dataset"])
+
+
 def gate_of_run(wildcards):
     """What stands between an engine and its scores; the baseline has no gate."""
     return f"results/{wildcards.model}/{wildcards.run}/gate.json" if wildcards.run != "hf" else []
@@ -116,6 +130,10 @@ def chat_template(wildcards):
     except UserError as error:
         raise WorkflowError(str(error)) from None
     return CHAT_TEMPLATES[wildcards.model]
+
+
+def articles_to_evaluate():
+    return articles_state(**config["evaluation"]["dataset"])
 
 
 def baseline_limits():

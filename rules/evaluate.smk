@@ -13,6 +13,7 @@ rule summarize:
     params:
         options=evaluation("runtime", "device", "dataset", "prompt", "chat", "max_output_len"),
         chat_template=chat_template,
+        articles=articles_to_evaluate(),
     threads: 16
     resources:
         gpu=1,
@@ -33,6 +34,7 @@ rule summarize_hf:
     params:
         options=evaluation("baseline_dtype", "device", "dataset", "prompt", "chat", "max_output_len") | baseline_limits(),
         chat_template=chat_template,
+        articles=articles_to_evaluate(),
     threads: 16
     resources:
         gpu=1,
@@ -67,6 +69,7 @@ rule perplexity:
         "results/{model}/{recipe}/logs/perplexity.log",
     params:
         options=evaluation("runtime", "device", "dataset"),
+        articles=articles_to_evaluate(),
     threads: 16
     resources:
         gpu=1,
@@ -85,6 +88,7 @@ rule perplexity_hf:
         "results/{model}/hf/logs/perplexity.log",
     params:
         options=evaluation("baseline_dtype", "device", "dataset") | baseline_limits(),
+        articles=articles_to_evaluate(),
     threads: 16
     resources:
         gpu=1,

@@ -16,6 +16,7 @@ rule quantize:
             key: lambda wildcards, key=key: QUANTIZATIONS[wildcards.quantization].get(key)
             for key in ("quantization", "source")
         },
+        files=state_of_quantization,
     threads: 16
     resources:
         gpu=1,

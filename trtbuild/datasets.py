@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trtbuild.errors import UserError
+from trtbuild.files import state_of
 
+OWN = "trtbuild-news"
 ARTICLES = Path(__file__).parent / "articles"
 OWN_SPLITS = ("evaluation", "calibration")
 COLUMNS = ("article", "highlights", "id")
@@ -37,13 +39,20 @@ def load_articles(
     """
     if samples < 1:
         raise UserError(f"samples is {samples}; it must be at least 1")
-    data = _own(split) if name == "trtbuild-news" else _from_hub(name, config, split, revision)
+    data = _own(split) if name == OWN else _from_hub(name, config, split, revision)
     if len(data) < samples:
         raise UserError(
             f"the data set {name} has {len(data)} articles in its split {split!r}; {samples} were asked for"
         )
     order = range(samples) if seed is None else random.Random(seed).sample(range(len(data)), samples)
     return [_article(data[i], f"row {i} of the data set {name}, split {split!r}") for i in order]
+
+
+def articles_state(name: str, split: str, **_) -> str | None:
+    """Says whether the files that hold a split are those of another time (`files.state_of`); None on the hub."""
+    if name == OWN:
+        return state_of([ARTICLES / f"{split}.jsonl"])
+    return state_of(Path(name).rglob("*")) if Path(name).exists() else None
 
 
 def _article(row: dict, where: str) -> Article:
@@ -59,7 +68,7 @@ def _article(row: dict, where: str) -> Article:
 
 def _own(split: str) -> list[dict]:
     if split not in OWN_SPLITS:
-        raise UserError(f"the data set trtbuild-news has the splits {' and '.join(OWN_SPLITS)}, not {split!r}")
+        raise UserError(f"the data set {OWN} has the splits {' and '.join(OWN_SPLITS)}, not {split!r}")
     return [json.loads(line) for line in (ARTICLES / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 

@@ -8,8 +8,8 @@ import os
 import shutil
 import socket
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from trtbuild.errors import UserError
@@ -18,6 +18,7 @@ MARKER = "made-by-trtbuild"
 LFS = b"version https://git-lfs.github.com/spec/"
 # A file that is read whole may have so many bytes; of published ones a tokenizer.json has most, about 30 MiB.
 MAX_BYTES = 64 << 20
+HASHED = 1 << 20  # of larger files `state_of` takes size and time
 KINDS = {
     stat.S_IFDIR: "folder",
     stat.S_IFREG: "file",
@@ -48,8 +49,9 @@ def atomic(path: Path | str) -> Iterator[Path]:
         if temporary.is_dir():
             (temporary / MARKER).touch()
         if path.is_dir():
-            _remove(path)
-        temporary.replace(path)
+            _replace_folder(path, temporary)
+        else:
+            temporary.replace(path)
     except UserError as error:
         raise UserError(str(error).replace(str(temporary), str(path))) from error
     except Exception as error:
@@ -113,6 +115,17 @@ def scratch_beside(path: Path | str) -> Iterator[Path]:
         yield temporary
     finally:
         _remove(temporary)
+
+
+def _replace_folder(path: Path, new: Path) -> None:
+    """A rename replaces no folder that holds something; so the old one, whole, makes way first."""
+    old = path.replace(_temporary_sibling(path, "old."))
+    try:
+        new.replace(path)
+    except OSError:
+        old.replace(path)
+        raise
+    _remove(old)
 
 
 def _temporary_sibling(path: Path, kind: str = "") -> Path:
@@ -263,3 +276,18 @@ def sha256(path: Path | str) -> str:
     """Hex digest of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def state_of(files: Iterable[Path]) -> str:
+    """A short digest that another one follows when a file comes, goes or changes.
+
+    Of files up to `HASHED` bytes the content counts, of larger ones (weights) their size and time.
+    """
+    states = []
+    for file in sorted(set(files)):
+        with suppress(OSError):
+            status = file.stat()
+            if stat.S_ISREG(status.st_mode):
+                content = sha256(file) if status.st_size <= HASHED else [status.st_size, status.st_mtime_ns]
+                states.append([str(file), content])
+    return hashlib.sha256(json.dumps(states).encode()).hexdigest()[:16]

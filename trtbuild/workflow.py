@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trtbuild.checkpoint import chat_template
+from trtbuild.datasets import OWN, load_articles
 from trtbuild.engine.config import REHEARSAL
 from trtbuild.errors import UserError, one_line
 from trtbuild.files import check_output, user_path
@@ -187,6 +188,20 @@ def check_limits(config: dict) -> None:
     ):
         if value > build[limit]:
             raise UserError(f"config/config.yaml: {key} is {value}, more than build.{limit} {build[limit]}")
+
+
+def check_articles(config: dict, recipes: dict) -> None:
+    """Raises `UserError` where evaluation or a recipe's calibration ask for more than the shipped articles."""
+    wanted = {"config/config.yaml: evaluation.dataset": config["evaluation"]["dataset"]}
+    for name, recipe in recipes.items():
+        settings = calibration_of(recipe)
+        wanted[f"{config['recipes']}: {name}.calibration"] = settings["dataset"] | {"samples": settings["samples"]}
+    for where, dataset in wanted.items():
+        if dataset["name"] == OWN:
+            try:
+                load_articles(**dataset)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from error
 
 
 def export_package(folder: str) -> None:

@@ -5,8 +5,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import yaml
 from trtbuild.checkpoint.sources import make_checkpoint
 from trtbuild.quantization.quantize import quantize
 from trtbuild.quantization.recipe import quantization_of
+from trtbuild.workflow import weights_folder
 
 REPOSITORY = Path(__file__).parents[2]
 # Every job computes in one thread, so that two run at a time and results are equal to the last bit.
@@ -22,6 +25,27 @@ ONE_THREAD = (
     *("calibration", "quantize", "portable_engine", "benchmark"),
     *("summarize", "summarize_hf", "perplexity", "perplexity_hf"),
 )
+
+# Python imports `sitecustomize` in every process. This one stops the job that is about to rename its output, or did.
+HANG = """
+import os, pathlib, time
+
+rename = pathlib.Path.replace
+
+def hang(name, path):
+    if os.path.abspath(path) == os.environ.get(name):
+        pathlib.Path(os.environ["HANG_MARK"]).touch()
+        time.sleep(600)
+
+def replace(self, target):
+    hang("HANG_BEFORE", self)  # a folder that makes way for the new one
+    hang("HANG_BEFORE", target)
+    renamed = rename(self, target)
+    hang("HANG_AFTER", target)
+    return renamed
+
+pathlib.Path.replace = replace
+"""
 
 CONFIG = {
     "models": "config/models.yaml",
@@ -259,6 +283,83 @@ def rehearsed(declared, tmp_path_factory) -> Workspace:
     targets = ("results/tiny/int8kv/rouge.json", "./results/tiny/int8kv/benchmark.json")
     workspace.succeed(*targets, "--config", "rehearse=true")
     return workspace
+
+
+@pytest.fixture
+def kill(tmp_path):
+    """Runs `snakemake` until it is about to rename `output` (`when` is after: has done so), then kills it all."""
+    started = []
+
+    def run(workspace, output: str, *targets: str, when: str = "before", sent: int = signal.SIGKILL) -> None:
+        site, mark = tmp_path / "site", tmp_path / "mark"
+        site.mkdir(exist_ok=True)
+        mark.unlink(missing_ok=True)
+        (site / "sitecustomize.py").write_text(HANG, encoding="utf-8")
+        path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
+        environment = os.environ | {
+            "PYTHONPATH": path,
+            f"HANG_{when.upper()}": str(workspace.folder / output),
+            "HANG_MARK": str(mark),
+        }
+        with open(tmp_path / "killed.txt", "w", encoding="utf-8") as log:
+            process = subprocess.Popen(
+                workspace.command(*targets),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=workspace.folder,
+                env=environment,
+                start_new_session=True,
+            )
+        started.append(process)
+        deadline = time.monotonic() + 120
+        while not mark.exists():
+            assert process.poll() is None, (tmp_path / "killed.txt").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "killed.txt").read_text()
+            time.sleep(0.05)
+        os.killpg(process.pid, sent)
+        assert process.wait() == -sent if sent == signal.SIGKILL else process.wait() > 0
+
+    yield run
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.fixture(scope="session")
+def made_from_files(tmp_path_factory, dummy_models) -> Workspace:
+    """A folder that holds its model's files, published weights and articles, and what was made of them.
+
+    Read it, or take `from_files`.
+    """
+    folder = tmp_path_factory.mktemp("workflow") / "files"
+    make_checkpoint(dummy_models["tiny"]["source"], folder / "model")
+    quantize(folder / "model", folder / "published", quantization_of(FLOAT16 | {"weights": INT4}), device="cpu")
+    (folder / "articles").mkdir()
+    rows = ({"id": str(i), "article": f"{i} news " * 20, "highlights": "news"} for i in range(32))
+    (folder / "articles" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    calibration = {"calibration": {"samples": 32, "length": 32, "dataset": {"name": "articles", "split": "train"}}}
+    recipes = {
+        "fp32": {"dtype": "float32"},
+        "sq": FLOAT16 | calibration | W8A8,
+        "published": FLOAT16 | {"quant_checkpoint": {"local": {"path": "published"}}},
+    }
+    workspace = Workspace(folder, CONFIG, {"tiny": {"source": {"local": {"path": "model"}}}}, recipes)
+    workspace.config["matrix"] = []
+    workspace.succeed(*targets_from_files(workspace))
+    return workspace
+
+
+def targets_from_files(workspace) -> list[str]:
+    """An engine, and the weights of every recipe."""
+    weights = {weights_folder(recipe) for recipe in workspace.recipes.values()} - {"checkpoint"}
+    return ["results/tiny/fp32/engine/config.json", *(f"results/tiny/{name}" for name in sorted(weights))]
+
+
+@pytest.fixture
+def from_files(made_from_files, tmp_path) -> Workspace:
+    """A copy of the folder in which models, weights and articles are files."""
+    return made_from_files.copy(tmp_path / "files")
 
 
 @pytest.fixture(autouse=True)

@@ -102,6 +102,21 @@ BAD_CONFIGURATION = {
         set_to("recipes", "fp32", {"dtype": "float32", "weights": {"dtype": "int4"}, "activations": {"dtype": "int8"}}),
         "config/recipes.yaml: fp32: weights int4 keep activations in 16 bits; remove activations",
     ),
+    "more articles than there are": (
+        set_to("config", "evaluation", "dataset", "samples", 17),
+        "config/config.yaml: evaluation.dataset: the data set trtbuild-news has 16 articles in its split 'evaluation'; "
+        "17 were asked for",
+    ),
+    "more articles to calibrate with": (
+        set_to("recipes", "fp32", {"dtype": "float16", "kv_cache": {"dtype": "int8"}, "calibration": {"samples": 65}}),
+        "config/recipes.yaml: fp32.calibration: the data set trtbuild-news has 64 articles in its split 'calibration'; "
+        "65 were asked for",
+    ),
+    "unknown split": (
+        set_to("config", "evaluation", "dataset", "split", "test"),
+        "config/config.yaml: evaluation.dataset: the data set trtbuild-news has the splits evaluation and calibration, "
+        "not 'test'",
+    ),
     "rehearse": (set_to("config", "rehearse", "yes"), "config/config.yaml: rehearse: 'yes' is not of type 'boolean'"),
     "reserved model name": (set_to("models", "rehearsal", {"source": {}}), "config/models.yaml: the file: 'rehearsal'"),
     "reserved recipe name": (set_to("recipes", "hf", {"dtype": "float32"}), "config/recipes.yaml: the file: 'hf'"),
@@ -165,16 +180,6 @@ def test_damaged_gguf_file(empty, tmp_path):
         f"error: model.gguf has sha256 {nothing}, expected {'0' * 64}; it is damaged or another version"
     )  # fmt: skip
     failing_rule(empty, "results/tiny/hf/rouge.json", "tiny/logs/checkpoint.log", line)
-
-
-def test_more_samples_than_articles(finished):
-    finished.config["evaluation"]["dataset"]["samples"] = 10**6
-    output = finished.fail("results/tiny/fp32/summaries.jsonl")
-    line = (finished.results / "tiny/fp32/logs/summarize.log").read_text().rstrip().splitlines()[-1]
-    assert line.startswith("error: the data set trtbuild-news has ")
-    assert line.endswith("; 1000000 were asked for")
-    assert line in output.splitlines()
-    assert (finished.results / "tiny/fp32/engine/config.json").exists()
 
 
 def test_other_jobs_go_on_where_they_can(empty, tmp_path):

@@ -3,9 +3,6 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -14,62 +11,6 @@ from trtbuild.files import sha256
 from trtbuild.workflow import calibration_name, weights_folder
 
 pytestmark = pytest.mark.slow
-
-# Python imports `sitecustomize` in every process. This one stops the job that is about to rename its output.
-HANG = """
-import os, pathlib, time
-
-rename = pathlib.Path.replace
-
-def replace(self, target):
-    if os.path.abspath(target) == os.environ.get("HANG_BEFORE"):
-        pathlib.Path(os.environ["HANG_MARK"]).touch()
-        time.sleep(600)
-    return rename(self, target)
-
-pathlib.Path.replace = replace
-"""
-
-
-@pytest.fixture
-def kill(tmp_path):
-    """Runs `snakemake` until it is about to rename `output`, then kills all of its processes."""
-    started = []
-
-    def run(workspace, output: str, *targets: str) -> None:
-        site, mark = tmp_path / "site", tmp_path / "mark"
-        site.mkdir(exist_ok=True)
-        mark.unlink(missing_ok=True)
-        (site / "sitecustomize.py").write_text(HANG, encoding="utf-8")
-        path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
-        environment = os.environ | {
-            "PYTHONPATH": path,
-            "HANG_BEFORE": str(workspace.folder / output),
-            "HANG_MARK": str(mark),
-        }
-        with open(tmp_path / "killed.txt", "w", encoding="utf-8") as log:
-            process = subprocess.Popen(
-                workspace.command(*targets),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=workspace.folder,
-                env=environment,
-                start_new_session=True,
-            )
-        started.append(process)
-        deadline = time.monotonic() + 120
-        while not mark.exists():
-            assert process.poll() is None, (tmp_path / "killed.txt").read_text()
-            assert time.monotonic() < deadline, (tmp_path / "killed.txt").read_text()
-            time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-
-    yield run
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 def hidden(workspace) -> list[Path]:

@@ -18,6 +18,7 @@ from trtbuild.checkpoint.gguf_tokenizer import save_tokenizer
 from trtbuild.checkpoint.lazy import LazyTensor
 from trtbuild.checkpoint.meta import is_meta, read_meta
 from trtbuild.checkpoint.safetensors_stream import write_sharded
+from trtbuild.checkpoint.source_files import BESIDE_WEIGHTS, TOKENIZER_FILES
 from trtbuild.checkpoint.weight_files import SAFETENSORS, TORCH, has, open_weights, weight_files
 from trtbuild.errors import UserError
 from trtbuild.files import (
@@ -39,8 +40,6 @@ from trtbuild.models.families import (
 )
 from trtbuild.progress import byte_bar
 
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "merges.txt", "*.jinja")
-BESIDE_WEIGHTS = ("quant*.json", "smoothing.npz")
 HUB_FILES = ["*.json", "*.safetensors", *TOKENIZER_FILES, "*.tiktoken", "LICENSE*"]
 OLD_WEIGHTS = ["*.bin", "*.pth"]
 

@@ -1,12 +1,13 @@
 """A published model's weights: one file or shards with an index, as safetensors or in PyTorch's old format."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from trtbuild.checkpoint.lazy import LazyTensor
-from trtbuild.checkpoint.safetensors_stream import open_file
-from trtbuild.checkpoint.torch_file import open_torch_file
 from trtbuild.errors import UserError
 from trtbuild.files import read_json
+
+if TYPE_CHECKING:
+    from trtbuild.checkpoint.lazy import LazyTensor
 
 SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"  # the index of shards has .index.json behind that
 
@@ -56,11 +57,15 @@ def weight_files(folder: Path, name: str = SAFETENSORS) -> dict[Path, set[str] |
     return files
 
 
-def open_weights(folder: Path, name: str = SAFETENSORS) -> dict[str, LazyTensor]:
+def open_weights(folder: Path, name: str = SAFETENSORS) -> dict[str, "LazyTensor"]:
     """All tensors by their names, still on disk.
 
     Raises `UserError` for missing files, and for shards that hold other tensors than the index says or the same twice.
     """
+    # Names alone need no torch, which takes seconds to import.
+    from trtbuild.checkpoint.safetensors_stream import open_file
+    from trtbuild.checkpoint.torch_file import open_torch_file
+
     tensors: dict[str, LazyTensor] = {}
     owner: dict[str, Path] = {}
     files = weight_files(folder, name)
