@@ -25,7 +25,8 @@ from trtbuild.files import sha256
 
 TARGETS = ("sq/rouge.json", "gptq/gate.json", "awq-int8kv/engine/config.json", "fp32/rouge.json", "hf/rouge.json")
 TARGETS = tuple(f"results/tiny/{target}" for target in TARGETS)
-MODELS = {"tiny": {"source": {"dummy": {"config": TINY | {"max_position_embeddings": 2048}, "seed": 1}}}}
+SOURCE = {"dummy": {"config": TINY | {"max_position_embeddings": 2048}, "seed": 1}}
+MODELS = {"tiny": {"source": SOURCE, "chat_template": "plain"}}
 ALL, ONE = (
     "all processes",
     "one process",
