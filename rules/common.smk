@@ -33,6 +33,7 @@ try:
     TARGETS = trtbuild_workflow.matrix_targets(config)
     # Targets are only known from the command line here; a wrong name would else end as "missing input files".
     trtbuild_workflow.check_targets([*sys.argv[1:], *TARGETS], MODELS, RECIPES, REHEARSE)
+    trtbuild_workflow.check_positions_of_targets([*sys.argv[1:], *TARGETS], MODELS, RECIPES, config["build"])
 except UserError as error:
     raise WorkflowError(str(error)) from None
 
@@ -62,7 +63,7 @@ wildcard_constraints:
 
 
 def build_limits():
-    return {key: config["build"][key] for key in ("max_batch_size", "max_input_len", "max_output_len")}
+    return {key: config["build"][key] for key in trtbuild_workflow.LIMITS}
 
 
 def tensorrt_options():

@@ -14,6 +14,7 @@ rule portable_engine:
     params:
         recipe=lambda wildcards: engine_recipe(RECIPES[wildcards.recipe]),
         limits=build_limits(),
+        extrapolate_positions=config["build"]["extrapolate_positions"],
     threads: 4
     conda:
         "../config/environment.yaml"

@@ -492,6 +492,7 @@ def test_run_refuses(made, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ([], "max_input_len 1024 and max_output_len 128 are more than the 256 positions"),
         (["--max-batch-size", 0], "max_batch_size is 0; it must be at least 1"),
         (["--checkpoint-dir", "no/where"], "the model folder no/where does not exist"),
         (["--engine", "tensorrt"], "build with --engine portable --engine tensorrt"),
@@ -518,6 +519,7 @@ def test_build_refuses(made, tmp_path, arguments, message):
         (["--model-config", "dep", "--dummy"], "unknown model 'dep'; closest: deep; known models: bare, deep; or give"),
         (["--model-config", "bare", "--dummy"], r"models.yaml has no 'config' for bare; add its published config.json"),
         (["--model-config", "none.json", "--dummy"], "none.json does not exist"),
+        (["--model-config", "deep", "--dummy", "--max-input-len", 999], "999 and .* are more than the 256 positions"),
         (["--model-config", "deep", "--dummy", "--num-layers", 9], "num_layers is 9; the model has 3"),
         (["--model-config", "deep", "--dummy", "--recipe", "wide"], "group_size 64 does not divide the 96 input"),
         (["--model-config", "deep", "--dummy", "--recipe", "published"], "takes published weights .* has no dummy"),
@@ -527,7 +529,7 @@ def test_build_refuses(made, tmp_path, arguments, message):
 def test_build_refuses_random_weights(declared, tmp_path, arguments, message):
     """In one line, and nothing is left: no engine, no weights."""
     recipes = [] if "--recipe" not in arguments else declared.recipes[:2]
-    refused(message, "build", "--engine-dir", tmp_path / "x", *declared.models, *recipes, *arguments)
+    refused(message, "build", "--engine-dir", tmp_path / "x", *declared.models, *recipes, *SIZES, *arguments)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -536,7 +538,9 @@ def test_process_build_keeps_files_that_it_did_not_make(declared, made, tmp_path
     (tmp_path / "engine").mkdir()
     (tmp_path / "engine" / "thesis.txt").write_text("mine")
     model = ["--model-config", made.folder / "config.json", "--dummy"]
-    one_line(process("build", *model, "--engine-dir", tmp_path / "engine"), "holds files that trtbuild did not make")
+    one_line(
+        process("build", *model, *SIZES, "--engine-dir", tmp_path / "engine"), "holds files that trtbuild did not make"
+    )
     assert [path.name for path in tmp_path.rglob("*")] == ["engine", "thesis.txt"]
 
 

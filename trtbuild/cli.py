@@ -210,6 +210,9 @@ def build(
     max_batch_size: Annotated[int, typer.Option(help="Sequences in a batch.")] = 8,
     max_input_len: Annotated[int, typer.Option(help="Tokens in a prompt.")] = 1024,
     max_output_len: Annotated[int, typer.Option(help="Tokens generated after a prompt.")] = 128,
+    extrapolate_positions: Annotated[
+        bool, typer.Option("--extrapolate-positions", help="Allow more positions than the model was made for.")
+    ] = False,
     remove_input_padding: Annotated[bool, typer.Option(help="TensorRT: packed tokens outside attention.")] = True,
     compute_capability: Annotated[
         list[str] | None, typer.Option(help="TensorRT-RTX: GPU generations to build for, such as 8.9; repeatable.")
@@ -225,7 +228,8 @@ def build(
     Without weights, as large as the real one: trtbuild build --model-config llama2-70b --dummy --num-layers 2
     --recipe int8kv --engine-dir engine
     """
-    from trtbuild.engine.build import build_engine_dir
+    from trtbuild.checkpoint.sources import dummy_model
+    from trtbuild.engine.build import build_engine_dir, check_positions
     from trtbuild.quantization.kv_cache import cache_of
     from trtbuild.quantization.quantize import check_weights
     from trtbuild.quantization.recipe import engine_recipe
@@ -246,6 +250,8 @@ def build(
             model = model or f"dummy/{name}"
             # Random weights need no text of their own.
             content = small_calibration({key: value for key, value in content.items() if key != "calibration"})
+            if not extrapolate_positions:
+                check_positions(dummy_model(**shape)[1].config, limits)
             weights = dummy_weights(shape | {"num_layers": num_layers}, content, engine_dir)
             checkpoint_dir, calibration = stack.enter_context(weights)
         check_weights(content, checkpoint_dir)
@@ -260,6 +266,7 @@ def build(
             compute_capabilities=compute_capability,
             cache=cache_of(content, checkpoint_dir, calibration),
             calibration=calibration if "kv_cache" in content else None,
+            extrapolate_positions=extrapolate_positions,
         )
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from trtbuild.checkpoint import chat_template
 from trtbuild.datasets import OWN, load_articles
-from trtbuild.engine.config import REHEARSAL
+from trtbuild.engine.config import REHEARSAL, BuildLimits
 from trtbuild.errors import UserError, one_line
-from trtbuild.files import check_output, user_path
+from trtbuild.files import check_output, read_json, user_path
 from trtbuild.quantization.recipe import (
     calibration_id,
     calibration_of,
@@ -30,6 +30,7 @@ SCHEMAS = Path(__file__).parents[1] / "config" / "schemas"
 MODELS_SCHEMA = SCHEMAS / "models.schema.yaml"
 RECIPES_SCHEMA = SCHEMAS / "recipes.schema.yaml"
 TABLE = "recipes.md"
+LIMITS = ("max_batch_size", "max_input_len", "max_output_len")  # of `build`
 RESERVED = ("calibration", "checkpoint", "hf", "logs", "quantized")  # folders of results/{model}/ that are no recipes
 
 
@@ -146,13 +147,16 @@ def calibration_name(recipe: dict) -> str:
     return f"{name}-{identity(recipe['quant_checkpoint'])}" if "quant_checkpoint" in recipe else name
 
 
+TARGET = rf"(?:\./)?results/({REHEARSAL})?([^/]+)/([^/]+)(/|$)"
+
+
 def check_targets(targets: Iterable[str], models: dict, recipes: dict, rehearse: bool = False) -> None:
     """Raises `UserError` for a target whose model or recipe is not declared, listing those that are.
 
     Targets of rehearsals are refused without `rehearse`.
     """
     for target in targets:
-        if match := re.match(rf"(?:\./)?results/({REHEARSAL})?([^/]+)/([^/]+)(/|$)", target):
+        if match := re.match(TARGET, target):
             model, recipe = match[2], match[3]
             if match[1] and not rehearse:
                 raise UserError(f"{target}: this is the place of rehearsals; add '--config rehearse=true' at the end")
@@ -160,6 +164,33 @@ def check_targets(targets: Iterable[str], models: dict, recipes: dict, rehearse:
                 raise UserError(f"{target}: {unknown('model', model, models)}")
             if recipe not in recipes and recipe not in (*RESERVED, TABLE):
                 raise UserError(f"{target}: {unknown('recipe', recipe, recipes)}")
+
+
+def check_positions_of_targets(targets: Iterable[str], models: dict, recipes: dict, build: dict) -> None:
+    """Raises `UserError` where a target's engine would have more positions than its model was made for.
+
+    Of models that say what they look like; of the others the build itself says it.
+    """
+    matches = [match for target in targets if (match := re.match(TARGET, target))]
+    needed = build["max_input_len"] + build["max_output_len"]
+    for name in dict.fromkeys(match[2] for match in matches if match[3] in (*recipes, TABLE)):
+        ((_, source),) = models[name]["source"].items()
+        published = models[name].get("config") or source.get("config")
+        if published is None or build["extrapolate_positions"]:
+            continue
+        published = read_json(user_path(published)) if isinstance(published, str) else published
+        length = published.get("max_position_embeddings")
+        if type(length) is int and length >= needed:
+            continue  # mostly; to know better takes torch
+        from trtbuild.engine.build import check_positions
+        from trtbuild.models.families import canonical_config, config_from_hugging_face
+
+        where = f"the config of {name}"
+        model = config_from_hugging_face(canonical_config(published, where, source.get("model_version")), where)
+        try:
+            check_positions(model, BuildLimits(**{key: build[key] for key in LIMITS}))
+        except UserError as error:
+            raise UserError(f"config/config.yaml: build: for the model {name} {error}") from error
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:

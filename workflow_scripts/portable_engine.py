@@ -13,4 +13,5 @@ with rule_log(snakemake):
     limits, mapping = BuildLimits(**snakemake.params.limits), Mapping(rank=int(snakemake.wildcards.rank))
     weights, recipe, calibration = Path(snakemake.input.weights), snakemake.params.recipe, snakemake.input.get("cache")
     cache = cache_of(recipe, weights, Path(calibration) if calibration else None)
-    build_portable(weights, Path(snakemake.output[0]), recipe, limits, mapping, cache)
+    extrapolate = snakemake.params.extrapolate_positions
+    build_portable(weights, Path(snakemake.output[0]), recipe, limits, mapping, cache, extrapolate)

@@ -64,6 +64,7 @@ WORKFLOW = {
         "max_batch_size": 4,
         "max_input_len": 128,
         "max_output_len": 8,
+        "extrapolate_positions": False,
         "remove_input_padding": True,
         "compute_capabilities": ["8.9"],
     },

@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from trtbuild.checkpoint.lazy import from_tensor
+from trtbuild.engine.build import build_portable
 from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.portable import PortableEngine
+from trtbuild.errors import UserError
 from trtbuild.models.decoder import decoder
 from trtbuild.models.families import config_from_hugging_face
+from trtbuild.models.mapping import Mapping
 from trtbuild.runtime.session import PortableSession
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}  # norm of the difference over the norm
@@ -199,3 +202,35 @@ def test_slopes_are_one_constant_of_all_layers(made):
     assert network.tensors["alibi.slopes"].dtype == torch.float32
     assert "RotaryEmbedding" not in {type(node.op).__name__ for node in network.nodes}
     assert type(network).from_json(network.to_json(), network.constants).to_json() == network.to_json()
+
+
+@pytest.mark.parametrize(
+    ("change", "positions"),
+    [
+        ({}, 256),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, 1024),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, math.inf),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 4}}, 256),
+        ({"trtbuild": {"family": "qwen", "ntk_length": 64}}, math.inf),
+        ({"trtbuild": {"family": "baichuan", "position_embedding": "alibi"}}, math.inf),
+    ],
+)
+def test_positions_that_a_model_was_made_for(tiny_config, change, positions):
+    assert config_from_hugging_face(tiny_config | change, "x").positions == positions
+
+
+def test_an_engine_of_more_positions_is_refused(tiny_checkpoint, tmp_path):
+    """256 of them; asked for by name, they are extrapolated."""
+    build = lambda length, **options: build_portable(  # noqa: E731
+        tiny_checkpoint, tmp_path / "x", {"dtype": "float32"}, BuildLimits(1, length, 6), Mapping(), **options
+    )
+    build(250)
+    message = (
+        r"max_input_len 251 and max_output_len 6 are more than the 256 positions that the model was made for "
+        r"\(max_position_embeddings\); take less, or give extrapolate_positions \(--extrapolate-positions\)"
+    )
+    (tmp_path / "x").unlink()
+    with pytest.raises(UserError, match=message):
+        build(251)
+    assert not (tmp_path / "x").exists()
+    build(251, extrapolate_positions=True)

@@ -56,6 +56,7 @@ CONFIG = {
         "max_batch_size": 4,
         "max_input_len": 1024,
         "max_output_len": 8,
+        "extrapolate_positions": False,
         "remove_input_padding": True,
         "compute_capabilities": ["8.9"],
     },

@@ -34,12 +34,17 @@ BAD_CONFIGURATION = {
     "unknown key": (
         set_to("config", "build", "max_batch", 4),
         "config/config.yaml: build: Additional properties are not allowed ('max_batch' was unexpected); "
-        "known keys: engines, max_batch_size, max_input_len, max_output_len, remove_input_padding, "
-        "compute_capabilities",
+        "known keys: engines, max_batch_size, max_input_len, max_output_len, extrapolate_positions, "
+        "remove_input_padding, compute_capabilities",
     ),
     "unknown engine": (
         set_to("config", "build", "engines", ["portable", "onnx"]),
         "config/config.yaml: build.engines.1: 'onnx' is not one of ['portable', 'tensorrt']",
+    ),
+    "more positions than the model has": (
+        set_to("config", "build", "max_input_len", 2041),
+        "config/config.yaml: build: for the model tiny max_input_len 2041 and max_output_len 8 are more than the 2048 "
+        "positions that the model was made for",
     ),
     "more output than built for": (
         set_to("config", "evaluation", "max_output_len", 9),

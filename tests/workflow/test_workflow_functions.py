@@ -20,7 +20,16 @@ from trtbuild.rehearsal import (
     rehearsal_recipes,
     rehearsal_target,
 )
-from trtbuild.workflow import check_limits, check_targets, load_table, matrix_targets, rehearses, unknown, validate
+from trtbuild.workflow import (
+    check_limits,
+    check_positions_of_targets,
+    check_targets,
+    load_table,
+    matrix_targets,
+    rehearses,
+    unknown,
+    validate,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 SCHEMAS = REPOSITORY / "config" / "schemas"
@@ -386,6 +395,38 @@ def test_check_limits(shipped, section, key, limit):
     with pytest.raises(UserError) as caught:
         check_limits(shipped)
     assert str(caught.value) == f"config/config.yaml: {section}.{key} is {most + 1}, more than build.{limit} {most}"
+
+
+@pytest.mark.parametrize(
+    ("model", "target", "length", "fits"),
+    [
+        ("llama-7b", "results/llama-7b/fp16/rouge.json", 1920, True),
+        ("llama-7b", "results/llama-7b/fp16/rouge.json", 1921, False),
+        ("llama-7b", "./results/rehearsal/llama-7b/recipes.md", 1921, False),
+        ("llama-7b", "results/llama-7b/hf/rouge.json", 1921, True),  # no engine
+        ("llama-7b", "results/llama-7b/checkpoint", 1921, True),
+        ("qwen14b", "results/qwen14b/fp16/rouge.json", 30000, True),  # dynamic NTK
+        ("qwen72b", "results/qwen72b/fp16/rouge.json", 40000, False),  # plain RoPE
+        ("baichuan-v2_13b", "results/baichuan-v2_13b/fp16/rouge.json", 30000, True),  # ALiBi
+        ("baichuan-v2_7b", "results/baichuan-v2_7b/fp16/rouge.json", 30000, False),
+    ],
+)
+def test_positions_of_targets(shipped, model, target, length, fits):
+    """The shipped models, with 128 tokens of output."""
+    models, recipes = (load_table(shipped[key], SCHEMAS / f"{key}.schema.yaml") for key in ("models", "recipes"))
+    build = shipped["build"] | {"max_input_len": length}
+    if fits:
+        check_positions_of_targets([target], models, recipes, build)
+        return
+    known = models[model]["config"]["max_position_embeddings"]
+    with pytest.raises(UserError) as caught:
+        check_positions_of_targets(["-n", target], models, recipes, build)
+    assert str(caught.value) == (
+        f"config/config.yaml: build: for the model {model} max_input_len {length} and max_output_len 128 are more than "
+        f"the {known} positions that the model was made for (max_position_embeddings); take less, or give "
+        "extrapolate_positions (--extrapolate-positions)"
+    )
+    check_positions_of_targets([target], models, recipes, build | {"extrapolate_positions": True})
 
 
 RULE = """

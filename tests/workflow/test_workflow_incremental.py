@@ -60,6 +60,10 @@ CHANGES = {
         set_to("build", "max_input_len", 900),
         jobs(f"portable_engine {AFTER_ENGINE}", ENGINES) | SUMMARIES | PERPLEXITY,
     ),
+    "build.extrapolate_positions": (
+        set_to("build", "extrapolate_positions", True),
+        jobs(f"portable_engine {AFTER_ENGINE}", ENGINES),
+    ),
     # A portable engine is packed inside in any case, but config.json records the choice, and results depend on it.
     "build.remove_input_padding": (set_to("build", "remove_input_padding", False), jobs(AFTER_ENGINE, ENGINES)),
     "build.compute_capabilities": (set_to("build", "compute_capabilities", "auto"), set()),

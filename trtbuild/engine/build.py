@@ -11,9 +11,20 @@ from trtbuild.engine.config import BuildLimits, marker, rank_file, write_config
 from trtbuild.engine.portable import read_portable, write_portable
 from trtbuild.errors import UserError
 from trtbuild.files import atomic, refuse_output_over_input, sha256
+from trtbuild.models.config import ModelConfig
 from trtbuild.models.decoder import QuantizedCache, decoder
 from trtbuild.models.mapping import Mapping
 from trtbuild.progress import byte_bar
+
+
+def check_positions(config: ModelConfig, limits: BuildLimits) -> None:
+    """Raises `UserError` for an engine with more positions than its model was made for."""
+    if limits.max_length > config.positions:
+        raise UserError(
+            f"max_input_len {limits.max_input_len} and max_output_len {limits.max_output_len} are more than the "
+            f"{config.positions:g} positions that the model was made for (max_position_embeddings); take less, or give "
+            "extrapolate_positions (--extrapolate-positions)"
+        )
 
 
 def build_portable(
@@ -23,13 +34,17 @@ def build_portable(
     limits: BuildLimits,
     mapping: Mapping,
     cache: QuantizedCache | None = None,
+    extrapolate_positions: bool = False,
 ) -> None:
     """Writes one rank's portable engine: its network and its share of the weights.
 
     Weights are as in the checkpoint, quantized or not, and what is not quantized is in the recipe's dtype. Raises
-    `UserError` for a tensor that does not fit in that, before a file is there.
+    `UserError` for a tensor that does not fit in that, before a file is there, and for more positions than the model
+    was made for, unless `extrapolate_positions`.
     """
     checkpoint = _opened(checkpoint)
+    if not extrapolate_positions:
+        check_positions(checkpoint.config, limits)
     dtype = getattr(torch, recipe["dtype"])
     weights = lambda name: checkpoint[name].fitting(dtype, name)  # noqa: E731
     network = decoder(checkpoint.config, weights, dtype, limits.max_length, cache, mapping)
@@ -106,10 +121,12 @@ def build_engine_dir(
     compute_capabilities: list[str] | None = None,
     cache: QuantizedCache | None = None,
     calibration: Path | None = None,
+    extrapolate_positions: bool = False,
 ) -> None:
     """Builds a whole engine folder; it appears only when it is complete.
 
-    `cache`: the scales of a quantized KV cache, and `calibration` the file that they come from.
+    `cache`: the scales of a quantized KV cache, and `calibration` the file that they come from;
+    `extrapolate_positions` as in `build_portable`.
     """
     if "tensorrt" in engines:
         from trtbuild.engine.tensorrt_api import api
@@ -128,7 +145,7 @@ def build_engine_dir(
         for rank in range(world):
             mapping = Mapping(rank=rank)
             portable = temporary / rank_file(rank, "portable")
-            build_portable(checkpoint, portable, recipe, limits, mapping, cache)
+            build_portable(checkpoint, portable, recipe, limits, mapping, cache, extrapolate_positions)
             if "tensorrt" in engines:
                 target = temporary / rank_file(rank, "tensorrt")
                 build_tensorrt(portable, target, remove_input_padding, compute_capabilities)

@@ -159,6 +159,17 @@ class ModelConfig:
             logn_length=extension.get("logn_length", 0),
         )
 
+    @property
+    def positions(self) -> float:
+        """How many positions it was made for; infinite where more are meant to work.
+
+        They are with ALiBi, and where RoPE's base grows with the text (dynamic NTK, Qwen's). Linear scaling multiplies
+        them: configurations give the length before it.
+        """
+        if self.rope is None or self.rope.type in ("dynamic", "qwen"):
+            return math.inf
+        return self.max_position_embeddings * (self.rope.factor if self.rope.type == "linear" else 1)
+
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical name to shape of every tensor the model has, in the order in which they are stored."""
         hidden, inner, vocab = self.hidden_size, self.intermediate_size, self.vocab_size
