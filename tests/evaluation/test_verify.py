@@ -77,9 +77,14 @@ def test_a_fault_in_generation_alone_differs(session, baseline, prompts):
     assert not verify("x", session, TOLERANCE["float32"], baseline, prompts, 5).agrees
 
 
-def test_nan_never_agrees(session, baseline, prompts):
-    slot_of(session, "model.norm.weight")[0] = math.nan
+def test_nan_never_agrees(session, baseline, prompts, monkeypatch):
+    """Of prompts it is an error that says where it comes from, of generation steps a difference."""
+    decode = session.decode
+    monkeypatch.setattr(session, "decode", lambda tokens: decode(tokens) * math.nan)
     assert not verify("x", session, TOLERANCE["float32"], baseline, prompts, 2).agrees
+    slot_of(session, "model.norm.weight")[0] = math.nan
+    with pytest.raises(UserError, match=r"^numbers are not finite from model\.norm on; the checkpoint's weights"):
+        verify("x", session, TOLERANCE["float32"], baseline, prompts, 2)
 
 
 def test_verify_engine(tiny_engine, tiny_checkpoint):
