@@ -163,6 +163,9 @@ def test_atomic_names_the_real_path(tmp_path):
     with pytest.raises(UserError) as caught, atomic(tmp_path / "x") as temporary:
         raise UserError(f"{temporary}/config.json is wrong")
     assert str(caught.value) == f"{tmp_path}/x/config.json is wrong"
+    with pytest.raises(UserError) as caught, scratch_beside(tmp_path / "x") as temporary:
+        raise UserError(f"{temporary}/config.json is wrong")
+    assert str(caught.value) == f"{tmp_path}/x/config.json is wrong"
 
 
 def test_user_path(monkeypatch):

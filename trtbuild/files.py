@@ -105,7 +105,7 @@ def scratch_beside(path: Path | str) -> Iterator[Path]:
     """Yields an empty folder beside `path`, on the same file system, for what only making `path` needs.
 
     It is removed at the end, and what a killed process left by the next one that makes `path`. Raises `UserError` where
-    `path` could not be written.
+    `path` could not be written; any other one names `path` where it named the folder.
     """
     path = Path(path).absolute()
     check_output(path)
@@ -113,6 +113,8 @@ def scratch_beside(path: Path | str) -> Iterator[Path]:
     try:
         temporary.mkdir()
         yield temporary
+    except UserError as error:
+        raise UserError(str(error).replace(str(temporary), str(path))) from error
     finally:
         _remove(temporary)
 

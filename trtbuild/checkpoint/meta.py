@@ -95,7 +95,7 @@ def _config(params: dict, where: Path, shards: list[dict[str, LazyTensor]]) -> d
             raise UserError(f"{where}: {key} is {params[key]!r}; a positive integer is expected")
     dim, heads, multiple = params["dim"], params["n_heads"], params["multiple_of"]
     inner = int((params.get("ffn_dim_multiplier") or 1) * int(8 * dim / 3))  # SwiGLU's 2/3 of 4 dim, rounded up
-    theta = float(params.get("rope_theta", 10000.0))
+    theta = float(10000.0 if params.get("rope_theta") is None else params["rope_theta"])
     # Nowhere in the files: CodeLlama's by its base, LLaMA 1's by its epsilon (but for 65B).
     epsilon = float(params["norm_eps"])
     length = 16384 if theta == CODE_LLAMA_THETA else 2048 if epsilon == 1e-6 else 4096
