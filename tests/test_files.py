@@ -78,6 +78,23 @@ def full_disk(tmp_path):
         subprocess.run(["umount", str(path)], check=True)
 
 
+def test_a_folder_that_cannot_be_replaced_comes_back(tmp_path, monkeypatch):
+    """The old one has made way when the new one's rename fails."""
+    target, rename = tmp_path / "target", Path.replace
+    make_folder(target, "old")
+
+    def replace(self, new):
+        if new == target and content(self) == "new":
+            raise OSError(errno.EIO, "Input/output error", str(self))
+        return rename(self, new)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(UserError, match=f"cannot write {target}: Input/output error"), atomic(target) as temporary:
+        make_folder(temporary, "new")
+    assert content(target) == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
 @pytest.mark.parametrize("make", [make_file, make_folder])
 @pytest.mark.parametrize("existing", ["nothing", "same kind", "link"])
 def test_atomic_makes_or_replaces(tmp_path, make, existing):
