@@ -22,7 +22,7 @@ test: .venv/installed
 	$(BIN)/pytest -m "slow and not gpu"
 
 fuzz: .venv/installed
-	$(BIN)/python tests/fuzz CASES='$(CASES)' SEED='$(SEED)' CASE='$(CASE)'
+	$(BIN)/python tests/fuzz CASES='$(CASES)' SEED='$(SEED)' ONLY='$(ONLY)' CASE='$(CASE)'
 
 lint: .venv/installed
 	$(BIN)/ruff check

@@ -1,4 +1,4 @@
-"""Many random cases, and what they find: `make fuzz CASES=20000 [SEED=1]`, or one case again: `make fuzz CASE=...`."""
+"""Many random cases and what they find, or one case again; docs/reliability.md has the commands of `make fuzz`."""
 
 import random
 import shutil
@@ -23,6 +23,8 @@ def main(words: list[str]) -> int:
             print(failure.outcome.stdout[-2000:], failure.outcome.stderr[-8000:], sep="\n")
         fuzzer.close()
         return bool(failure)
+    only = options.get("ONLY", "")
+    fuzzer.originals = {name: value for name, value in fuzzer.originals.items() if name.startswith(only)}
     count, number = int(options.get("CASES") or 2000), int(options.get("SEED") or random.randrange(2**32))
     print(f"{count} cases, seed {number}", flush=True)
     failures: dict[str, list[str]] = {}

@@ -150,7 +150,7 @@ def checkpoints(kitchen: Kitchen) -> None:
     kitchen.add("meta", *chain, layout="meta")
     config = QWEN | SIZES | {"num_attention_heads": 2, "intermediate_size": 128, "vocab_size": 480}
     write_published(folder / "qwen", config, qwen_tensors(config), safetensors=True, tokenizer=write_tiktoken)
-    kitchen.add("qwen", (*local, "--chat-template", "qwen"), BUILD, (*RUN, "--chat"), layout="published")
+    kitchen.add("qwen", local, BUILD, (*RUN, "--chat", "--chat-template", "qwen"), layout="published")
     config = BAICHUAN | SIZES | {"intermediate_size": 64, "model_max_length": 512}
     write_published(folder / "baichuan", config, baichuan_tensors(config), tokenizer=train_sentencepiece)
     kitchen.add("baichuan", (*local, "--model-version", "v1_13b"), BUILD, RUN, layout="published")
@@ -162,7 +162,7 @@ def checkpoints(kitchen: Kitchen) -> None:
     (folder / "dummy").mkdir()
     models = {"tiny": {"source": {"local": {"path": "nowhere"}}, "config": TINY, "chat_template": "chatml"}}
     (folder / "dummy" / "models.yaml").write_text(yaml.safe_dump(models))
-    kitchen.add("dummy", (*CONVERT, "--dummy", "tiny", "--models", "in/models.yaml"), BUILD, (*RUN, "--chat"))
+    kitchen.add("dummy", (*CONVERT, "--dummy", "tiny", "--models", "in/models.yaml"), BUILD, RUN)
 
 
 def talking(folder: Path) -> None:
