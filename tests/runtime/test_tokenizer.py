@@ -1,6 +1,7 @@
 """Text in and out, whole and as a stream."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -8,6 +9,7 @@ from tokenizers import AddedToken, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer
 
+from trtbuild.checkpoint.sources import make_checkpoint
 from trtbuild.errors import UserError
 from trtbuild.runtime.streaming import TextStream
 from trtbuild.runtime.tokenizer import Tokenizer
@@ -252,3 +254,70 @@ def test_special_tokens_among_stop_words(tiny_checkpoint):
     """`decode` leaves special tokens out, so as stop words they are ids."""
     tokenizer = Tokenizer(tiny_checkpoint)
     assert tokenizer.special_token_ids(("</s>", "x")) == tokenizer.eos_token_ids
+
+
+# Damaged folders
+
+
+@pytest.fixture
+def copied(tiny_checkpoint, tmp_path):
+    """The tokenizer's files alone."""
+    for file in tiny_checkpoint.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / file.name)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", "{}", "cannot be opened"),
+        ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}', "cannot be opened"),
+        ("tokenizer_config.json", "[1]", r"tokenizer_config\.json holds a JSON list"),
+        ("tokenizer_config.json", '{"bos_token": 7}', "cannot be opened"),
+        ("tokenizer_config.json", b"\xff", r"tokenizer_config\.json is not UTF-8"),
+        ("special_tokens_map.json", "{", r"special_tokens_map\.json is not valid JSON"),
+        ("special_tokens_map.json", '{"eos_token": [1]}', "cannot be opened"),
+        ("added_tokens.json", "[" * 100_000, r"added_tokens\.json is not valid JSON: it is nested too deeply"),
+        ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id is 'x'; token ids are expected"),
+        ("generation_config.json", '{"eos_token_id": [[2]]}', "token ids are expected"),
+        ("chat_template.jinja", b"\xff", r"chat_template\.jinja is not UTF-8"),
+    ],
+)
+def test_damaged_files(copied, name, content, message):
+    (copied / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message) as caught:
+        Tokenizer(copied)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_what_never_ends_is_not_opened(copied, name):
+    (copied / name).unlink(missing_ok=True)
+    os.mkfifo(copied / name)
+    with pytest.raises(UserError, match=f"{name} is a pipe; a file is expected"):
+        Tokenizer(copied)
+
+
+def test_replacements_that_multiply(copied):
+    """Forty of them would make a terabyte of one letter."""
+    content = json.loads((copied / "tokenizer.json").read_text())
+    twice = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    content["normalizer"] = {"type": "Sequence", "normalizers": [twice] * 40}
+    (copied / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"may make a text {2**40} times as long; at most 256 is expected"):
+        Tokenizer(copied)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", '{"version": "1.0"}', "the tokenizer in .* cannot be opened"),
+        ("chat_template.jinja", "{% for %}", r"chat_template\.jinja is no Jinja template: Expected an expression"),
+    ],
+)
+def test_a_checkpoint_with_a_broken_tokenizer_is_not_made(tiny_checkpoint, tmp_path, name, content, message):
+    source = shutil.copytree(tiny_checkpoint, tmp_path / "source")
+    (source / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        make_checkpoint({"local": {"path": str(source)}}, tmp_path / "checkpoint")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -6,8 +6,9 @@ lie in `trtbuild/chat_templates`.
 
 from pathlib import Path
 
+from trtbuild.checkpoint.template_worker import TemplateWorker
 from trtbuild.errors import UserError
-from trtbuild.files import atomic, read_json, user_path
+from trtbuild.files import atomic, read_json, read_text, user_path
 
 SHIPPED = Path(__file__).parents[1] / "chat_templates"
 
@@ -22,27 +23,21 @@ def read(name: str) -> str:
 
     An unknown name, an unreadable file and one that is no Jinja template are a `UserError`.
     """
-    import jinja2
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    if name.endswith(".jinja"):
-        path = user_path(name)
-    elif name in names():
-        path = SHIPPED / f"{name}.jinja"
-    else:
+    if name in names():
+        return (SHIPPED / f"{name}.jinja").read_text(encoding="utf-8")
+    if not name.endswith(".jinja"):
         raise UserError(f"there is no chat template {name!r}; use {', '.join(names())} or the path of a .jinja file")
-    try:
-        template = path.read_text(encoding="utf-8")
-        render_jinja_template([], chat_template=template)  # compiled, and nothing rendered
-    except FileNotFoundError as error:
-        raise UserError(f"the chat template {path} does not exist") from error
-    except OSError as error:
-        raise UserError(f"cannot read the chat template {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"the chat template {path} is not UTF-8 text: {error}") from error
-    except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"the chat template {path} is no Jinja template: {error} (line {error.lineno})") from error
+    template = read_text(path := user_path(name))
+    check(template, f"the chat template {path}")
     return template
+
+
+def check(template: str, where: str) -> None:
+    """Raises `UserError` for what is no Jinja template."""
+    try:
+        TemplateWorker().compile(template)
+    except UserError as error:
+        raise UserError(f"{where} is no Jinja template: {error}") from error
 
 
 def write(folder: Path, template: str) -> None:

@@ -59,6 +59,17 @@ def make_checkpoint(source: dict, folder: Path | str) -> None:
         temporary.mkdir()
         MAKERS[kind](temporary, **options)
         Checkpoint(temporary)
+        _check_tokenizer(temporary)
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """Uses it as every later stage will, which is too late to hear that it is broken."""
+    from trtbuild.runtime.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(folder)
+    tokenizer.decode(tokenizer.encode("A text."))
+    if chat_template.is_in(folder):
+        chat_template.check(tokenizer.chat_template, str(folder / "chat_template.jinja"))
 
 
 def make_quantized(source: dict, checkpoint_dir: Path | str, folder: Path | str) -> None:

@@ -1,11 +1,17 @@
 """Text to token ids and back, with the tokenizer of the canonical checkpoint."""
 
+import os
 import re
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from trtbuild.checkpoint.template_worker import TemplateWorker
 from trtbuild.errors import UserError
-from trtbuild.files import read_json
+from trtbuild.files import read_json, read_text
+
+MAX_GROWTH = 256  # of a text, by what tokenizer.json replaces in it
 
 
 class Tokenizer:
@@ -17,22 +23,38 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path | str, chat_template: str | None = None) -> None:
-        from transformers import PreTrainedTokenizerFast
-
-        self.folder, self._chat_template = Path(folder), chat_template
+        self.folder, self._chat_template, self._worker = Path(folder), chat_template, TemplateWorker()
         if not (self.folder / "tokenizer.json").exists():
             raise UserError(f"{self.folder} has no tokenizer.json; give the checkpoint's folder, or convert it again")
-        read_json(self.folder / "tokenizer.json")
-        self._tokenizer = PreTrainedTokenizerFast.from_pretrained(self.folder, local_files_only=True)
+        _check_files(self.folder)
+        with self._refusing("cannot be opened"):
+            from transformers import PreTrainedTokenizerFast
+
+            self._tokenizer = PreTrainedTokenizerFast.from_pretrained(self.folder, local_files_only=True)
+            self._eos_token_id = self._tokenizer.eos_token_id
         self.eos_token_ids = self._eos_token_ids()
-        self._add_aliases()
+        with self._refusing("cannot be opened"):
+            self._add_aliases()
+
+    @contextmanager
+    def _refusing(self, what: str) -> Iterator[None]:
+        """Turns what the libraries raise for a damaged tokenizer, also Rust's panics, into a `UserError`."""
+        try:
+            yield
+        except (UserError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic is no `Exception`
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise UserError(f"the tokenizer in {self.folder} {what} ({reason}); fetch its files again") from error
 
     def _eos_token_ids(self) -> tuple[int, ...]:
-        ids = [self._tokenizer.eos_token_id]
+        ids = [self._eos_token_id]
         for name in ("config.json", "generation_config.json"):
             if (self.folder / name).exists():
                 eos = read_json(self.folder / name).get("eos_token_id")
                 ids += eos if isinstance(eos, list) else [eos]
+                if not all(i is None or (type(i) is int and i >= 0) for i in ids):
+                    raise UserError(f"{self.folder / name}: eos_token_id is {eos!r}; token ids are expected")
         return tuple(dict.fromkeys(i for i in ids if i is not None))
 
     @property
@@ -104,17 +126,17 @@ class Tokenizer:
             messages = [message | {"content": self.literal(message["content"])} for message in messages]
         template = self.chat_template
         try:
-            text = self._tokenizer.apply_chat_template(
-                messages, chat_template=template, tokenize=False, add_generation_prompt=True, cut=self._cut
-            )
-        except Exception as error:  # its own, Jinja's, and whatever its expressions raise
+            named = self._tokenizer.special_tokens_map
+            text = self._worker.render(template, messages, **named, cut=self._cut)
+        except UserError as error:
             raise UserError(f"the chat template fails: {error}") from error
         return self._encode(text, add_special_tokens=False)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of a text in which every special token is meant, but for the marked ones."""
         text = self._marked_or_special.sub(lambda it: self._alias.get(it[0], it[0].removeprefix(self._mark)), text)
-        ids = self._tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=True)["input_ids"]
+        with self._refusing(f"fails on {text[:40]!r}"):
+            ids = self._tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=True)["input_ids"]
         return [published for i in ids for published in self._ids.get(i, [i])]
 
     def special_token_ids(self, words: tuple[str, ...]) -> tuple[int, ...]:
@@ -124,10 +146,36 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Text of token ids without special tokens."""
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        with self._refusing(f"cannot decode {ids[:8]}"):
+            return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def text(self, ids: list[int], stop_words: tuple[str, ...] = ()) -> str:
         """`decode`, cut before the first stop word."""
         text = self.decode(ids)
         ends = [text.index(word) for word in stop_words if word in text]
         return text[: min(ends)] if ends else text
+
+
+def _check_files(folder: Path) -> None:
+    """Raises `UserError` for files that the libraries would open by themselves, and would not come back from.
+
+    Replacements in `tokenizer.json` that follow each other multiply: a small file could fill the memory with a word.
+    """
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"):
+        if os.path.lexists(folder / name):
+            read_json(folder / name)
+    if os.path.lexists(folder / "chat_template.jinja"):
+        read_text(folder / "chat_template.jinja")
+    growth, where = 1, folder / "tokenizer.json"
+    parts = [part for key, part in read_json(where).items() if key in ("normalizer", "pre_tokenizer", "decoder")]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict):
+            if part.get("type") in ("Replace", "Prepend"):
+                content = part.get("content", part.get("prepend"))
+                growth *= max(1, len(content)) if isinstance(content, str) else 1
+            parts += part.values()
+        elif isinstance(part, list):
+            parts += part
+    if growth > MAX_GROWTH:
+        raise UserError(f"{where} may make a text {growth} times as long; at most {MAX_GROWTH} is expected")
