@@ -632,9 +632,9 @@ def test_an_earlier_checkpoint_stays(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "change", "tensors"),
     [
-        ("llama", {"num_hidden_layers": "3"}, {}),
+        ("llama", {"num_hidden_layers": "three"}, {}),
         ("qwen", {"num_hidden_layers": None}, {}),
-        ("v1_7b", {"num_hidden_layers": 3.0}, {}),
+        ("v1_7b", {"num_hidden_layers": 3.5}, {}),
         ("qwen", {}, {C_ATTN.replace("weight", "bias"): torch.tensor(1.0)}),
         ("qwen", {}, {"lm_head.weight": torch.ones(320, 48).to_sparse()}),
     ],
@@ -650,9 +650,9 @@ def test_faults_are_named(kind, change, tensors, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "change"),
     [
-        ("llama", {"rms_norm_eps": "1e-6"}),
-        ("qwen", {"layer_norm_epsilon": None}),
-        ("v2_13b", {"model_max_length": "4096"}),
+        ("llama", {"rms_norm_eps": "1e-6x"}),
+        ("qwen", {"layer_norm_epsilon": [1e-6]}),
+        ("v2_13b", {"model_max_length": "4k"}),
         ("v1_7b", {"num_attention_heads": 1.5}),
     ],
 )
