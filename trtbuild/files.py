@@ -146,7 +146,7 @@ def _temporary_sibling(path: Path, kind: str = "") -> Path:
 
 def refuse_output_over_input(output: Path, source: Path) -> None:
     """Raises `UserError` if writing the folder `output` would replace `source`, or a folder that `source` lies in."""
-    output, source = output.resolve(), source.resolve()
+    output, source = (Path(os.path.realpath(path)) for path in (output, source))  # which takes loops of links
     if output == source or output in source.parents:
         raise UserError(f"the output {output} would replace its own input {source}; choose another output")
 
@@ -199,22 +199,28 @@ def kind_of(path: Path | str) -> str | None:
         return None
 
 
-def read_bytes(path: Path | str, limit: int = MAX_BYTES) -> bytes:
-    """Content of a file from outside. Raises `UserError` unless it is a regular file (reading a pipe may never end) of
-    at most `limit` bytes.
-    """
+def check_input(path: Path | str) -> None:
+    """Raises `UserError` unless there is a regular file (reading a pipe may never end), and its content."""
     try:
         kind = kind_of(path)
         if kind is None:
             raise UserError(f"{path} does not exist")
         if kind != "file":
             raise UserError(f"{path} is a {kind}; a file is expected")
+        refuse_lfs_pointer(Path(path))
+    except (OSError, ValueError) as error:  # a zero byte in the name
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def read_bytes(path: Path | str, limit: int = MAX_BYTES) -> bytes:
+    """Content of a file from outside; raises `UserError` where `check_input` does, and for more than `limit` bytes."""
+    check_input(path)
+    try:
         if (size := Path(path).stat().st_size) > limit:
             raise UserError(f"{path} has {size >> 20} MiB; at most {limit >> 20} are expected of such a file")
-        refuse_lfs_pointer(Path(path))
         return Path(path).read_bytes()
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
 def read_text(path: Path | str) -> str:

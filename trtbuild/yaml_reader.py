@@ -5,6 +5,7 @@ from pathlib import Path
 import yaml
 
 from trtbuild.errors import UserError
+from trtbuild.files import read_text
 
 MAX_NODES = 100_000  # with aliases written out; the shipped files have some 2,000
 TAG = "tag:yaml.org,2002:"
@@ -28,17 +29,15 @@ def read_yaml(path: Path | str) -> object:
     last one), a key that is not text (`no`, `7`), a value that JSON does not have, and more than `MAX_NODES` values.
     """
     try:
-        loader = _Loader(Path(path).read_text(encoding="utf-8"))
+        loader = _Loader(read_text(path))
         node = loader.get_single_node()
         if node is None:
             return None
         _check(node, path, {})
         return loader.construct_document(node)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
     except RecursionError as error:
         raise UserError(f"{path} is not valid YAML: it is nested too deeply") from error
-    except (yaml.YAMLError, ValueError, KeyError) as error:  # also of bytes, and of what an explicit tag does not fit
+    except (yaml.YAMLError, ValueError, LookupError) as error:  # also of what a tag does not fit
         reason = " ".join(str(error).replace('in "<unicode string>", ', "in ").split())
         raise UserError(f"{path} is not valid YAML: {reason}") from error
 
@@ -48,7 +47,7 @@ def _check(node: yaml.Node, path: Path | str, sizes: dict[int, int]) -> int:
     if (size := sizes.get(id(node))) is not None:
         return size
     where = f"{path}, line {node.start_mark.line + 1}"
-    if node.tag not in KINDS or (node.tag == TAG + "float" and node.value[-4:].lower() in (".inf", ".nan")):
+    if node.tag not in KINDS or (node.tag == TAG + "float" and str(node.value)[-4:].lower() in (".inf", ".nan")):
         what = node.value if isinstance(node, yaml.ScalarNode) else node.tag.removeprefix(TAG)
         raise UserError(f"{where}: {what!r} is no value that JSON has")
     sizes[id(node)] = MAX_NODES  # for an alias within what it is an alias of

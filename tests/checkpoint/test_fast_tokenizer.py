@@ -433,12 +433,14 @@ def test_damaged_sentencepiece_models(llama_model, tmp_path):
 
 
 def test_other_files_as_sentencepiece(tmp_path):
-    for content in (b'{"version": "1.0"}', b"version https://git-lfs.github.com/spec/v1\n", b"\xff" * 100):
+    for content in (b'{"version": "1.0"}', b"\xff" * 100):
         with pytest.raises(UserError, match=r"tokenizer\.model is not a SentencePiece model"):
             convert(content, tmp_path)
+    with pytest.raises(UserError, match=r"tokenizer\.model is a Git LFS pointer"):
+        convert(b"version https://git-lfs.github.com/spec/v1\n", tmp_path)
     with pytest.raises(UserError, match=r"absent\.model does not exist"):
         save_sentencepiece(tmp_path / "absent.model", tmp_path, add_bos=True)
-    with pytest.raises(UserError, match=f"cannot read {tmp_path}"):
+    with pytest.raises(UserError, match=f"{tmp_path} is a folder; a file is expected"):
         save_sentencepiece(tmp_path, tmp_path, add_bos=True)
 
 

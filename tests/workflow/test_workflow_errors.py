@@ -81,7 +81,7 @@ BAD_CONFIGURATION = {
         "config/config.yaml: matrix.0.recipes.0: 7 is not of type 'string'",
     ),
     "empty models": (replace_by("models", ""), "config/models.yaml: the file: None is not of type 'object'"),
-    "missing models": (replace_by("models", None), "cannot read config/models.yaml: No such file or directory"),
+    "missing models": (replace_by("models", None), "config/models.yaml does not exist"),
     "two sources": (
         set_to("models", "tiny", "source", "local", {"path": "there"}),
         "config/models.yaml: tiny.source: ",

@@ -12,7 +12,7 @@ from typing import Any
 
 from trtbuild.checkpoint.sentencepiece_normalizer import SPACE, sentencepiece_normalizer
 from trtbuild.errors import UserError
-from trtbuild.files import read_json
+from trtbuild.files import read_bytes, read_json
 
 MAPS = ("nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf")  # SentencePiece's own; other models bring their own rules
 
@@ -131,19 +131,10 @@ def _save(tokenizer: Any, folder: Path, **options: Any) -> None:
     )
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-
-
 def _read_tiktoken(path: Path) -> dict[bytes, int]:
     """Tokens and their ranks, which are also their ids."""
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(_read(path).splitlines(), start=1):
+    for number, line in enumerate(read_bytes(path).splitlines(), start=1):
         try:
             text, rank = line.split()
             token = base64.b64decode(text, validate=True)
@@ -168,7 +159,7 @@ def _read_sentencepiece(path: Path) -> Any:
     from google.protobuf.message import DecodeError
     from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
-    content = _read(path)
+    content = read_bytes(path)
     try:
         model = sentencepiece_model_pb2.ModelProto.FromString(content)
         SentencePieceProcessor(model_proto=content)

@@ -23,8 +23,8 @@ from trtbuild.checkpoint.weight_files import SAFETENSORS, TORCH, has, open_weigh
 from trtbuild.errors import UserError
 from trtbuild.files import (
     atomic,
+    check_input,
     read_json,
-    refuse_lfs_pointer,
     refuse_output_over_input,
     sha256,
     user_path,
@@ -185,7 +185,7 @@ def _make_tokenizer(source: Path, folder: Path, family: Family, config: dict) ->
     places = [source, *([source.parent] if is_meta(source) else [])]
     files = [place / family.TOKENIZER_FILE for place in places if (place / family.TOKENIZER_FILE).exists()]
     for file in files[:1]:
-        refuse_lfs_pointer(file)
+        check_input(file)
     if not files:
         raise UserError(f"{source} has neither tokenizer.json nor {family.TOKENIZER_FILE}; fetch its tokenizer")
     family.save_tokenizer(files[0], folder, config)
@@ -204,7 +204,7 @@ def _make_tokenizer(source: Path, folder: Path, family: Family, config: dict) ->
 def _link(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:
     for pattern in patterns:
         for file in source.glob(pattern):
-            refuse_lfs_pointer(file)
+            check_input(file)
             link = folder / file.relative_to(source)
             if not link.exists():
                 link.parent.mkdir(parents=True, exist_ok=True)

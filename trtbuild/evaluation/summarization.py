@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trtbuild.datasets import Article
 from trtbuild.errors import UserError
-from trtbuild.files import atomic, parse_json, read_json, write_json
+from trtbuild.files import atomic, parse_json, read_json, read_text, write_json
 from trtbuild.runtime.generation import Output
 from trtbuild.runtime.tokenizer import Tokenizer
 
@@ -85,13 +85,8 @@ def write_summaries(
 
 def read_summaries(path: Path) -> tuple[list[dict], dict]:
     """The records of a summaries file, and the provenance beside it. Raises `UserError` for files that hold others."""
-    try:
-        with open(path, encoding="utf-8") as file:  # splitlines() would also split at U+2028 and its like
-            records = [_record(line, f"{path}, line {number}") for number, line in enumerate(file, 1)]
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}); make it with 'trtbuild summarize'") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a summaries file: {error}") from error
+    lines = read_text(path).removesuffix("\n").split("\n")  # splitlines() would also split at U+2028 and its like
+    records = [_record(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if lines != [""]]
     if not records:
         raise UserError(f"{path} holds no summaries; make it with 'trtbuild summarize'")
     origin = read_json(meta_path(path))

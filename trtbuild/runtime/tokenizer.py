@@ -39,13 +39,19 @@ class Tokenizer:
     @contextmanager
     def _refusing(self, what: str) -> Iterator[None]:
         """Turns what the libraries raise for a damaged tokenizer, also Rust's panics, into a `UserError`."""
+        stderr = os.dup(2)
         try:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), 2)  # where a panic writes its own report
             yield
         except (UserError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic is no `Exception`
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise UserError(f"the tokenizer in {self.folder} {what} ({reason}); fetch its files again") from error
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
     def _eos_token_ids(self) -> tuple[int, ...]:
         ids = [self._eos_token_id]
