@@ -11,7 +11,7 @@ from typing import Any
 from trtbuild.errors import UserError
 
 SPACE = "\u2581"  # "▁", SentencePiece's visible space
-MARKS = r"[\p{M}\u200C\u200D\uFF9E\uFF9F]"  # what extends the character before it
+MARKS = r"[\p{M}\u0E33\u0EB3\u200C\u200D\uFF9E\uFF9F]"  # what extends the character before it, AM of Thai and Lao too
 # Noncharacters, which are there for a program's own use: they stand in no text and in no character map.
 APART, ALONE, *STAND_INS = map(chr, range(0xFDD0, 0xFDF0))
 
