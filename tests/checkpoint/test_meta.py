@@ -504,8 +504,13 @@ def test_parameters_are_not_json(tmp_path, content, message):
             {"dim": "48"},
             "{}/params.json: dim is '48'; a positive integer is expected",
         ),
+        (
+            {"use_scaled_rope": True},
+            "{}/params.json: use_scaled_rope (True) is not known, and may change results; use the model's Hugging Face "
+            "folder",
+        ),
     ],
-    ids=["layers", "width", "KV heads", "groups", "heads", "dim"],
+    ids=["layers", "width", "KV heads", "groups", "heads", "dim", "RoPE"],
 )
 def test_parameters_that_contradict_the_shards(tmp_path, changes, message):
     folder = tmp_path / "meta"

@@ -174,6 +174,8 @@ def test_local_is_a_repository_of_the_cache(tmp_path, named):
     snapshot = folder / "snapshots" / ("aaa" if named else "bbb")
     message = f"{folder} is a repository in the hub's cache; the model's folder is {snapshot}$"
     refused({"local": {"path": str(folder)}}, tmp_path / "x", message)
+    cache = f"{tmp_path} is the hub's cache; a model's folder is a snapshot in it, such as {folder}/snapshots/aaa$"
+    refused({"local": {"path": str(tmp_path)}}, tmp_path.parent / "x", cache)
     with pytest.raises(UserError, match=message):
         Checkpoint(folder)
 

@@ -74,6 +74,18 @@ def test_both_spellings_of_rope(tiny_config, scaling):
     assert read[0].original_max_position_embeddings == (64 if scaling is LLAMA3 else 256)
 
 
+@scalings
+def test_of_both_spellings_the_old_one_counts(tiny_config, scaling):
+    config = tiny_config | {"rope_scaling": scaling, "rope_parameters": {"rope_type": "linear", "factor": 3.0}}
+    rope = config_from_hugging_face(config, "x").rope
+    theirs = LlamaConfig(**config).rope_parameters
+    assert (rope.type, rope.factor, rope.theta) == (
+        theirs["rope_type"],
+        theirs.get("factor", 1.0),
+        theirs["rope_theta"],
+    )
+
+
 @pytest.mark.parametrize("rope_scaling", [None, {}])
 def test_no_rope_scaling(tiny_config, rope_scaling):
     assert config_from_hugging_face(tiny_config | {"rope_scaling": rope_scaling}, "x").rope == RopeConfig(

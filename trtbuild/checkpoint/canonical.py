@@ -130,6 +130,8 @@ def published_config(folder: Path) -> dict:
         main = folder / "refs" / "main"
         snapshot = folder / "snapshots" / main.read_text().strip() if main.exists() else snapshots[-1]
         raise UserError(f"{folder} is a repository in the hub's cache; the model's folder is {snapshot}")
+    if snapshots := sorted(folder.glob("models--*/snapshots/*/")):
+        raise UserError(f"{folder} is the hub's cache; a model's folder is a snapshot in it, such as {snapshots[0]}")
     if (adapter := folder / "adapter_config.json").exists():
         base = read_json(adapter).get("base_model_name_or_path")
         raise UserError(

@@ -26,6 +26,10 @@ NAMES = {
     "output": ("lm_head", 0),
 }
 CODE_LLAMA_THETA = 1e6
+PARAMS = (
+    *("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "ffn_dim_multiplier", "norm_eps", "rope_theta"),
+    *("vocab_size", "max_seq_len", "max_batch_size"),  # without effect on results
+)
 
 
 def is_meta(folder: Path) -> bool:
@@ -90,6 +94,11 @@ def _shard_files(folder: Path) -> list[Path]:
 
 def _config(params: dict, where: Path, shards: list[dict[str, LazyTensor]]) -> dict:
     """`params.json` in Hugging Face's terms. The vocabulary's size is the tensors': most files give it as -1."""
+    for key, value in params.items():
+        if key not in PARAMS and (key, value) != ("use_scaled_rope", False):
+            raise UserError(
+                f"{where}: {key} ({value}) is not known, and may change results; use the model's Hugging Face folder"
+            )
     for key in ("dim", "n_heads", "n_layers", "multiple_of"):
         if type(params[key]) is not int or params[key] < 1:
             raise UserError(f"{where}: {key} is {params[key]!r}; a positive integer is expected")

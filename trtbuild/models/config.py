@@ -39,9 +39,10 @@ class RopeConfig:
     def from_hugging_face(cls, config: dict, where: Path | str) -> "RopeConfig":
         """Reads both spellings: `rope_parameters` (transformers 5) and `rope_theta` with `rope_scaling`.
 
+        Where both are there `rope_scaling` counts, as in transformers.
         Raises `KeyError` for a missing key, `UserError` for a scaling that is not supported.
         """
-        parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
         kind = parameters.get("rope_type", parameters.get("type"))
         if kind is None and "factor" in parameters:
             raise UserError(f"{where}: RoPE scaling has a factor and no rope_type; give {', '.join(ROPE_TYPES[1:])}")
