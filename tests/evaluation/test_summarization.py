@@ -6,6 +6,7 @@ import pytest
 
 from trtbuild.datasets import Article
 from trtbuild.errors import UserError
+from trtbuild.evaluation import stages
 from trtbuild.evaluation.summarization import (
     meta_path,
     read_summaries,
@@ -173,3 +174,16 @@ def test_provenance_that_says_nothing(tmp_path):
 
 def test_provenance_lies_beside(tmp_path):
     assert meta_path(tmp_path / "a.b.jsonl") == tmp_path / "a.b.meta.json"
+
+
+def test_a_reference_that_rouge_cannot_score_is_refused_before_the_work(monkeypatch, tmp_path):
+    monkeypatch.setattr(stages, "load_articles", lambda: [Article("7", "Текст.", "Слова.")])
+    with pytest.raises(UserError, match=r"reference 0, 'Слова\.', holds no word"):
+        stages.summarize_articles(
+            output=tmp_path / "s.jsonl",
+            checkpoint_dir=tmp_path / "nowhere",
+            dataset={},
+            prompt="{article}",
+            chat=False,
+            max_output_len=4,
+        )

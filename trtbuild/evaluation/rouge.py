@@ -42,14 +42,8 @@ class Tokenizer:
         return tokens
 
 
-def score(predictions: list[str], references: list[str], seed: int = 0) -> dict[str, dict[str, float]]:
-    """Mean F1 in per cent and its 95% bootstrap interval for each metric, over (prediction, reference) pairs.
-
-    `rougeLsum` compares line by line; predictions are split into lines at the ends of sentences, as references are.
-    Raises `UserError` for a reference without a token, which nothing could agree with.
-    """
-    from rouge_score.rouge_scorer import RougeScorer
-
+def check_references(references: list[str]) -> None:
+    """Raises `UserError` for a reference without a token, which nothing could agree with; best before the work."""
     tokenizer = Tokenizer()
     for i, reference in enumerate(references):
         if not tokenizer.tokenize(reference):
@@ -57,7 +51,18 @@ def score(predictions: list[str], references: list[str], seed: int = 0) -> dict[
                 f"reference {i}, {reference[:40]!r}, holds no word that ROUGE can score; it knows a-z, 0-9, and "
                 "Chinese, Japanese and Korean characters"
             )
-    scorer = RougeScorer(METRICS, tokenizer=tokenizer)
+
+
+def score(predictions: list[str], references: list[str], seed: int = 0) -> dict[str, dict[str, float]]:
+    """Mean F1 in per cent and its 95% bootstrap interval for each metric, over (prediction, reference) pairs.
+
+    `rougeLsum` compares line by line; predictions are split into lines at the ends of sentences, as references are.
+    Raises `UserError` as `check_references` does.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    check_references(references)
+    scorer = RougeScorer(METRICS, tokenizer=Tokenizer())
     pairs = [
         scorer.score(full_width_sentences(reference), sentences(text))
         for text, reference in zip(predictions, references, strict=True)

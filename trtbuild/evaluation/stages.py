@@ -14,7 +14,7 @@ from trtbuild.evaluation.baseline import open_baseline
 from trtbuild.evaluation.benchmark import benchmark
 from trtbuild.evaluation.perplexity import perplexity
 from trtbuild.evaluation.provenance import provenance, refuse_different, settings
-from trtbuild.evaluation.rouge import METRICS, TOKENIZER, score
+from trtbuild.evaluation.rouge import METRICS, TOKENIZER, check_references, score
 from trtbuild.evaluation.summarization import read_summaries, summarization_prompts, write_summaries
 from trtbuild.evaluation.verify import TOLERANCE, Agreement, verify
 from trtbuild.models.decoder import cache_of_network
@@ -49,6 +49,7 @@ def summarize_articles(
     `chat_template`: the text of one, in place of the tokenizer's own.
     """
     articles = load_articles(**dataset)
+    check_references([article.highlights for article in articles])
     tokenizer = Tokenizer(checkpoint_dir, chat_template)
     params = SamplingParams(max_output_len, eos_token_ids=tokenizer.eos_token_ids)
     if engine_dir:
