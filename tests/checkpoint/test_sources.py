@@ -199,6 +199,12 @@ def test_an_original_tokenizer_that_is_a_pointer(tiny_checkpoint, tmp_path):
     refused({"local": {"path": str(folder)}}, tmp_path / "x", f"{folder}/tokenizer.model is a Git LFS pointer")
 
 
+def test_a_broken_tokenizer_is_named_where_it_comes_from(tiny_checkpoint, tmp_path):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    refused({"local": {"path": str(folder)}}, tmp_path / "x", f"the tokenizer in {folder} cannot be opened")
+
+
 def test_weights_that_are_pointers(tiny_checkpoint, tmp_path):
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
     (folder / "model.safetensors").unlink()

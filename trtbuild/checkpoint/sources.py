@@ -58,8 +58,11 @@ def make_checkpoint(source: dict, folder: Path | str) -> None:
     with atomic(folder) as temporary:
         temporary.mkdir()
         MAKERS[kind](temporary, **options)
-        Checkpoint(temporary)
-        _check_tokenizer(temporary)
+        try:
+            Checkpoint(temporary)
+            _check_tokenizer(temporary)
+        except UserError as error:  # about what came from the source; there will be no checkpoint to look at
+            raise UserError(str(error).replace(str(temporary), _name(options))) from error
 
 
 def _check_tokenizer(folder: Path) -> None:
@@ -102,7 +105,10 @@ def make_quantized(source: dict, checkpoint_dir: Path | str, folder: Path | str)
 
 
 def _name(options: dict) -> str:
-    return options.get("repo") or options["path"]
+    """What a user calls a source."""
+    if "path" in options:
+        return str(user_path(options["path"]))
+    return options.get("repo") or options.get("package") or "dummy weights"
 
 
 def _difference(a: Checkpoint, b: Checkpoint) -> str:
