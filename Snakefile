@@ -3,7 +3,13 @@
 
 from snakemake.utils import min_version
 
+from pathlib import Path
+
+from trtbuild.files import check_input
+
 min_version("9.0")
+if Path("config/config.yaml").exists():
+    check_input("config/config.yaml")  # reading a pipe would never end
 
 
 configfile: "config/config.yaml"

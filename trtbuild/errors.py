@@ -7,6 +7,9 @@ class UserError(Exception):
     The command line prints it without a traceback and exits with 2; a workflow rule ends its log with it.
     """
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message.encode("utf-8", "backslashreplace").decode())  # half surrogates cannot be printed
+
 
 def one_line(error: BaseException) -> str | None:
     """What to say of an error that lies outside the program; None where it lies within.

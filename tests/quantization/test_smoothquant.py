@@ -135,6 +135,7 @@ def test_static_scales_are_of_the_smoothed_inputs(checkpoint, ranges, quantized)
 )
 def test_factors_that_cannot_be(quantized, tmp_path, name, array, message):
     shutil.copytree(quantized, tmp_path / "copy")
+    (tmp_path / "copy" / "quantization.json").unlink()  # which knows the file's sha256
     with np.load(quantized / "smoothing.npz") as content:
         np.savez(tmp_path / "copy" / "smoothing.npz", **dict(content) | {name: array})
     with pytest.raises(UserError, match=rf"smoothing\.npz: {name} .*{message}|{name} is no part"):
@@ -142,6 +143,16 @@ def test_factors_that_cannot_be(quantized, tmp_path, name, array, message):
     assert read_smoothing(Checkpoint(quantized)).keys() == {
         f"{layer}.{product}" for layer in LAYERS for product in PRODUCTS
     }
+
+
+@pytest.mark.parametrize("change", ["removed", "another"])
+def test_factors_that_are_not_those_of_the_weights(quantized, tmp_path, change):
+    """The cache's scales would be wrong without a word."""
+    shutil.copytree(quantized, tmp_path / "copy")
+    file = tmp_path / "copy" / "smoothing.npz"
+    file.unlink() if change == "removed" else file.write_bytes(b"another")
+    with pytest.raises(UserError, match=r"smoothing\.npz is not what was written beside these weights; quantize again"):
+        read_smoothing(Checkpoint(tmp_path / "copy"))
 
 
 def with_outliers() -> dict[str, torch.Tensor]:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from trtbuild.checkpoint import chat_template
+from trtbuild.checkpoint.damage import refusing
 from trtbuild.checkpoint.fast_tokenizer import convert_sentencepiece
+from trtbuild.checkpoint.gguf import metadata as values
 from trtbuild.errors import UserError
 from trtbuild.files import write_json
 
@@ -24,13 +26,13 @@ def save_tokenizer(path: Path, folder: Path) -> None:
     """
     import gguf
 
-    fields = gguf.GGUFReader(path).fields
-    metadata = {key: field.contents() for key, field in fields.items() if key.startswith("tokenizer.")}
+    metadata = values(path, gguf.GGUFReader(path))
     kinds = {"llama": _save_sentencepiece, "gpt2": _save_byte_level}
     kind = _get(path, metadata, "model")
     if kind not in kinds:
         raise UserError(f"{path}: a tokenizer of the kind {kind!r} is not supported; {' and '.join(kinds)} are")
-    kinds[kind](path, folder, metadata)
+    with refusing(f"{path}: the tokenizer's metadata do not fit each other"):
+        kinds[kind](path, folder, metadata)
     if ends := [i for name in ENDS if (i := metadata.get(f"{PREFIX}{name}_token_id")) is not None]:
         write_json(folder / "generation_config.json", {"eos_token_id": ends})
     if template := metadata.get("tokenizer.chat_template"):

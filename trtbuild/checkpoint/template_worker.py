@@ -8,10 +8,11 @@ import resource
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 
 from trtbuild.errors import UserError
 
-SECONDS = 10  # for one conversation
+SECONDS = 5  # for one conversation
 MEMORY = 1 << 30  # bytes, beyond what the process has before it sees a template
 LENGTH = 1 << 24  # characters of a conversation
 
@@ -24,8 +25,9 @@ class TemplateWorker:
 
     def __del__(self) -> None:
         if self._process:
-            with self._process:
-                self._process.kill()
+            self._process.kill()
+            with suppress(BrokenPipeError), self._process:
+                pass
 
     def compile(self, template: str) -> None:
         """Raises `UserError` for what is no Jinja template, and where compiling it exceeds the limits."""

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trtbuild.checkpoint.canonical import Checkpoint
+from trtbuild.checkpoint.canonical import ORIGIN_FILE, Checkpoint
 from trtbuild.errors import UserError
-from trtbuild.files import atomic, kind_of, parse_json, refuse_output_over_input, sha256
+from trtbuild.files import atomic, kind_of, parse_json, read_json, refuse_output_over_input, sha256
 from trtbuild.linear.dense import DenseLinear
 from trtbuild.models.config import PRODUCTS, ModelConfig
 from trtbuild.network import Node
@@ -139,7 +139,7 @@ def read_calibration(path: Path, checkpoint: Checkpoint) -> Calibration:
 def read_smoothing(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """What a quantized checkpoint's input channels were multiplied by, float32 `[in]` by product; mostly nothing."""
     path, config = checkpoint.folder / SMOOTHING_FILE, checkpoint.config
-    if not path.exists():
+    if smoothing_of(checkpoint) is None:
         return {}
     widths = {name.removesuffix(".input"): n for name, n in _widths(config).items() if name.endswith(".input")}
     values = config.num_key_value_heads * config.head_dim
@@ -198,9 +198,15 @@ def _widths(config: ModelConfig) -> dict[str, int]:
 
 
 def smoothing_of(checkpoint: Checkpoint) -> str | None:
-    """The sha256 of the factors that a quantized checkpoint's channels were smoothed with, if they were."""
-    file = checkpoint.folder / SMOOTHING_FILE
-    return sha256(file) if file.exists() else None
+    """The sha256 of the factors that a quantized checkpoint's channels were smoothed with, if they were.
+
+    Raises `UserError` where they are not those that were written beside its weights.
+    """
+    file, origin = checkpoint.folder / SMOOTHING_FILE, checkpoint.folder / ORIGIN_FILE
+    digest = sha256(file) if kind_of(file) == "file" else None
+    if origin.exists() and read_json(origin).get("smoothing_sha256") != digest:
+        raise UserError(f"{file} is not what was written beside these weights; quantize again")
+    return digest
 
 
 def model_shape(checkpoint: Checkpoint) -> dict:

@@ -65,6 +65,8 @@ def quantize(
         _write(temporary, checkpoint, quantization, projections, method)
         inputs = checkpoint.hashes | ({calibration.name: sha256(calibration)} if ranges else {})
         origin = {"quantization": quantization, "source_sha256": checkpoint.source_sha256, "inputs": inputs}
+        if method.smoothing:
+            origin["smoothing_sha256"] = sha256(temporary / SMOOTHING_FILE)
         write_json(temporary / ORIGIN_FILE, origin)
 
 

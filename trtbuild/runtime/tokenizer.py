@@ -3,10 +3,9 @@
 import os
 import re
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+from trtbuild.checkpoint.damage import refusing
 from trtbuild.checkpoint.template_worker import TemplateWorker
 from trtbuild.errors import UserError
 from trtbuild.files import read_json, read_text
@@ -27,31 +26,14 @@ class Tokenizer:
         if not (self.folder / "tokenizer.json").exists():
             raise UserError(f"{self.folder} has no tokenizer.json; give the checkpoint's folder, or convert it again")
         _check_files(self.folder)
-        with self._refusing("cannot be opened"):
+        with refusing(f"the tokenizer in {self.folder} cannot be opened"):
             from transformers import PreTrainedTokenizerFast
 
             self._tokenizer = PreTrainedTokenizerFast.from_pretrained(self.folder, local_files_only=True)
             self._eos_token_id = self._tokenizer.eos_token_id
         self.eos_token_ids = self._eos_token_ids()
-        with self._refusing("cannot be opened"):
+        with refusing(f"the tokenizer in {self.folder} cannot be opened"):
             self._add_aliases()
-
-    @contextmanager
-    def _refusing(self, what: str) -> Iterator[None]:
-        """Turns what the libraries raise for a damaged tokenizer, also Rust's panics, into a `UserError`."""
-        stderr = os.dup(2)
-        try:
-            with open(os.devnull, "wb") as nowhere:
-                os.dup2(nowhere.fileno(), 2)  # where a panic writes its own report
-            yield
-        except (UserError, KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # a panic is no `Exception`
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            raise UserError(f"the tokenizer in {self.folder} {what} ({reason}); fetch its files again") from error
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
 
     def _eos_token_ids(self) -> tuple[int, ...]:
         ids = [self._eos_token_id]
@@ -141,7 +123,7 @@ class Tokenizer:
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of a text in which every special token is meant, but for the marked ones."""
         text = self._marked_or_special.sub(lambda it: self._alias.get(it[0], it[0].removeprefix(self._mark)), text)
-        with self._refusing(f"fails on {text[:40]!r}"):
+        with refusing(f"the tokenizer in {self.folder} fails on {text[:40]!r}"):
             ids = self._tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=True)["input_ids"]
         return [published for i in ids for published in self._ids.get(i, [i])]
 
@@ -152,7 +134,7 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Text of token ids without special tokens."""
-        with self._refusing(f"cannot decode {ids[:8]}"):
+        with refusing(f"the tokenizer in {self.folder} cannot decode {ids[:8]}"):
             return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def text(self, ids: list[int], stop_words: tuple[str, ...] = ()) -> str:
