@@ -21,7 +21,6 @@ from trtbuild.engine.portable import read_portable, write_portable
 from trtbuild.errors import UserError
 from trtbuild.files import (
     MARKER,
-    MAX_BYTES,
     atomic,
     check_output,
     output_path,
@@ -32,6 +31,7 @@ from trtbuild.files import (
     user_path,
     write_json,
 )
+from trtbuild.limits import TEXT_BYTES
 from trtbuild.models.decoder import decoder
 
 
@@ -434,7 +434,7 @@ def test_endless_and_large_files(tmp_path):
     with pytest.raises(UserError, match="/dev/zero is a device; a file is expected"):
         read_json("/dev/zero")
     with open(tmp_path / "large.json", "wb") as file:
-        file.truncate(MAX_BYTES + 1)
+        file.truncate(TEXT_BYTES + 1)
     with pytest.raises(UserError, match=r"large\.json has 64 MiB; at most 64 are expected"):
         read_json(tmp_path / "large.json")
 

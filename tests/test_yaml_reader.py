@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from trtbuild.errors import UserError
+from trtbuild.limits import YAML_VALUES
 from trtbuild.workflow import MODELS_SCHEMA, RECIPES_SCHEMA, load_table
-from trtbuild.yaml_reader import MAX_NODES, read_yaml
+from trtbuild.yaml_reader import read_yaml
 
 CONFIG = Path(__file__).parents[1] / "config"
 
@@ -99,7 +100,7 @@ def test_aliases_of_aliases(refused, first, more):
     lines = [f"a0: &a0 {first}"]
     lines += [f"a{i}: &a{i} " + more.format(", ".join([f"*a{i - 1}"] * 9)) for i in range(1, 12)]
     start = time.monotonic()
-    assert f"more than {MAX_NODES} values, aliases written out" in refused("\n".join(lines))
+    assert f"more than {YAML_VALUES} values, aliases written out" in refused("\n".join(lines))
     assert time.monotonic() - start < 5
 
 

@@ -13,11 +13,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from trtbuild.errors import UserError
+from trtbuild.limits import TEXT_BYTES
 
 MARKER = "made-by-trtbuild"
 LFS = b"version https://git-lfs.github.com/spec/"
-# A file that is read whole may have so many bytes; of published ones a tokenizer.json has most, about 30 MiB.
-MAX_BYTES = 64 << 20
 HASHED = 1 << 20  # of larger files `state_of` takes size and time
 KINDS = {
     stat.S_IFDIR: "folder",
@@ -212,7 +211,7 @@ def check_input(path: Path | str) -> None:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def read_bytes(path: Path | str, limit: int = MAX_BYTES) -> bytes:
+def read_bytes(path: Path | str, limit: int = TEXT_BYTES) -> bytes:
     """Content of a file from outside; raises `UserError` where `check_input` does, and for more than `limit` bytes."""
     check_input(path)
     try:

@@ -6,8 +6,8 @@ import yaml
 
 from trtbuild.errors import UserError
 from trtbuild.files import read_text
+from trtbuild.limits import YAML_VALUES
 
-MAX_NODES = 100_000  # with aliases written out; the shipped files have some 2,000
 TAG = "tag:yaml.org,2002:"
 KINDS = {TAG + kind for kind in ("map", "seq", "str", "int", "float", "bool", "null")}
 
@@ -26,7 +26,7 @@ def read_yaml(path: Path | str) -> object:
     """The one document in a file; anchors, aliases and merge keys (`<<`) mean what they do in YAML 1.1.
 
     Raises `UserError` with file and line for malformed YAML, a key that is twice in a mapping (YAML 1.1 would take the
-    last one), a key that is not text (`no`, `7`), a value that JSON does not have, and more than `MAX_NODES` values.
+    last one), a key that is not text (`no`, `7`), a value that JSON does not have, and more than `YAML_VALUES` values.
     """
     try:
         loader = _Loader(read_text(path))
@@ -50,7 +50,7 @@ def _check(node: yaml.Node, path: Path | str, sizes: dict[int, int]) -> int:
     if node.tag not in KINDS or (node.tag == TAG + "float" and str(node.value)[-4:].lower() in (".inf", ".nan")):
         what = node.value if isinstance(node, yaml.ScalarNode) else node.tag.removeprefix(TAG)
         raise UserError(f"{where}: {what!r} is no value that JSON has")
-    sizes[id(node)] = MAX_NODES  # for an alias within what it is an alias of
+    sizes[id(node)] = YAML_VALUES  # for an alias within what it is an alias of
     if isinstance(node, yaml.ScalarNode):
         children = []
     elif isinstance(node, yaml.MappingNode):
@@ -59,8 +59,8 @@ def _check(node: yaml.Node, path: Path | str, sizes: dict[int, int]) -> int:
     else:
         children = node.value
     size = 1 + sum(_check(child, path, sizes) for child in children)
-    if size > MAX_NODES:
-        raise UserError(f"{where}: more than {MAX_NODES} values, aliases written out; an alias is used too often")
+    if size > YAML_VALUES:
+        raise UserError(f"{where}: more than {YAML_VALUES} values, aliases written out; an alias is used too often")
     sizes[id(node)] = size
     return size
 

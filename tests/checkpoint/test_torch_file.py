@@ -174,7 +174,7 @@ def test_not_a_dictionary(path, content, kind):
 def test_missing(path):
     refused(path, f"missing weights file {path}")
     path.mkdir()
-    refused(path, f"missing weights file {path}")
+    refused(path, f"{path} is a folder; a file is expected")
 
 
 NO_ARCHIVE = (

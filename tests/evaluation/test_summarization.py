@@ -115,10 +115,15 @@ def test_round_trip(tokenizer, tmp_path, text):
     articles = [article("a", "x"), article("b", "y")]
     outputs = [Output([*ids, 1], "eos"), Output(ids[:1], "length")]
     write_summaries(
-        path, articles, tokenizer, [[5] * 3, [5] * 4], lambda prompts: outputs, {"engine": "tëst", "dtype": "int1"}
+        path,
+        articles,
+        tokenizer,
+        [[5] * 3, [5] * 4],
+        lambda prompts: outputs,
+        {"engine": "tëst", "dtype": "int1", "model": "m"},
     )
     records, provenance = read_summaries(path)
-    assert provenance == {"engine": "tëst", "dtype": "int1"}
+    assert provenance == {"engine": "tëst", "dtype": "int1", "model": "m"}
     assert records[0] == {
         "id": "x",
         "summary": text,

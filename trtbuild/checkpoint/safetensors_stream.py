@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from trtbuild.checkpoint.lazy import LazyTensor
 from trtbuild.errors import UserError
-from trtbuild.files import atomic, refuse_lfs_pointer, write_json
+from trtbuild.files import atomic, check_input, write_json
 
 ALIGNMENT = 64  # bytes; mapped weights then start on a cache line
 NAMES = {
@@ -98,9 +98,9 @@ def open_file(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
 
     Raises `UserError` if the file is missing, truncated or not safetensors.
     """
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"missing weights file {path}")
-    refuse_lfs_pointer(path)
+    check_input(path)
     try:
         file = safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:

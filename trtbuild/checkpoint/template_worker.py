@@ -11,10 +11,7 @@ import threading
 from contextlib import suppress
 
 from trtbuild.errors import UserError
-
-SECONDS = 5  # for one conversation
-MEMORY = 1 << 30  # bytes, beyond what the process has before it sees a template
-LENGTH = 1 << 24  # characters of a conversation
+from trtbuild.limits import TEMPLATE_BYTES, TEMPLATE_CHARACTERS, TEMPLATE_SECONDS
 
 
 class TemplateWorker:
@@ -24,10 +21,13 @@ class TemplateWorker:
         self._process: subprocess.Popen | None = None
 
     def __del__(self) -> None:
+        self._end()
+
+    def _end(self) -> None:
         if self._process:
             self._process.kill()
             with suppress(BrokenPipeError), self._process:
-                pass
+                self._process = None
 
     def compile(self, template: str) -> None:
         """Raises `UserError` for what is no Jinja template, and where compiling it exceeds the limits."""
@@ -38,7 +38,7 @@ class TemplateWorker:
         return self._ask({"template": template, "messages": messages, "variables": variables})
 
     def _ask(self, request: dict) -> str:
-        if self._process is None or self._process.poll() is not None:
+        if self._process is None:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__],
                 stdin=subprocess.PIPE,
@@ -48,7 +48,7 @@ class TemplateWorker:
             )
             self._process.stdout.readline()  # it is ready
         process = self._process
-        timer = threading.Timer(SECONDS, process.kill)
+        timer = threading.Timer(TEMPLATE_SECONDS, process.kill)
         timer.start()
         try:
             process.stdin.write(json.dumps(request) + "\n")
@@ -59,7 +59,8 @@ class TemplateWorker:
         finally:
             timer.cancel()
         if not answer:
-            raise UserError(f"it takes more than {SECONDS} seconds or {MEMORY >> 20} MiB")
+            self._end()
+            raise UserError(f"it takes more than {TEMPLATE_SECONDS} seconds or {TEMPLATE_BYTES >> 20} MiB")
         answer = json.loads(answer)
         if "error" in answer:
             raise UserError(answer["error"])
@@ -78,19 +79,21 @@ def _answer(request: dict) -> dict:
     try:
         texts, _ = render_jinja_template(conversations, **variables)
     except MemoryError:
-        return {"error": f"it takes more than {MEMORY >> 20} MiB"}
+        return {"error": f"it takes more than {TEMPLATE_BYTES >> 20} MiB"}
     except Exception as error:  # Jinja's, and whatever a template's expressions raise
         line = f" (line {error.lineno})" if hasattr(error, "lineno") else ""
         return {"error": f"{' '.join(str(error).split())[:300] or type(error).__name__}{line}"}
     text = texts[0] if texts else ""
-    return {"text": text} if len(text) <= LENGTH else {"error": f"it writes more than {LENGTH} characters"}
+    if len(text) > TEMPLATE_CHARACTERS:
+        return {"error": f"it writes more than {TEMPLATE_CHARACTERS} characters"}
+    return {"text": text}
 
 
 def _serve() -> None:
     import transformers.utils.chat_template_utils  # noqa: F401 (before there is a limit)
 
     with open("/proc/self/statm", encoding="ascii") as file:
-        limit = int(file.read().split()[0]) * resource.getpagesize() + MEMORY
+        limit = int(file.read().split()[0]) * resource.getpagesize() + TEMPLATE_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     print(flush=True)
     for line in sys.stdin:

@@ -16,7 +16,8 @@ import torch
 
 from trtbuild.checkpoint.lazy import LazyTensor
 from trtbuild.errors import UserError
-from trtbuild.files import MAX_BYTES, refuse_lfs_pointer
+from trtbuild.files import check_input
+from trtbuild.limits import TEXT_BYTES
 
 # What torch's reader and the ZIP library raise for files that are not what they seem.
 DAMAGE = (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError)
@@ -30,9 +31,9 @@ def open_torch_file(path: Path) -> dict[str, LazyTensor]:
     holds anything but tensors: it is read with `weights_only`, which unpickles tensors and plain containers alone. A
     storage's checksum is compared when one of its tensors is first loaded, which reads it anyway.
     """
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"missing weights file {path}")
-    refuse_lfs_pointer(path)
+    check_input(path)
     try:
         if not zipfile.is_zipfile(path):
             raise UserError(
@@ -89,7 +90,7 @@ def _records(path: Path) -> list[_Record]:
             if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
                 raise ValueError(f"its record {info.filename} is compressed")
             if info.filename.split("/")[1:2] != ["data"]:
-                if info.file_size > MAX_BYTES:
+                if info.file_size > TEXT_BYTES:
                     raise ValueError(f"its record {info.filename} has {info.file_size} bytes")
                 archive.read(info)
                 continue

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trtbuild.errors import UserError
-from trtbuild.files import check_shape, read_json, sha256, write_json
+from trtbuild.files import check_shape, kind_of, read_json, sha256, write_json
 
 CONFIG_FILE = "config.json"
 FILE = {"bytes": int, "sha256": str}
@@ -71,7 +71,7 @@ def read_config(folder: Path) -> dict:
         path = folder / name
         if Path(name).name != name:
             raise UserError(f"{folder / CONFIG_FILE} lists {name!r}, which is no file of this folder; build it again")
-        if not path.exists():
+        if kind_of(path) != "file":
             raise UserError(f"{folder} is incomplete: {name} is missing; build the engine again")
         if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
             raise UserError(f"{path} is not the file that was built (its sha256 differs); build the engine again")

@@ -90,8 +90,8 @@ def read_summaries(path: Path) -> tuple[list[dict], dict]:
     if not records:
         raise UserError(f"{path} holds no summaries; make it with 'trtbuild summarize'")
     origin = read_json(meta_path(path))
-    if not {"engine", "dtype"} <= origin.keys():
-        raise UserError(f"{meta_path(path)} does not say which engine wrote the summaries, and in which dtype")
+    if not all(isinstance(origin.get(key), str) for key in ("engine", "dtype", "model")):
+        raise UserError(f"{meta_path(path)} does not say which engine wrote the summaries, of which model and dtype")
     return records, origin
 
 

@@ -8,9 +8,7 @@ import math
 from pathlib import Path
 
 from trtbuild.errors import UserError
-
-MAX_SIZE = 1 << 24
-MAX_LAYERS = 1024
+from trtbuild.limits import MODEL_LAYERS, MODEL_SIZE
 
 
 def _number(value: object) -> int | float | None:
@@ -34,8 +32,8 @@ def _between(number: int | float | None, low: float, high: float) -> int | float
 
 
 # A kind: the value that another one means, None if it means none of this kind, and what to say then.
-SIZE = (lambda x: _between(_integer(x), 0, MAX_SIZE), f"an integer from 1 to {MAX_SIZE} is expected")
-LAYERS = (lambda x: _between(_integer(x), 0, MAX_LAYERS), f"an integer from 1 to {MAX_LAYERS} is expected")
+SIZE = (lambda x: _between(_integer(x), 0, MODEL_SIZE), f"an integer from 1 to {MODEL_SIZE} is expected")
+LAYERS = (lambda x: _between(_integer(x), 0, MODEL_LAYERS), f"an integer from 1 to {MODEL_LAYERS} is expected")
 NUMBER = (lambda x: _between(_number(x), 0, math.inf), "a number above 0 is expected")
 EPSILON = (lambda x: _between(_number(x), 0, 0.1), "a number above 0 and at most 0.1 is expected, such as 1.0e-6")
 BOOLEAN = (lambda x: x if type(x) is bool else None, "true or false is expected")
@@ -63,8 +61,8 @@ MAPPINGS = ("rope_scaling", "rope_parameters", "trtbuild")
 def coerced(config: dict, where: Path | str) -> dict:
     """`config` with the values of all known keys in their kinds; null is left out, other keys stay as they are.
 
-    Raises `UserError` for a value of another kind, and for one that no model has: a size below 1 or above `MAX_SIZE`,
-    more than `MAX_LAYERS` layers, a number that is not finite or not above 0.
+    Raises `UserError` for a value of another kind, and for one that no model has: a size below 1 or above `MODEL_SIZE`,
+    more than `MODEL_LAYERS` layers, a number that is not finite or not above 0.
     """
     result = {}
     for key, value in config.items():

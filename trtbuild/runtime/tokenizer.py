@@ -9,8 +9,7 @@ from trtbuild.checkpoint.damage import refusing
 from trtbuild.checkpoint.template_worker import TemplateWorker
 from trtbuild.errors import UserError
 from trtbuild.files import read_json, read_text
-
-MAX_GROWTH = 256  # of a text, by what tokenizer.json replaces in it
+from trtbuild.limits import TOKENIZER_GROWTH
 
 
 class Tokenizer:
@@ -165,5 +164,5 @@ def _check_files(folder: Path) -> None:
             parts += part.values()
         elif isinstance(part, list):
             parts += part
-    if growth > MAX_GROWTH:
-        raise UserError(f"{where} may make a text {growth} times as long; at most {MAX_GROWTH} is expected")
+    if growth > TOKENIZER_GROWTH:
+        raise UserError(f"{where} may make a text {growth} times as long; at most {TOKENIZER_GROWTH} is expected")
