@@ -104,7 +104,7 @@ def test_the_layer_is_named(engine, loud):
     with pytest.raises(UserError, match=LAYER):
         measure_perplexity(checkpoint_dir=loud, engine_dir=engine, dataset=dataset, device="cpu")
     with pytest.raises(UserError, match=LAYER):  # and again: nothing of the search is left
-        opened.session.prefill(PROMPTS)
+        opened.session.prefill(PROMPTS, all_logits=True)
 
 
 def test_the_layer_of_a_quantized_model_is_named(loud, tmp_path):
@@ -113,7 +113,7 @@ def test_the_layer_of_a_quantized_model_is_named(loud, tmp_path):
     quantize(loud, tmp_path / "quantized", quantization)
     opened = open_engine(build(tmp_path / "quantized", tmp_path / "engine", dtype="float16"), "portable", "cpu")
     with pytest.raises(UserError, match=LAYER):
-        opened.session.prefill(PROMPTS)
+        opened.session.prefill(PROMPTS, all_logits=True)
 
 
 def test_keys_that_leave_finite_logits(tmp_path):
@@ -127,14 +127,14 @@ def test_keys_that_leave_finite_logits(tmp_path):
     assert session._prefill(PROMPTS, False).isfinite().all()
     assert not session.cache.buffers["key_cache.1"].isfinite().all()
     with pytest.raises(UserError, match=r"in layer 1, from model\.layers\.1\.self_attn\.qkv_proj on; float16"):
-        session.prefill(PROMPTS)
-    assert session.prefill(PROMPTS[:1]).isfinite().all()
+        generate(session, PROMPTS, SamplingParams(4))
+    assert session.prefill(PROMPTS[:1], all_logits=True).isfinite().all()
 
 
 def test_interpreted_says_what_it_knows(engine):
     pytest.importorskip("tensorrt_rtx")
     with pytest.raises(UserError, match=r"^numbers are not finite in the logits; float16 ends at 65504, use bfloat16"):
-        open_engine(engine, "interpreted").session.prefill(PROMPTS)
+        generate(open_engine(engine, "interpreted").session, PROMPTS, SamplingParams(4))
 
 
 def test_bfloat16_computes_it(loud, tmp_path):
@@ -174,12 +174,13 @@ class Overflowing:
         self.left -= 1
         return torch.eye(2, 5) * torch.tensor([[1.0], [1.0 if self.left > 0 else math.nan]])
 
-    def not_finite(self, where) -> UserError:
-        return UserError(where)
+    def check_finite(self, prompts, logits) -> None:
+        if not logits.sum().isfinite():
+            raise UserError("not finite")
 
 
 def test_numbers_that_end_to_be_finite_in_generation():
-    with pytest.raises(UserError, match="in the logits of generated tokens"):
+    with pytest.raises(UserError, match="not finite"):
         generate(Overflowing(2), PROMPTS, SamplingParams(4))
     outputs = generate(Overflowing(4), PROMPTS, SamplingParams(4))
     assert [output.output_ids for output in outputs] == [[0] * 4, [1] * 4]

@@ -55,6 +55,7 @@ def _generate_batch(session, prompts, outputs, first, params, decode, on_token) 
     # host; the price is one step too many at the end. On a CPU that step would cost its full time.
     ahead = session.device.type == "cuda"
     logits = session.prefill(prompts)
+    finite = _to_host(logits.sum().isfinite().view(1))
     tokens = sampler(logits)
     for i in range(params.max_output_len):
         fetch = _to_host(tokens)
@@ -62,7 +63,10 @@ def _generate_batch(session, prompts, outputs, first, params, decode, on_token) 
         if ahead and not last:
             logits = session.decode(tokens)
             tokens = sampler(logits)
-        for index, (output, token) in enumerate(zip(outputs, fetch(), strict=True)):
+        fetched = fetch()
+        if i == 0 and not finite()[0]:
+            raise session.not_finite(prompts)
+        for index, (output, token) in enumerate(zip(outputs, fetched, strict=True)):
             if not output.finish_reason:
                 output.output_ids.append(token)
                 output.finish_reason = _finish_reason(output.output_ids, params, decode)
@@ -74,8 +78,7 @@ def _generate_batch(session, prompts, outputs, first, params, decode, on_token) 
             tokens = sampler(logits)
     # What is not finite stays in the cache, so the last step tells of those before; what follows an end does not count.
     going = [len(output.output_ids) == params.max_output_len for output in outputs]
-    if not logits[torch.tensor(going, device=logits.device)].sum().isfinite():
-        raise session.not_finite("in the logits of generated tokens")
+    session.check_finite(prompts, logits[torch.tensor(going, device=logits.device)])
 
 
 def _finish_reason(output_ids: list[int], params: SamplingParams, decode: Callable[[list[int]], str] | None) -> str:

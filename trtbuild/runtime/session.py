@@ -31,8 +31,9 @@ class Session(ABC):
     def prefill(self, prompts: list[list[int]], all_logits: bool = False) -> torch.Tensor:
         """Starts new sequences from token ids; returns float32 logits of each last token, `[batch, vocab]`.
 
-        With `all_logits` the logits of every token, packed: `[tokens, vocab]`. Raises `UserError` for an empty prompt,
-        one longer than `max_input_len`, more than `max_batch_size` of them, or keys or logits that are not finite.
+        With `all_logits` the logits of every token, packed: `[tokens, vocab]`, after `check_finite`; without, nothing
+        waits for the device, and it is the caller's to check. Raises `UserError` for an empty prompt, one longer than
+        `max_input_len`, or more than `max_batch_size` of them.
         """
         if not 0 < len(prompts) <= self.limits.max_batch_size:
             raise UserError(
@@ -42,14 +43,21 @@ class Session(ABC):
             self.check_prompt(prompt, i)
         self.lengths = [len(prompt) for prompt in prompts]
         logits = self._prefill(prompts, all_logits)
-        if not (logits.sum() + self.cache.sum_of_keys(len(prompts), max(self.lengths))).isfinite():
-            where = self._where_not_finite(prompts)
-            self.cache.clear()
-            raise self.not_finite(where)
+        if all_logits:
+            self.check_finite(prompts, logits)
         return logits
 
-    def not_finite(self, where: str) -> UserError:
-        """What to say of logits that are NaN or infinite; generation steps do not look, so as not to wait."""
+    def check_finite(self, prompts: list[list[int]], logits: torch.Tensor) -> None:
+        """`UserError` where `logits`, or the prompts' keys in the cache, are not finite; waits for the device."""
+        if not (logits.sum() + self.cache.sum_of_keys(len(prompts), max(map(len, prompts)))).isfinite():
+            raise self.not_finite(prompts)
+
+    def not_finite(self, prompts: list[list[int]]) -> UserError:
+        """What to say of numbers that are NaN or infinite after these prompts. The prompts are run again to find where,
+        and what is left of them in the cache is cleared.
+        """
+        where = self._where_not_finite(prompts)
+        self.cache.clear()
         advice = "float16 ends at 65504, use bfloat16" if self._is_float16 else "the checkpoint's weights are damaged"
         return UserError(f"numbers are not finite {where}; {advice}")
 
@@ -132,6 +140,7 @@ class PortableSession(Session):
         return self.engine.run(step, inputs | self.cache.views(batch))
 
     def _where_not_finite(self, prompts: list[list[int]]) -> str:
+        self.lengths = [len(prompt) for prompt in prompts]
         try:
             with self.engine.checked():
                 self._prefill(prompts, all_logits=False)
