@@ -1,5 +1,6 @@
 """GGUF files written by the `gguf` package, read back as the Hugging Face model they came from."""
 
+import struct
 from pathlib import Path
 
 import gguf
@@ -377,3 +378,29 @@ def test_text_that_is_not_utf8(written):
         UserError, match=r"the metadata key tokenizer\.ggml\.pre cannot be read .*; fetch the file again"
     ):
         read_gguf(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "at", "code", "value", "reason"),
+    [
+        (b"tokenizer.ggml.tokens", 8, "<Q", 2**60, "an array of 1152921504606846976 values; at most 1048576"),
+        (b"tokenizer.ggml.token_type", 8, "<Q", 2**19, "a length reaches beyond its end"),
+        (b"tokenizer.ggml.pre", 4, "<Q", 2**62, "a length reaches beyond its end"),
+        (b"tokenizer.ggml.pre", 0, "<I", 77, "77"),
+    ],
+)
+@pytest.mark.parametrize("model", ["untied"], indirect=True)
+def test_lengths_that_cannot_be(written, key, at, code, value, reason):
+    """The package counts to any of them, and fills the memory."""
+    path = written()
+    content = bytearray(path.read_bytes())
+    struct.pack_into(code, content, content.index(key) + len(key) + at, value)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"is truncated or not a GGUF file \({reason}"):
+        read_gguf(path)
+
+
+@pytest.mark.parametrize("model", ["untied"], indirect=True)
+def test_heads_without_channels(written):
+    with pytest.raises(UserError, match="the heads have 0 channels; a positive integer is expected"):
+        read_gguf(written(more=[("attention.key_length", 0), ("embedding_length", 0)], leave_out=("embedding_length",)))

@@ -181,7 +181,7 @@ def how_it_ended(outcome: Outcome, program: str) -> str | None:
         return f"exit code {outcome.code}"
     if len(lines) != 1 or not lines[0].startswith("error: "):
         return f"not one line: {re.sub(r'[0-9]+', 'N', lines[0])[:80] if lines else 'nothing'} ({len(lines)})"
-    return "needs gigabytes" if re.search(r"memory|allocate", lines[0]) else None
+    return "needs gigabytes" if re.search(r"out of memory|allocate", lines[0]) else None
 
 
 def last_words(text: str) -> str:

@@ -232,6 +232,16 @@ def test_ranges_that_cannot_be(checkpoint, file, tmp_path, name, array, message,
         read_calibration(tmp_path / "own.npz", Checkpoint(checkpoint))
 
 
+def test_ranges_that_are_missing(checkpoint, file, tmp_path):
+    with np.load(file) as content:
+        arrays = dict(content)
+    del arrays[KEY]
+    with open(tmp_path / "own.npz", "wb") as own:
+        np.savez(own, **arrays)
+    with pytest.raises(UserError, match=rf"own\.npz lacks the ranges {KEY}; calibrate again"):
+        read_calibration(tmp_path / "own.npz", Checkpoint(checkpoint))
+
+
 def test_a_flipped_bit(checkpoint, file, tmp_path):
     content = bytearray(file.read_bytes())
     content[content.index(b"NUMPY") + 130] ^= 1

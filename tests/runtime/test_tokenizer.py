@@ -321,3 +321,23 @@ def test_a_checkpoint_with_a_broken_tokenizer_is_not_made(tiny_checkpoint, tmp_p
     with pytest.raises(UserError, match=message):
         make_checkpoint({"local": {"path": str(source)}}, tmp_path / "checkpoint")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_special_token_as_long_as_a_book(copied):
+    """Its beginnings are looked for in every text, which are as many as it has characters."""
+    (copied / "special_tokens_map.json").write_text(json.dumps({"eos_token": "x" * 100_000}))
+    with pytest.raises(UserError, match="a special token has 100000 characters; at most 1024"):
+        Tokenizer(copied)
+
+
+def test_a_tokenizer_of_another_model(copied):
+    """A token beyond the vocabulary would be read from other memory, or end in a traceback."""
+    tokenizer = Tokenizer(copied)
+    largest = max(tokenizer.encode("text"))
+    (copied / "config.json").write_text(json.dumps({"vocab_size": largest + 1}))
+    assert Tokenizer(copied).encode("text") == tokenizer.encode("text")
+    (copied / "config.json").write_text(json.dumps({"vocab_size": largest}))
+    with pytest.raises(
+        UserError, match=f"has the token {largest}, the model's vocabulary {largest}; they are not of one"
+    ):
+        Tokenizer(copied).encode("text")

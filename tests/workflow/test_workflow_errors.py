@@ -97,7 +97,7 @@ BAD_CONFIGURATION = {
     ),
     "missing chat template": (
         set_to("models", "tiny", "chat_template", "own.jinja"),
-        "config/models.yaml: tiny.chat_template: the chat template own.jinja does not exist",
+        "config/models.yaml: tiny.chat_template: own.jinja does not exist",
     ),
     "unknown dtype": (
         set_to("recipes", "fp32", "dtype", "float8"),

@@ -5,6 +5,7 @@ this module knows names, the configuration, and that GGUF stores rotary projecti
 """
 
 import re
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from trtbuild.checkpoint.lazy import LazyTensor, from_tensor, half_rotary
 from trtbuild.errors import UserError
 from trtbuild.files import refuse_lfs_pointer
+from trtbuild.limits import GGUF_ITEMS
 from trtbuild.models.families import config_from_hugging_face
 
 NAMES = {
@@ -30,8 +32,11 @@ NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 
-# What the package raises for files that are not what they seem.
-DAMAGE = (ValueError, LookupError, TypeError, OverflowError, AttributeError, MemoryError)
+# What the package, and `struct`, raise for files that are not what they seem.
+DAMAGE = (ValueError, LookupError, TypeError, OverflowError, AttributeError, MemoryError, EOFError, struct.error)
+# The metadata's types: a number's bytes, and the two that have lengths.
+BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+STRING, ARRAY = 8, 9
 # What llama.cpp reads of a file of this architecture, and what it computes otherwise for others; docs/formats.md says
 # what each means. Any other key of the architecture is refused, for it may change results.
 REQUIRED = (
@@ -137,6 +142,7 @@ def _open(path: Path):
     import gguf
 
     try:
+        _check_lengths(path)
         reader = gguf.GGUFReader(path)
     except DAMAGE as error:
         raise UserError(f"{path} is truncated or not a GGUF file ({error})") from error
@@ -150,6 +156,48 @@ def _open(path: Path):
             )
         place += -(-tensor.n_bytes // reader.alignment) * reader.alignment
     return reader
+
+
+def _check_lengths(path: Path) -> None:
+    """Raises `EOFError` for lengths that reach beyond the file, and `ValueError` for arrays that nobody needs.
+
+    The package would count to them, whatever they are, and remember every step.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+
+        def skip(count: int) -> None:
+            if file.tell() + count > size:
+                raise EOFError("a length reaches beyond its end")
+            file.seek(count, 1)
+
+        def number(code: str) -> int:
+            data = file.read(struct.calcsize(f"<{code}"))
+            return struct.unpack(f"<{code}", data)[0]
+
+        def value(kind: int) -> None:
+            if kind == STRING:
+                skip(number("Q"))
+            elif kind == ARRAY:
+                kind, count = number("I"), number("Q")
+                if count > GGUF_ITEMS:
+                    raise ValueError(f"an array of {count} values; at most {GGUF_ITEMS} are expected")
+                if kind == STRING:
+                    for _ in range(count):
+                        value(kind)
+                else:
+                    skip(count * BYTES[kind])
+            else:
+                skip(BYTES[kind])
+
+        skip(8)  # magic and version
+        tensors, keys = number("Q"), number("Q")
+        for _ in range(keys):
+            value(STRING)
+            value(number("I"))
+        for _ in range(tensors):
+            value(STRING)
+            skip(8 * number("I") + 4 + 8)  # dimensions; type and offset
 
 
 def metadata(path: Path, reader) -> dict:
@@ -229,6 +277,8 @@ def _config(path: Path, fields: dict, tensor_names: set[str]) -> dict:
 
 def _check_neutral(path: Path, values: dict, head_dim: int) -> None:
     """Raises `UserError` for metadata that makes another model of a LLaMA, or that is not known."""
+    if type(head_dim) is not int or head_dim < 1:
+        raise UserError(f"{path}: the heads have {head_dim} channels; a positive integer is expected")
     neutral = NEUTRAL | {"attention.value_length": (head_dim,), "rope.dimension_count": (head_dim,)}
     neutral["attention.scale"] += (float(np.float32(head_dim**-0.5)),)
     for key, value in values.items():

@@ -9,6 +9,7 @@ from trtbuild.checkpoint.lazy import LazyTensor, concatenate, half_rotary
 from trtbuild.checkpoint.torch_file import open_torch_file
 from trtbuild.errors import UserError
 from trtbuild.files import read_json
+from trtbuild.limits import MODEL_SIZE
 
 # Meta's name: the canonical one, and the dimension along which ranks share a tensor (None: each has all of it).
 NAMES = {
@@ -100,7 +101,7 @@ def _config(params: dict, where: Path, shards: list[dict[str, LazyTensor]]) -> d
                 f"{where}: {key} ({value}) is not known, and may change results; use the model's Hugging Face folder"
             )
     for key in ("dim", "n_heads", "n_layers", "multiple_of"):
-        if type(params[key]) is not int or params[key] < 1:
+        if type(params[key]) is not int or not 1 <= params[key] <= MODEL_SIZE:
             raise UserError(f"{where}: {key} is {params[key]!r}; a positive integer is expected")
     dim, heads, multiple = params["dim"], params["n_heads"], params["multiple_of"]
     inner = int((params.get("ffn_dim_multiplier") or 1) * int(8 * dim / 3))  # SwiGLU's 2/3 of 4 dim, rounded up

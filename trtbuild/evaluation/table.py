@@ -7,7 +7,7 @@ from trtbuild.errors import UserError
 from trtbuild.evaluation.gate import PERPLEXITY
 from trtbuild.evaluation.provenance import refuse_different
 from trtbuild.evaluation.rouge import SHAPE
-from trtbuild.files import read_json
+from trtbuild.files import read_json, read_text
 
 HEADER = (
     ("recipe", "---"),
@@ -88,7 +88,6 @@ def _score(result: dict, metric: str) -> str:
 def _seconds(path: Path) -> float:
     """Wall time in a file that Snakemake's `benchmark` wrote."""
     try:
-        with open(path, encoding="utf-8", newline="") as file:
-            return float(next(csv.DictReader(file, delimiter="\t"))["s"])
-    except (OSError, StopIteration, KeyError, ValueError) as error:
+        return float(next(csv.DictReader(read_text(path).splitlines(), delimiter="\t"))["s"])
+    except (csv.Error, StopIteration, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} holds no time; make it again with snakemake --forcerun") from error

@@ -68,7 +68,7 @@ def coerced(config: dict, where: Path | str) -> dict:
     for key, value in config.items():
         if key in MAPPINGS and value is not None:
             if not isinstance(value, dict):
-                raise UserError(f"{where}: {key} has the wrong type or value: {value!r}; an object is expected")
+                raise UserError(f"{where}: {key} has the wrong type or value: {value!r:.60}; an object is expected")
             result[key] = coerced(value, where)
         elif key not in KINDS:
             result[key] = value
@@ -76,5 +76,5 @@ def coerced(config: dict, where: Path | str) -> dict:
             meaning, expected = KINDS[key]
             result[key] = meaning(value)
             if result[key] is None:
-                raise UserError(f"{where}: {key} has the wrong type or value: {value!r}; {expected}")
+                raise UserError(f"{where}: {key} has the wrong type or value: {value!r:.60}; {expected}")
     return result

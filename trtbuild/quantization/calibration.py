@@ -5,6 +5,7 @@ of the keys (after rotation) and values that the cache receives.
 """
 
 import json
+import os
 import struct
 import tokenize
 import zipfile
@@ -17,7 +18,7 @@ import torch
 
 from trtbuild.checkpoint.canonical import ORIGIN_FILE, Checkpoint
 from trtbuild.errors import UserError
-from trtbuild.files import atomic, kind_of, parse_json, read_json, refuse_output_over_input, sha256
+from trtbuild.files import atomic, check_input, kind_of, parse_json, read_json, refuse_output_over_input, sha256
 from trtbuild.linear.dense import DenseLinear
 from trtbuild.models.config import PRODUCTS, ModelConfig
 from trtbuild.network import Node
@@ -133,7 +134,10 @@ def read_calibration(path: Path, checkpoint: Checkpoint) -> Calibration:
             f"{path} was measured on another model ({measured}), {checkpoint.folder} is {model_shape(checkpoint)}; "
             "calibrate this one"
         )
-    return Calibration(path, _checked(arrays, _widths(checkpoint.config), path), origin)
+    widths = _widths(checkpoint.config)
+    if missing := widths.keys() - arrays.keys():
+        raise UserError(f"{path} lacks the ranges {min(missing)}; calibrate again")
+    return Calibration(path, _checked(arrays, widths, path), origin)
 
 
 def read_smoothing(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
@@ -203,7 +207,10 @@ def smoothing_of(checkpoint: Checkpoint) -> str | None:
     Raises `UserError` where they are not those that were written beside its weights.
     """
     file, origin = checkpoint.folder / SMOOTHING_FILE, checkpoint.folder / ORIGIN_FILE
-    digest = sha256(file) if kind_of(file) == "file" else None
+    digest = None
+    if os.path.lexists(file):
+        check_input(file)
+        digest = sha256(file)
     if origin.exists() and read_json(origin).get("smoothing_sha256") != digest:
         raise UserError(f"{file} is not what was written beside these weights; quantize again")
     return digest

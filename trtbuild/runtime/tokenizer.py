@@ -9,7 +9,7 @@ from trtbuild.checkpoint.damage import refusing
 from trtbuild.checkpoint.template_worker import TemplateWorker
 from trtbuild.errors import UserError
 from trtbuild.files import read_json, read_text
-from trtbuild.limits import TOKENIZER_GROWTH
+from trtbuild.limits import TOKEN_CHARACTERS, TOKENIZER_GROWTH
 
 
 class Tokenizer:
@@ -35,10 +35,13 @@ class Tokenizer:
             self._add_aliases()
 
     def _eos_token_ids(self) -> tuple[int, ...]:
-        ids = [self._eos_token_id]
+        ids, self._vocab_size = [self._eos_token_id], None
         for name in ("config.json", "generation_config.json"):
             if (self.folder / name).exists():
-                eos = read_json(self.folder / name).get("eos_token_id")
+                config = read_json(self.folder / name)
+                if type(config.get("vocab_size")) is int:
+                    self._vocab_size = config["vocab_size"]
+                eos = config.get("eos_token_id")
                 ids += eos if isinstance(eos, list) else [eos]
                 if not all(i is None or (type(i) is int and i >= 0) for i in ids):
                     raise UserError(f"{self.folder / name}: eos_token_id is {eos!r}; token ids are expected")
@@ -66,6 +69,8 @@ class Tokenizer:
         self._mark, self._cut = f"{secret}:text;", f"{secret}:cut;"
         added = backend.get_added_tokens_decoder().items()
         special = {i: token for i, token in added if token.special or i in self.eos_token_ids}
+        if (longest := max((len(token.content) for token in special.values()), default=0)) > TOKEN_CHARACTERS:
+            raise UserError(f"{self.folder}: a special token has {longest} characters; at most {TOKEN_CHARACTERS}")
         names = {i: f"{secret}:{i};" for i in special}
         # The published ones must be special for `split_special_tokens` to split them, the second ones must not.
         backend.add_special_tokens([AddedToken(t.content, special=True) for t in special.values() if not t.special])
@@ -124,7 +129,13 @@ class Tokenizer:
         text = self._marked_or_special.sub(lambda it: self._alias.get(it[0], it[0].removeprefix(self._mark)), text)
         with refusing(f"the tokenizer in {self.folder} fails on {text[:40]!r}"):
             ids = self._tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=True)["input_ids"]
-        return [published for i in ids for published in self._ids.get(i, [i])]
+        ids = [published for i in ids for published in self._ids.get(i, [i])]
+        if ids and self._vocab_size and max(ids) >= self._vocab_size:
+            raise UserError(
+                f"the tokenizer in {self.folder} has the token {max(ids)}, the model's vocabulary {self._vocab_size}; "
+                "they are not of one model"
+            )
+        return ids
 
     def special_token_ids(self, words: tuple[str, ...]) -> tuple[int, ...]:
         """Ids of those words that are special tokens, which `decode` leaves out."""
