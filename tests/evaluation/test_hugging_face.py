@@ -100,3 +100,13 @@ def test_the_baseline_is_greedy_whatever_the_checkpoint_suggests(tiny_checkpoint
     suggestion = {"repetition_penalty": 5.0, "suppress_tokens": plain.output_ids[:2]}
     (folder / "generation_config.json").write_text(json.dumps(suggestion))
     assert HuggingFaceModel(folder, device="cpu").generate([prompt], 8, ()) == [plain]
+
+
+def test_a_key_that_only_transformers_reads(tiny_checkpoint, tmp_path):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"use_cache": [1]}))
+    with pytest.raises(
+        UserError, match=r"^transformers cannot read .*copy/config\.json \(.*use_cache.*\); fetch the files"
+    ):
+        HuggingFaceModel(folder, device="cpu").generate([[5]], 1, ())

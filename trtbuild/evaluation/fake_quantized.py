@@ -3,6 +3,7 @@
 import torch
 
 from trtbuild.checkpoint.canonical import Checkpoint
+from trtbuild.checkpoint.damage import refusing
 from trtbuild.checkpoint.quantized_weight import QuantizedWeight
 from trtbuild.models.decoder import QuantizedCache
 from trtbuild.network.rounding import DTYPES, quantize, scale_for
@@ -12,9 +13,11 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype):
     """`transformers`' model of a checkpoint; a quantized one's weights are widened and its activations rounded."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
+    with refusing(f"transformers cannot read {checkpoint.folder / 'config.json'}"):  # it checks more keys than we use
+        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
     if not checkpoint.quantization:
-        return AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, local_files_only=True)
-    config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+        options = {"config": config, "dtype": dtype, "local_files_only": True}
+        return AutoModelForCausalLM.from_pretrained(checkpoint.folder, **options)
     del config.quantization_config  # this is not a job for its own quantizers
     weights = {name: checkpoint.dequantized(name).load().to(dtype) for name in checkpoint.tensors}
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]

@@ -35,7 +35,7 @@ def gate(value: dict, baseline: dict, max_increase: float, gate: str) -> dict:
         "limit_percent": max_increase,
         "verdict": "passed" if increase <= max_increase else "failed",
         "gate": gate,
-        "engine_sha256": ours["engine_sha256"],
+        "engine_sha256": ours.get("engine_sha256"),
     } | marker(ours.get("model", ""))
 
 
