@@ -1,9 +1,9 @@
 # trtbuild: published LLM weights -> checkpoint -> engines -> summaries -> scores.
 # snakemake results/smollm2-135m/fp16/rouge.json
 
-from snakemake.utils import min_version
-
 from pathlib import Path
+
+from snakemake.utils import min_version
 
 from trtbuild.files import check_input
 

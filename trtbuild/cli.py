@@ -1,4 +1,4 @@
-"""The commands: the workflow's work, one command a stage, without Snakemake."""
+"""`trtbuild`: the workflow's work, one command a stage, without Snakemake."""
 
 import json
 import os
