@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -229,6 +230,15 @@ def test_ranges_that_cannot_be(checkpoint, file, tmp_path, name, array, message,
         save(own, **arrays)
     message = message if save is np.savez else "is no calibration file"
     with pytest.raises(UserError, match=rf"own\.npz.*{message}"):
+        read_calibration(tmp_path / "own.npz", Checkpoint(checkpoint))
+
+
+@pytest.mark.parametrize("name", ["origin", KEY])
+def test_a_member_that_is_no_array(checkpoint, file, tmp_path, name):
+    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(tmp_path / "own.npz", "w") as own:
+        for member in archive.namelist():
+            own.writestr(member, b"no array" if member == f"{name}.npy" else archive.read(member))
+    with pytest.raises(UserError, match=r"own\.npz is no calibration file"):
         read_calibration(tmp_path / "own.npz", Checkpoint(checkpoint))
 
 

@@ -166,7 +166,10 @@ def _read_npz(path: Path, expected: str) -> dict[str, np.ndarray]:
             if len(set(names)) < len(names) or any(info.compress_type for info in archive.infolist()):
                 raise ValueError("names twice, or compressed arrays")
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+            arrays = {name: file[name] for name in file.files}
+        if not all(isinstance(array, np.ndarray) for array in arrays.values()):  # numpy gives others' bytes
+            raise ValueError("what is no array")
+        return arrays
     except UNREADABLE as error:
         raise UserError(expected) from error
 
