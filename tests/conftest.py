@@ -10,9 +10,11 @@ if not torch.cuda.is_available():
     # where a kernel is defined, Triton's own included: before anything imports it.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from published_models import TINY
 
@@ -26,6 +28,16 @@ def refuse_skip(report: pytest.CollectReport | pytest.TestReport) -> None:
     """In CI a skipped test is a failed one: nobody would see that a check no longer checks."""
     if report.skipped and "CI" in os.environ and not hasattr(report, "wasxfail"):
         report.outcome, report.longrepr = "failed", f"in CI nothing may be skipped: {report.longrepr[-1]}"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Random inputs of a test's own, always the same: of thousands of new ones a run, some lie beyond a tolerance.
+
+    Of one token's attention in bfloat16 one in 1,500 does, where the values that are averaged nearly cancel out.
+    """
+    seed = zlib.crc32(item.nodeid.encode())
+    torch.manual_seed(seed)
+    np.random.seed(seed)
 
 
 @pytest.hookimpl(wrapper=True)

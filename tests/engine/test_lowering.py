@@ -155,7 +155,6 @@ def run_lowered(interpreter, network, inputs, lengths, packed) -> dict[str, torc
 @pytest.mark.parametrize("case", CASES)
 def test_operation(case, dtype, packed):
     """Lowered, a one-operation network computes what `reference` does, for every batch of `BATCHES`."""
-    print("torch.manual_seed", torch.seed())
     network = Network()
     network.input("input_ids", torch.int32, ("tokens",))
     results = CASES[case](network, dtype)
@@ -213,7 +212,6 @@ def test_decoder(tiny_config, positions, lengths, packed):
     With 16 positions, `dynamic` is beyond its limit for some sequences and reaches it while decoding for others; so is
     `qwen` with 7, whose frequencies then stay, and log-n with 9.
     """
-    print("torch.manual_seed", torch.seed())
     config = tiny_config | {"attention_bias": True, "max_position_embeddings": 16} | POSITIONS[positions]
     network = random_decoder(config, torch.float32)
     prompts = [torch.randint(320, (n,)).tolist() for n in lengths]

@@ -93,7 +93,6 @@ def linear_network(dtype: torch.dtype, out: int, width: int, case: str, bias: bo
 @pytest.mark.parametrize("case", LINEARS)
 def test_linear(case, bias, dtype):
     """The layers compute what `reference` does, for one row, some, and a row of zeros."""
-    print("torch.manual_seed", torch.seed())
     network = linear_network(dtype, 40, 256, case, bias)
     interpreter = Interpreter(LoweredNetwork(network, True))
     for rows in (1, 5, 33):
@@ -147,7 +146,6 @@ def test_attention(cache_dtype, dtype, packed):
 
     The layers return the quantized keys and values of the step alone, and read the caches as if those were in them.
     """
-    print("torch.manual_seed", torch.seed())
     network = attention_network(dtype, cache_dtype)
     interpreter = Interpreter(LoweredNetwork(network, packed))
     pairs = []

@@ -226,7 +226,6 @@ def run(session: PortableSession, prompts: list[list[int]], steps: int = 8) -> t
 
 
 def random_prompts(*lengths: int) -> list[list[int]]:
-    print("torch.manual_seed", torch.seed())
     return [torch.randint(320, (n,)).tolist() for n in lengths]
 
 

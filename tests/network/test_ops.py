@@ -31,12 +31,6 @@ working_dtypes = pytest.mark.parametrize("dtype", WORKING_DTYPES, ids=str)
 row_counts = pytest.mark.parametrize("rows", [1, 2, 15, 16, 40])
 
 
-@pytest.fixture(autouse=True)
-def fresh_seed():
-    """New inputs every run; a failure shows the seed."""
-    print("torch.manual_seed", torch.seed())
-
-
 def wide(x: torch.Tensor) -> np.ndarray:
     return x.double().numpy()
 

@@ -85,7 +85,6 @@ def test_zeros_have_scale_one_and_stay_zero(dtype):
 @both
 @pytest.mark.parametrize("wide", [torch.float16, torch.bfloat16, torch.float32])
 def test_scales_are_float32_quotients(dtype, wide):
-    print("torch.manual_seed", torch.seed())
     absmax = (torch.rand(50) * 100).to(wide)
     expected = absmax.float().numpy() / np.float32(LIMIT[dtype])
     scale = scale_for(absmax, dtype)

@@ -101,7 +101,6 @@ def test_int4_zero_group_and_denormals(symmetric, dtype):
 
 @symmetries
 def test_int4_outlier_flattens_its_own_group_alone(symmetric):
-    print("torch.manual_seed", torch.seed())
     weight = torch.randn(4, 64)
     weight[2, 5] = 1e4
     values, scales, zeros = rounded(weight, 32, symmetric, torch.float32)
@@ -117,7 +116,6 @@ def test_int4_outlier_flattens_its_own_group_alone(symmetric):
 
 
 def test_groups_are_rounded_on_their_own():
-    print("torch.manual_seed", torch.seed())
     weight = torch.randn(8, 96) * torch.logspace(-3, 3, 96)
     whole = rounded(weight, 32, False, torch.float16)
     for i in range(3):
@@ -131,7 +129,6 @@ def test_groups_are_rounded_on_their_own():
 @pytest.mark.parametrize("wide", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("per_tensor", [False, True], ids=["channel", "tensor"])
 def test_8bit_round_trip(per_tensor, wide, dtype):
-    print("torch.manual_seed", torch.seed())
     weight = (torch.randn(17, 40) * torch.logspace(-3, 1, 17)[:, None]).to(wide)
     values, scales = round_8bit(weight, dtype, per_tensor)
     assert (values.dtype, values.shape) == (dtype, (17, 40))
@@ -149,7 +146,6 @@ def test_8bit_round_trip(per_tensor, wide, dtype):
 
 @pytest.mark.parametrize("dtype", [INT8, FP8], ids=str)
 def test_8bit_zero_channel_and_outlier(dtype):
-    print("torch.manual_seed", torch.seed())
     weight = torch.randn(3, 50)
     weight[0] = 0
     weight[1, 7] = -1e6
