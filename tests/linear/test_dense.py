@@ -27,7 +27,6 @@ def case(rows: int, inner: int, outer: int, bias: bool, dtype: torch.dtype):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 3, 16, 64, 65, 200])
 def test_reference_and_portable(rows, bias, dtype):
-    print("torch.manual_seed", torch.seed())
     inputs, expected = case(rows, 96, 64, bias, dtype)
     reference, portable = DenseLinear().reference(*inputs), DenseLinear().portable(None, *inputs)
     assert reference.dtype == portable.dtype == dtype

@@ -43,7 +43,6 @@ def case(rows: int, inner: int, outer: int, bias: bool, dtype: torch.dtype):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 3, 16, 100])
 def test_reference_and_portable(rows, bias, dtype):
-    print("torch.manual_seed", torch.seed())
     inputs, expected, _ = case(rows, 96, 64, bias, dtype)
     assert inputs[0].dtype == dtype
     check_linear(Fp8Linear(), inputs, expected, TOLERANCE[dtype])

@@ -40,7 +40,6 @@ def case(rows: int, groups: int, group_size: int, outer: int, symmetric: bool, b
 @pytest.mark.parametrize("groups", [1, 3, 16])
 @pytest.mark.parametrize("rows", [1, 2, 3, 16, 100])
 def test_reference_and_portable(rows, groups, bias, symmetric, dtype):
-    print("torch.manual_seed", torch.seed())
     inputs, expected, _ = case(rows, groups, 96 // groups, 64, symmetric, bias, dtype)
     before = [t.clone() for t in inputs]
     op = Int4Linear(symmetric)
@@ -77,7 +76,6 @@ def test_any_shape(rows, groups, group_size, outer, symmetric, bias, dtype):
 def test_weights_wider_than_a_block(symmetric, monkeypatch):
     """The weight is widened a few rows at a time, the last time fewer."""
     monkeypatch.setattr("trtbuild.linear.blockwise.BLOCK_ELEMENTS", 96 * 9)
-    print("torch.manual_seed", torch.seed())
     inputs, expected, _ = case(5, 3, 32, 64, symmetric, True, torch.float32)
     assert error(Int4Linear(symmetric).portable(None, *inputs), expected) < 1e-6
 
@@ -90,7 +88,6 @@ def test_weights_wider_than_a_block(symmetric, monkeypatch):
 @pytest.mark.parametrize("outer", [16, 48, 128])
 def test_prepared_for_a_cpu_in_bfloat16_keeps_four_bits(outer, groups, group_size, kernel_size, symmetric):
     """Half a byte a weight, and a scale and an offset in bfloat16 for every group that the kernel knows."""
-    print("torch.manual_seed", torch.seed())
     op, width = Int4Linear(symmetric), groups * group_size
     for rows in (1, 2, 3, 16, 100):
         inputs, expected, _ = case(rows, groups, group_size, outer, symmetric, True, torch.bfloat16)

@@ -30,7 +30,6 @@ def case(rows: int, inner: int, outer: int, bias: bool, dtype: torch.dtype):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 3, 16, 100])
 def test_reference_and_portable(rows, bias, dtype):
-    print("torch.manual_seed", torch.seed())
     inputs, expected, _ = case(rows, 96, 64, bias, dtype)
     assert inputs[0].dtype == dtype
     check_linear(Int8Linear(), inputs, expected, TOLERANCE[dtype])
@@ -49,7 +48,6 @@ def test_any_shape(rows, inner, outer, bias, dtype):
 def test_weights_wider_than_a_block(dtype, monkeypatch):
     """The weight is widened a few rows at a time, the last time fewer."""
     monkeypatch.setattr("trtbuild.linear.blockwise.BLOCK_ELEMENTS", 96 * 9)
-    print("torch.manual_seed", torch.seed())
     inputs, expected, _ = case(5, 96, 64, True, dtype)
     assert error(Int8Linear().portable(None, *inputs), expected) < TOLERANCE[dtype]
 

@@ -46,7 +46,6 @@ def case(rows: int, inner: int, outer: int, bias: bool, per_token: bool, dtype: 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 3, 16, 100])
 def test_reference_and_portable(rows, bias, per_token, dtype):
-    print("torch.manual_seed", torch.seed())
     inputs = case(rows, 96, 64, bias, per_token, dtype)
     before = [t.clone() for t in inputs]
     op, expected = W8A8Linear(per_token), exact(per_token, *inputs)
@@ -110,7 +109,6 @@ def test_a_row_of_zeros_gives_the_bias(dtype):
 @dtypes
 def test_tokens_have_scales_of_their_own(dtype):
     """An outlier in one row changes no other, and a power of two in front of a row comes out of it."""
-    print("torch.manual_seed", torch.seed())
     x, weight, scale = case(5, 64, 16, False, True, dtype)
     for run in (W8A8Linear(True).reference, lambda *inputs: W8A8Linear(True).portable(None, *inputs)):
         before = run(x, weight, scale)

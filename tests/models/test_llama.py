@@ -224,7 +224,6 @@ def test_logits_equal_transformers(options, tmp_path):
     Dynamic RoPE beyond the limit rests on each sequence's own length, which is what transformers does in batches of 1;
     its module keeps the longest length it has seen, so every sequence gets a new one.
     """
-    print("torch.manual_seed", torch.seed())
     model = random_llama(options)
     model.save_pretrained(tmp_path)
     session = session_of(tmp_path)

@@ -121,7 +121,6 @@ def session(kind: str, made, dtype: torch.dtype = torch.float32, limits: BuildLi
 
 def random_sequences() -> list[list[int]]:
     """Prompts of `LENGTHS`, each with the tokens that follow it."""
-    print("torch.manual_seed", torch.seed())
     return [torch.randint(90, (n + STEPS,)).tolist() for n in LENGTHS]
 
 
