@@ -24,6 +24,7 @@ from published_models import (
 )
 from server import REPOSITORY, Server
 from transformers import LlamaConfig
+from workflow_config import CONFIG
 
 from trtbuild.checkpoint.dummy import save_byte_tokenizer
 
@@ -55,29 +56,10 @@ RECIPES = {
     "fp8": {"dtype": "float32", "weights": {"dtype": "fp8"}, "activations": {"dtype": "fp8"}},
 }
 PUBLISHED = ("autoawq-gemm", "gptqmodel-asym", "llmcompressor-int4-asym", "llmcompressor-w8a8-static")
-WORKFLOW = {
-    "models": "config/models.yaml",
-    "recipes": "config/recipes.yaml",
+WORKFLOW = CONFIG | {
     "matrix": [{"model": "tiny", "recipes": ["fp32"]}],
-    "build": {
-        "engines": ["portable"],
-        "max_batch_size": 4,
-        "max_input_len": 128,
-        "max_output_len": 8,
-        "extrapolate_positions": False,
-        "remove_input_padding": True,
-        "compute_capabilities": ["8.9"],
-    },
-    "evaluation": {
-        "runtime": "portable",
-        "device": "cpu",
-        "baseline_dtype": "float32",
-        "dataset": {"name": "trtbuild-news", "split": "evaluation", "samples": 2},
-        "prompt": "{article}",
-        "chat": False,
-        "max_output_len": 8,
-    },
-    "benchmark": {"batch_size": 1, "input_len": 8, "output_len": 4, "repeats": 1},
+    "build": CONFIG["build"] | {"max_input_len": 128},
+    "evaluation": CONFIG["evaluation"] | {"chat": False},
 }
 
 

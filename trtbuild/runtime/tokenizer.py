@@ -29,23 +29,24 @@ class Tokenizer:
             from transformers import PreTrainedTokenizerFast
 
             self._tokenizer = PreTrainedTokenizerFast.from_pretrained(self.folder, local_files_only=True)
-            self._eos_token_id = self._tokenizer.eos_token_id
-        self.eos_token_ids = self._eos_token_ids()
+            own = self._tokenizer.eos_token_id
+        self.eos_token_ids, self._vocab_size = self._read_configs(own)
         with refusing(f"the tokenizer in {self.folder} cannot be opened"):
             self._add_aliases()
 
-    def _eos_token_ids(self) -> tuple[int, ...]:
-        ids, self._vocab_size = [self._eos_token_id], None
+    def _read_configs(self, eos_token_id: int | None) -> tuple[tuple[int, ...], int | None]:
+        """All ends of a text, beginning with the tokenizer's own, and the model's vocabulary, as far as it is known."""
+        ids, vocab_size = [eos_token_id], None
         for name in ("config.json", "generation_config.json"):
             if (self.folder / name).exists():
                 config = read_json(self.folder / name)
                 if type(config.get("vocab_size")) is int:
-                    self._vocab_size = config["vocab_size"]
+                    vocab_size = config["vocab_size"]
                 eos = config.get("eos_token_id")
                 ids += eos if isinstance(eos, list) else [eos]
                 if not all(i is None or (type(i) is int and i >= 0) for i in ids):
                     raise UserError(f"{self.folder / name}: eos_token_id is {eos!r}; token ids are expected")
-        return tuple(dict.fromkeys(i for i in ids if i is not None))
+        return tuple(dict.fromkeys(i for i in ids if i is not None)), vocab_size
 
     @property
     def chat_template(self) -> str:
