@@ -16,6 +16,7 @@ import torch
 
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.checkpoint.sources import make_checkpoint
+from trtbuild.decoder.decoder import decoder
 from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.portable import read_portable, write_portable
 from trtbuild.errors import UserError
@@ -32,7 +33,6 @@ from trtbuild.files import (
     write_json,
 )
 from trtbuild.limits import TEXT_BYTES
-from trtbuild.models.decoder import decoder
 
 
 def make_file(path, text="new"):

@@ -18,7 +18,7 @@ from trtbuild.files import sha256
 from trtbuild.runtime.generation import generate
 from trtbuild.runtime.open import open_engine
 from trtbuild.runtime.sampling import SamplingParams
-from trtbuild.runtime.tokenizer import Tokenizer
+from trtbuild.tokenizer.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
 

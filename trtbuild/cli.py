@@ -332,11 +332,11 @@ def run(
     A chat model whose tokenizer has no template: trtbuild run --engine-dir engine --tokenizer-dir checkpoint --chat
     --chat-template qwen --input-text "What is a star?"
     """
-    from trtbuild.checkpoint.chat_template import read as read_template
     from trtbuild.runtime.generation import generate
     from trtbuild.runtime.open import open_engine
     from trtbuild.runtime.streaming import TextStream
-    from trtbuild.runtime.tokenizer import Tokenizer
+    from trtbuild.tokenizer.chat_template import read as read_template
+    from trtbuild.tokenizer.tokenizer import Tokenizer
 
     if (chat_template or system) and not chat:
         raise UserError("--chat-template and --system are for a chat; add --chat, or leave them out")
@@ -397,8 +397,8 @@ def summarize(
 
     Example: trtbuild summarize --engine-dir engine --checkpoint-dir checkpoint --chat --output summaries.jsonl
     """
-    from trtbuild.checkpoint.chat_template import read as read_template
     from trtbuild.evaluation.stages import summarize_articles
+    from trtbuild.tokenizer.chat_template import read as read_template
 
     if chat_template and not chat:
         raise UserError("--chat-template is for a chat; add --chat, or leave it out")

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trtbuild.checkpoint import chat_template
 from trtbuild.datasets import OWN, load_articles
 from trtbuild.engine.config import REHEARSAL, BuildLimits
 from trtbuild.errors import UserError, one_line
@@ -24,6 +23,7 @@ from trtbuild.quantization.recipe import (
     quantization_id,
     quantization_of,
 )
+from trtbuild.tokenizer import chat_template
 from trtbuild.yaml_reader import read_yaml
 
 SCHEMAS = Path(__file__).parents[1] / "config" / "schemas"

@@ -5,9 +5,9 @@ from pathlib import Path
 from trtbuild.workflow import rule_log
 
 with rule_log(snakemake):
+    from trtbuild.decoder.mapping import Mapping
     from trtbuild.engine.build import write_engine_config
     from trtbuild.engine.config import BuildLimits
-    from trtbuild.models.mapping import Mapping
 
     calibration = snakemake.input.get("cache")
     write_engine_config(

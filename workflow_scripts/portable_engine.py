@@ -5,9 +5,9 @@ from pathlib import Path
 from trtbuild.workflow import rule_log
 
 with rule_log(snakemake):
+    from trtbuild.decoder.mapping import Mapping
     from trtbuild.engine.build import build_portable
     from trtbuild.engine.config import BuildLimits
-    from trtbuild.models.mapping import Mapping
     from trtbuild.quantization.kv_cache import cache_of
 
     limits, mapping = BuildLimits(**snakemake.params.limits), Mapping(rank=int(snakemake.wildcards.rank))

@@ -19,17 +19,17 @@ import torch
 
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.datasets import load_articles
+from trtbuild.decoder.decoder import decoder
 from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.portable import PortableEngine
 from trtbuild.evaluation.perplexity import perplexity
-from trtbuild.models.decoder import decoder
 from trtbuild.quantization.calibration import calibrate
 from trtbuild.quantization.quantize import quantize
 from trtbuild.quantization.recipe import calibration_of, needs_ranges, quantization_of
 from trtbuild.quantization.samples import calibration_samples
 from trtbuild.runtime.open import pick_device
 from trtbuild.runtime.session import PortableSession
-from trtbuild.runtime.tokenizer import Tokenizer
+from trtbuild.tokenizer.tokenizer import Tokenizer
 
 INT4 = {"dtype": "int4", "group_size": 64, "symmetric": False}
 STATIC = {"dtype": "int8", "per": "tensor", "smoothquant": 0.5}

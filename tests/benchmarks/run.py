@@ -18,11 +18,11 @@ import torch
 
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.checkpoint.dummy import dummy_tensors
+from trtbuild.decoder.decoder import decoder
 from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.portable import PortableEngine
 from trtbuild.evaluation.benchmark import measure_bandwidth
 from trtbuild.evaluation.hugging_face import HuggingFaceModel
-from trtbuild.models.decoder import decoder
 from trtbuild.models.families import config_from_hugging_face
 from trtbuild.runtime.session import PortableSession
 

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trtbuild.checkpoint.canonical import Checkpoint
-from trtbuild.checkpoint.lazy import from_tensor
-from trtbuild.checkpoint.safetensors_stream import write_sharded
 from trtbuild.errors import UserError
+from trtbuild.tensors.lazy import from_tensor
+from trtbuild.tensors.safetensors_stream import write_sharded
 
 
 @pytest.fixture

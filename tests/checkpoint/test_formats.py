@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.checkpoint.formats import FORMATS, read_quantized
 from trtbuild.checkpoint.formats.int32 import pack, unpack
-from trtbuild.checkpoint.lazy import from_tensor
-from trtbuild.checkpoint.quantized_weight import QuantizedWeight
-from trtbuild.checkpoint.safetensors_stream import open_file, write_file
 from trtbuild.errors import UserError
+from trtbuild.tensors.lazy import from_tensor
+from trtbuild.tensors.quantized_weight import QuantizedWeight
+from trtbuild.tensors.safetensors_stream import open_file, write_file
 
 DATA = Path(__file__).parent.parent / "data"
 # Of a projection with 128 input channels: format, group size, symmetric, activations; then the scales' dtype.

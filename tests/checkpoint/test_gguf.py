@@ -120,7 +120,7 @@ def test_converted_checkpoint_computes_what_the_original_does(written, model, tm
 
 
 def test_tokenizer_of_smollm_keeps_digits_apart(written, tmp_path):
-    from trtbuild.runtime.tokenizer import Tokenizer
+    from trtbuild.tokenizer.tokenizer import Tokenizer
 
     make_checkpoint({"gguf": {"path": str(written())}}, tmp_path / "checkpoint")
     tokenizer = Tokenizer(tmp_path / "checkpoint")

@@ -27,7 +27,7 @@ from reference_models import baichuan_logits, qwen_logits
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trtbuild.checkpoint import chat_template, dummy
+from trtbuild.checkpoint import dummy
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.checkpoint.dummy import save_byte_tokenizer
 from trtbuild.checkpoint.sources import make_checkpoint
@@ -35,7 +35,8 @@ from trtbuild.errors import UserError
 from trtbuild.files import MARKER
 from trtbuild.models.config import ModelConfig
 from trtbuild.models.families import baichuan, canonical_config, config_from_hugging_face
-from trtbuild.runtime.tokenizer import Tokenizer
+from trtbuild.tokenizer import chat_template
+from trtbuild.tokenizer.tokenizer import Tokenizer
 
 REPOSITORY = Path(__file__).parent.parent.parent
 VERSIONS = ("v1_7b", "v1_13b", "v2_7b", "v2_13b")

@@ -12,7 +12,7 @@ from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.checkpoint.sources import make_checkpoint, make_quantized
 from trtbuild.errors import UserError
 from trtbuild.files import MARKER
-from trtbuild.runtime.tokenizer import Tokenizer
+from trtbuild.tokenizer.tokenizer import Tokenizer
 
 DATA = Path(__file__).parent.parent / "data"
 FIXTURES = ["gptqmodel-asym", "autoawq-gemm", "llmcompressor-w8a8-static"]

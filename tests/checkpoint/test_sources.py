@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from trtbuild.checkpoint import sources
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.checkpoint.dummy import dummy_tensors
-from trtbuild.checkpoint.lazy import from_tensor
-from trtbuild.checkpoint.safetensors_stream import write_sharded
 from trtbuild.checkpoint.sources import make_checkpoint
 from trtbuild.errors import UserError
 from trtbuild.files import MARKER
 from trtbuild.models.families import config_from_hugging_face
-from trtbuild.runtime.tokenizer import Tokenizer
+from trtbuild.tensors.lazy import from_tensor
+from trtbuild.tensors.safetensors_stream import write_sharded
+from trtbuild.tokenizer.tokenizer import Tokenizer
 
 INNER = "package/model.gguf"
 

@@ -14,6 +14,7 @@ from test_recipes import error, logits
 
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.checkpoint.sources import make_checkpoint
+from trtbuild.decoder.mapping import Mapping
 from trtbuild.engine.build import build_portable
 from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.portable import PortableEngine, read_portable
@@ -21,7 +22,6 @@ from trtbuild.engine.tensorrt import LoweredNetwork
 from trtbuild.errors import UserError
 from trtbuild.evaluation.hugging_face import HuggingFaceModel
 from trtbuild.models.config import PRODUCTS
-from trtbuild.models.mapping import Mapping
 from trtbuild.runtime.lowered_session import InterpretedSession
 from trtbuild.runtime.session import PortableSession
 

@@ -33,14 +33,14 @@ from test_recipes import LIMITS as RECIPE_LIMITS
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.checkpoint.dummy import save_byte_tokenizer
 from trtbuild.checkpoint.sources import make_checkpoint
+from trtbuild.decoder.decoder import QuantizedCache
+from trtbuild.decoder.mapping import Mapping
 from trtbuild.engine.build import build_portable
 from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.portable import PortableEngine, read_portable
 from trtbuild.engine.tensorrt import LoweredNetwork
 from trtbuild.evaluation.baseline import PortableBaseline, open_baseline
 from trtbuild.evaluation.hugging_face import HuggingFaceModel
-from trtbuild.models.decoder import QuantizedCache
-from trtbuild.models.mapping import Mapping
 from trtbuild.network import Network
 from trtbuild.quantization.kv_cache import cache_of
 from trtbuild.quantization.quantize import quantize

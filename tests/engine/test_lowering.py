@@ -9,7 +9,7 @@ from numerics import run_reference, step_logits
 
 pytest.importorskip("tensorrt_rtx")
 
-from trtbuild.checkpoint.lazy import from_tensor
+from trtbuild.decoder.decoder import QuantizedCache, decoder
 from trtbuild.engine import tensorrt_api
 from trtbuild.engine.build import build_engine_dir
 from trtbuild.engine.config import BuildLimits
@@ -19,13 +19,13 @@ from trtbuild.engine.tensorrt import LoweredNetwork, profile_shapes
 from trtbuild.errors import UserError
 from trtbuild.linear.dense import DenseLinear
 from trtbuild.models.alibi import alibi_slopes
-from trtbuild.models.decoder import QuantizedCache, decoder
 from trtbuild.models.families import config_from_hugging_face
 from trtbuild.network import Network, ops
-from trtbuild.network.rounding import scale_for
 from trtbuild.runtime.lowered_session import InterpretedSession, context_inputs
 from trtbuild.runtime.open import open_engine
 from trtbuild.runtime.session import PortableSession, packed_inputs
+from trtbuild.tensors.lazy import from_tensor
+from trtbuild.tensors.rounding import scale_for
 
 # Norm of the difference over the norm. TensorRT's fused layers and the reference round at different places.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

@@ -8,8 +8,7 @@ from numerics import run_reference, step_logits
 
 pytest.importorskip("tensorrt_rtx")
 
-from trtbuild.checkpoint.lazy import from_tensor
-from trtbuild.checkpoint.quantized_weight import QuantizedWeight
+from trtbuild.decoder.decoder import QuantizedCache, decoder
 from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.interpreter import Interpreter
 from trtbuild.engine.portable import PortableEngine
@@ -17,12 +16,13 @@ from trtbuild.engine.tensorrt import LoweredNetwork
 from trtbuild.engine.tensorrt_api import target_capabilities
 from trtbuild.errors import UserError
 from trtbuild.linear.linear import linear
-from trtbuild.models.decoder import QuantizedCache, decoder
 from trtbuild.models.families import config_from_hugging_face
 from trtbuild.network import Network, ops
-from trtbuild.network.rounding import quantize, scale_for
 from trtbuild.runtime.lowered_session import InterpretedSession, context_inputs, write_rows
 from trtbuild.runtime.session import PortableSession, packed_inputs
+from trtbuild.tensors.lazy import from_tensor
+from trtbuild.tensors.quantized_weight import QuantizedWeight
+from trtbuild.tensors.rounding import quantize, scale_for
 
 # Norm of the difference over the norm.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

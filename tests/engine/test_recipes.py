@@ -10,18 +10,18 @@ pytest.importorskip("tensorrt_rtx")
 
 from outlier_models import SAMPLES, calibrated, write_model
 
-from trtbuild.checkpoint.safetensors_stream import open_file
+from trtbuild.decoder.mapping import Mapping
 from trtbuild.engine.build import build_portable
 from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.portable import PortableEngine, read_portable
 from trtbuild.engine.tensorrt import LoweredNetwork
 from trtbuild.evaluation.hugging_face import HuggingFaceModel
-from trtbuild.models.mapping import Mapping
 from trtbuild.quantization.kv_cache import cache_of
 from trtbuild.quantization.quantize import quantize
 from trtbuild.quantization.recipe import quantization_of
 from trtbuild.runtime.lowered_session import InterpretedSession
 from trtbuild.runtime.session import PortableSession
+from trtbuild.tensors.safetensors_stream import open_file
 
 RECIPES = yaml.safe_load((Path(__file__).parents[2] / "config/recipes.yaml").read_text())
 # What the shipped recipes leave out, on a model with biases whose head is the embedding table.

@@ -6,12 +6,12 @@ from outlier_models import SAMPLES, calibrated, write_model
 from transformers import AutoModelForCausalLM
 
 from trtbuild.checkpoint.canonical import Checkpoint
-from trtbuild.checkpoint.quantized_weight import QuantizedWeight
+from trtbuild.decoder.decoder import QuantizedCache
 from trtbuild.evaluation.fake_quantized import fake_quantized_cache, load_model
 from trtbuild.evaluation.hugging_face import HuggingFaceModel
-from trtbuild.models.decoder import QuantizedCache
 from trtbuild.quantization.quantize import quantize
 from trtbuild.quantization.recipe import quantization_of
+from trtbuild.tensors.quantized_weight import QuantizedWeight
 
 FP8 = torch.float8_e4m3fn
 IDS = list(range(2, 40))

@@ -14,7 +14,7 @@ from trtbuild.evaluation.summarization import (
     write_summaries,
 )
 from trtbuild.runtime.generation import Output
-from trtbuild.runtime.tokenizer import Tokenizer
+from trtbuild.tokenizer.tokenizer import Tokenizer
 
 TEMPLATE = "Read: {article}\nTL;DR:"  # 13 bytes around the article
 

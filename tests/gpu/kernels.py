@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 
 from trtbuild.engine.portable import StepContext
+from trtbuild.kernels.decode_attention import decode_attention
+from trtbuild.kernels.quantize_rows import quantize_rows, scale_product
 from trtbuild.linear.fp8 import Fp8Linear
 from trtbuild.linear.int4 import Int4Linear
 from trtbuild.linear.int8 import Int8Linear
 from trtbuild.linear.w8a8 import W8A8Linear
-from trtbuild.network.rounding import quantize
-from trtbuild.plugins.decode_attention import decode_attention
-from trtbuild.plugins.quantize_rows import quantize_rows, scale_product
+from trtbuild.tensors.rounding import quantize
 
 SHAPES = {"qkv": (12288, 4096), "o": (4096, 4096), "gate_up": (22016, 4096), "down": (4096, 11008)}
 ROWS = (1, 16, 64)

@@ -16,12 +16,12 @@ from run import MODELS
 
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.checkpoint.dummy import dummy_tensors, save_byte_tokenizer
-from trtbuild.checkpoint.safetensors_stream import write_sharded
 from trtbuild.files import write_json
 from trtbuild.models.families import canonical_config, config_from_hugging_face
 from trtbuild.quantization.calibration import activation_ranges, write_calibration
 from trtbuild.quantization.quantize import quantize
 from trtbuild.quantization.recipe import needs_ranges, quantization_of
+from trtbuild.tensors.safetensors_stream import write_sharded
 
 GROUPS = {"dtype": "int4", "group_size": 128}
 RECIPES = {

@@ -29,21 +29,21 @@ import yaml
 
 import trtbuild
 from trtbuild.checkpoint.dummy import dummy_tensors
-from trtbuild.checkpoint.lazy import LazyTensor, from_tensor
-from trtbuild.checkpoint.quantized_weight import QuantizedWeight
 from trtbuild.checkpoint.sources import make_checkpoint
+from trtbuild.decoder.decoder import QuantizedCache, decoder
+from trtbuild.decoder.mapping import Mapping
 from trtbuild.engine.build import build_portable
 from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.portable import PortableEngine
 from trtbuild.models.config import ModelConfig
-from trtbuild.models.decoder import QuantizedCache, decoder
 from trtbuild.models.families import canonical_config, config_from_hugging_face
-from trtbuild.models.mapping import Mapping
 from trtbuild.quantization.grid import Int4Grid, round_8bit
 from trtbuild.runtime.generation import generate
 from trtbuild.runtime.sampling import SamplingParams
 from trtbuild.runtime.session import PortableSession
-from trtbuild.runtime.tokenizer import Tokenizer
+from trtbuild.tensors.lazy import LazyTensor, from_tensor
+from trtbuild.tensors.quantized_weight import QuantizedWeight
+from trtbuild.tokenizer.tokenizer import Tokenizer
 
 MODELS = yaml.safe_load((Path(__file__).parents[2] / "config/models.yaml").read_text())
 NEW_TOKENS = 64

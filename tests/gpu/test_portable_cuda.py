@@ -7,9 +7,9 @@ import torch
 
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.checkpoint.dummy import dummy_tensors
+from trtbuild.decoder.decoder import decoder
 from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.portable import PortableEngine, StepContext
-from trtbuild.models.decoder import decoder
 from trtbuild.models.families import config_from_hugging_face
 from trtbuild.runtime.generation import generate
 from trtbuild.runtime.sampling import SamplingParams

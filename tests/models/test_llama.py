@@ -8,13 +8,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from trtbuild.checkpoint.canonical import Checkpoint
+from trtbuild.decoder.decoder import decoder
+from trtbuild.decoder.mapping import Mapping
 from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.portable import PortableEngine
 from trtbuild.errors import UserError
 from trtbuild.models.config import RopeConfig
-from trtbuild.models.decoder import decoder
 from trtbuild.models.families import config_from_hugging_face
-from trtbuild.models.mapping import Mapping
 from trtbuild.runtime.session import PortableSession
 
 LLAMA3 = {

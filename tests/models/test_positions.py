@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from trtbuild.checkpoint.lazy import from_tensor
+from trtbuild.decoder.decoder import decoder
+from trtbuild.decoder.mapping import Mapping
 from trtbuild.engine.build import build_portable
 from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.portable import PortableEngine
 from trtbuild.errors import UserError
-from trtbuild.models.decoder import decoder
 from trtbuild.models.families import config_from_hugging_face
-from trtbuild.models.mapping import Mapping
 from trtbuild.runtime.session import PortableSession
+from trtbuild.tensors.lazy import from_tensor
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}  # norm of the difference over the norm
 LIMITS = BuildLimits(max_batch_size=12, max_input_len=70, max_output_len=6)

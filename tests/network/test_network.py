@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from trtbuild.checkpoint.canonical import Checkpoint
-from trtbuild.checkpoint.lazy import from_tensor
+from trtbuild.decoder.decoder import decoder
 from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.portable import PortableEngine
 from trtbuild.linear.dense import DenseLinear
-from trtbuild.models.decoder import decoder
 from trtbuild.models.families import config_from_hugging_face
 from trtbuild.network import Network, ops
 from trtbuild.runtime.session import PortableSession
+from trtbuild.tensors.lazy import from_tensor
 
 LIMITS = BuildLimits(max_batch_size=2, max_input_len=12, max_output_len=4)
 

@@ -21,7 +21,7 @@ from trtbuild.network.ops.rotary_embedding import RotaryEmbedding
 from trtbuild.network.ops.select_columns import SelectColumns
 from trtbuild.network.ops.select_rows import SelectRows
 from trtbuild.network.ops.swiglu import SwiGlu
-from trtbuild.network.rounding import quantize
+from trtbuild.tensors.rounding import quantize
 
 # Norm of the difference over the norm of the float64 result, for inputs that are already rounded to the dtype.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

@@ -6,9 +6,9 @@ import torch
 from outlier_models import CONFIG, calibrated, outlier_weights, write_model
 
 from trtbuild.checkpoint.canonical import Checkpoint
+from trtbuild.decoder.decoder import QuantizedCache
 from trtbuild.errors import UserError
 from trtbuild.evaluation.hugging_face import HuggingFaceModel
-from trtbuild.models.decoder import QuantizedCache
 from trtbuild.quantization.calibration import Calibration, read_calibration
 from trtbuild.quantization.kv_cache import cache_of, quantized_cache
 from trtbuild.quantization.quantize import quantize

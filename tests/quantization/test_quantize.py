@@ -10,13 +10,13 @@ from outlier_models import CONFIG, SAMPLES, calibrated, outlier_weights, write_m
 from safetensors.torch import save_file
 
 from trtbuild.checkpoint.canonical import Checkpoint
-from trtbuild.checkpoint.quantized_weight import QuantizedWeight
 from trtbuild.errors import UserError
 from trtbuild.evaluation.hugging_face import HuggingFaceModel
 from trtbuild.files import sha256
 from trtbuild.quantization.methods import Gptq, Round
 from trtbuild.quantization.quantize import check_weights, quantize
 from trtbuild.quantization.recipe import quantization_of
+from trtbuild.tensors.quantized_weight import QuantizedWeight
 
 INT4 = {"dtype": "int4", "group_size": 32}
 STATIC = {"dtype": "int8", "per": "tensor", "smoothquant": 0.5}

@@ -6,9 +6,9 @@ from outlier_models import write_model
 from transformers import AutoModelForCausalLM
 
 from trtbuild.checkpoint.canonical import Checkpoint
+from trtbuild.decoder.decoder import decoder
 from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.portable import PortableEngine
-from trtbuild.models.decoder import decoder
 from trtbuild.quantization.calibration import activation_ranges
 from trtbuild.quantization.layer import PRODUCTS
 from trtbuild.quantization.quantize import quantize

@@ -8,7 +8,7 @@ from trtbuild.errors import UserError
 from trtbuild.runtime.generation import generate
 from trtbuild.runtime.open import open_engine
 from trtbuild.runtime.sampling import SamplingParams
-from trtbuild.runtime.tokenizer import Tokenizer
+from trtbuild.tokenizer.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

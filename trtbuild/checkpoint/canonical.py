@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 
 from trtbuild.checkpoint.formats import read_quantized
-from trtbuild.checkpoint.lazy import LazyTensor
 from trtbuild.checkpoint.meta import is_meta
-from trtbuild.checkpoint.quantized_weight import QuantizedWeight
 from trtbuild.checkpoint.weight_files import open_weights, weight_files
 from trtbuild.errors import UserError
 from trtbuild.files import read_json, sha256, sha256_of
 from trtbuild.models.config import PRODUCTS, ModelConfig
 from trtbuild.models.families import FAMILIES, config_from_hugging_face, is_canonical
+from trtbuild.tensors.lazy import LazyTensor
+from trtbuild.tensors.quantized_weight import QuantizedWeight
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from trtbuild.checkpoint.lazy import LazyTensor
 from trtbuild.models.config import ModelConfig
+from trtbuild.tensors.lazy import LazyTensor
 
 BYTES = 256
 SPECIAL_TOKENS = ("<s>", "</s>")

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trtbuild.checkpoint.lazy import LazyTensor, from_tensor, half_rotary
 from trtbuild.errors import UserError
 from trtbuild.files import refuse_lfs_pointer
 from trtbuild.limits import GGUF_ITEMS
 from trtbuild.models.families import config_from_hugging_face
+from trtbuild.tensors.lazy import LazyTensor, from_tensor, half_rotary
 
 NAMES = {
     "token_embd": "model.embed_tokens",
@@ -106,7 +106,7 @@ def read_gguf(path: Path) -> tuple[dict, dict[str, LazyTensor]]:
 
     parts = gguf_parts(path)
     readers = [_open(part) for part in parts]
-    fields = metadata(path, readers[0])
+    fields = _metadata(path, readers[0])
     _check_split(parts, readers)
     architecture = fields.get("general.architecture")
     if architecture != "llama":
@@ -200,8 +200,12 @@ def _check_lengths(path: Path) -> None:
             skip(8 * number("I") + 4 + 8)  # dimensions; type and offset
 
 
-def metadata(path: Path, reader) -> dict:
-    """All values of a GGUF file by their keys."""
+def read_metadata(path: Path) -> dict:
+    """All values of a GGUF file by their keys; `UserError` where one cannot be read."""
+    return _metadata(path, _open(path))
+
+
+def _metadata(path: Path, reader) -> dict:
     fields = {}
     for name, field in reader.fields.items():
         try:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from trtbuild.checkpoint.lazy import LazyTensor, concatenate, half_rotary
 from trtbuild.checkpoint.torch_file import open_torch_file
 from trtbuild.errors import UserError
 from trtbuild.files import read_json
 from trtbuild.limits import MODEL_SIZE
+from trtbuild.tensors.lazy import LazyTensor, concatenate, half_rotary
 
 # Meta's name: the canonical one, and the dimension along which ranks share a tensor (None: each has all of it).
 NAMES = {

@@ -10,14 +10,10 @@ from pathlib import Path
 
 import torch
 
-from trtbuild.checkpoint import chat_template
 from trtbuild.checkpoint.canonical import ORIGIN_FILE, Checkpoint, check_tensors, published_config, settle_head
 from trtbuild.checkpoint.dummy import BYTES, SPECIAL_TOKENS, dummy_tensors, save_byte_tokenizer
-from trtbuild.checkpoint.gguf import gguf_parts, read_gguf
-from trtbuild.checkpoint.gguf_tokenizer import save_tokenizer
-from trtbuild.checkpoint.lazy import LazyTensor
+from trtbuild.checkpoint.gguf import gguf_parts, read_gguf, read_metadata
 from trtbuild.checkpoint.meta import is_meta, read_meta
-from trtbuild.checkpoint.safetensors_stream import write_sharded
 from trtbuild.checkpoint.source_files import BESIDE_WEIGHTS, TOKENIZER_FILES
 from trtbuild.checkpoint.weight_files import SAFETENSORS, TORCH, has, open_weights, weight_files
 from trtbuild.errors import UserError
@@ -39,6 +35,11 @@ from trtbuild.models.families import (
     llama,
 )
 from trtbuild.progress import byte_bar
+from trtbuild.tensors.lazy import LazyTensor
+from trtbuild.tensors.safetensors_stream import write_sharded
+from trtbuild.tokenizer import chat_template
+from trtbuild.tokenizer.gguf_tokenizer import save_tokenizer
+from trtbuild.tokenizer.tokenizer import Tokenizer
 
 HUB_FILES = ["*.json", "*.safetensors", *TOKENIZER_FILES, "*.tiktoken", "LICENSE*"]
 OLD_WEIGHTS = ["*.bin", "*.pth"]
@@ -67,8 +68,6 @@ def make_checkpoint(source: dict, folder: Path | str) -> None:
 
 def _check_tokenizer(folder: Path) -> None:
     """Uses it as every later stage will, which is too late to hear that it is broken."""
-    from trtbuild.runtime.tokenizer import Tokenizer
-
     tokenizer = Tokenizer(folder)
     tokenizer.decode(tokenizer.encode("A text."))
     if chat_template.is_in(folder):
@@ -230,7 +229,9 @@ def _from_gguf(folder: Path, path: str, sha256: str | None = None) -> None:
     config, tensors = read_gguf(file)
     check_tensors(config_from_hugging_face(config, file), tensors, file)
     write_json(folder / "config.json", config)
-    save_tokenizer(first, folder)  # a tokenizer that is not supported is better said before the weights are written
+    save_tokenizer(
+        first, read_metadata(first), folder
+    )  # a tokenizer that is not supported is better said before the weights are written
     _write(folder, tensors, f"convert {file.name}")
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from trtbuild.checkpoint.lazy import LazyTensor
 from trtbuild.errors import UserError
 from trtbuild.files import check_input
 from trtbuild.limits import TEXT_BYTES
+from trtbuild.tensors.lazy import LazyTensor
 
 # What torch's reader and the ZIP library raise for files that are not what they seem.
 DAMAGE = (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError)

@@ -7,7 +7,7 @@ from trtbuild.errors import UserError
 from trtbuild.files import read_json
 
 if TYPE_CHECKING:
-    from trtbuild.checkpoint.lazy import LazyTensor
+    from trtbuild.tensors.lazy import LazyTensor
 
 SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"  # the index of shards has .index.json behind that
 
@@ -63,8 +63,8 @@ def open_weights(folder: Path, name: str = SAFETENSORS) -> dict[str, "LazyTensor
     Raises `UserError` for missing files, and for shards that hold other tensors than the index says or the same twice.
     """
     # Names alone need no torch, which takes seconds to import.
-    from trtbuild.checkpoint.safetensors_stream import open_file
     from trtbuild.checkpoint.torch_file import open_torch_file
+    from trtbuild.tensors.safetensors_stream import open_file
 
     tensors: dict[str, LazyTensor] = {}
     owner: dict[str, Path] = {}

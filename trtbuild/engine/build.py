@@ -7,13 +7,13 @@ import torch
 
 import trtbuild
 from trtbuild.checkpoint.canonical import Checkpoint
+from trtbuild.decoder.decoder import QuantizedCache, decoder
+from trtbuild.decoder.mapping import Mapping
 from trtbuild.engine.config import BuildLimits, marker, rank_file, write_config
 from trtbuild.engine.portable import read_portable, write_portable
 from trtbuild.errors import UserError
 from trtbuild.files import atomic, refuse_output_over_input, sha256
 from trtbuild.models.config import ModelConfig
-from trtbuild.models.decoder import QuantizedCache, decoder
-from trtbuild.models.mapping import Mapping
 from trtbuild.progress import byte_bar
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from trtbuild.engine.tensorrt import LoweredNetwork
 from trtbuild.engine.tensorrt_api import api
 from trtbuild.linear.int4 import unpack
-from trtbuild.network.rounding import quantize
+from trtbuild.tensors.rounding import quantize
 
 Values = dict[str, torch.Tensor]
 FP8_READERS = ("DEQUANTIZE", "CONCATENATION", "SHUFFLE", "SHAPE", "IDENTITY")  # TensorRT refuses any other layer

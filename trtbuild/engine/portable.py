@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from trtbuild.checkpoint.safetensors_stream import open_file, write_file
 from trtbuild.engine.config import BuildLimits
 from trtbuild.errors import UserError
 from trtbuild.files import atomic
 from trtbuild.linear import linear  # noqa: F401 (makes the weight formats' operations known)
 from trtbuild.network import Network, ops  # noqa: F401 (makes the operations known)
+from trtbuild.tensors.safetensors_stream import open_file, write_file
 
 METADATA_KEY = "trtbuild"
 FORMAT_VERSION = 2

@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 
 from trtbuild.checkpoint.canonical import Checkpoint
+from trtbuild.decoder.decoder import QuantizedCache, decoder
 from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.portable import PortableEngine
 from trtbuild.evaluation.hugging_face import HuggingFaceModel
 from trtbuild.evaluation.provenance import environment
 from trtbuild.models.config import ModelConfig
-from trtbuild.models.decoder import QuantizedCache, decoder
 from trtbuild.progress import item_bar
 from trtbuild.runtime.generation import Output, generate
 from trtbuild.runtime.open import pick_device

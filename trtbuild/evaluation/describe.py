@@ -5,9 +5,9 @@ from collections import Counter
 from pathlib import Path
 
 from trtbuild.checkpoint.canonical import Checkpoint
-from trtbuild.checkpoint.quantized_weight import QuantizedWeight
 from trtbuild.engine.config import read_config
 from trtbuild.engine.portable import read_portable
+from trtbuild.tensors.quantized_weight import QuantizedWeight
 
 
 def describe_engine(folder: Path, nodes: bool = False) -> str:

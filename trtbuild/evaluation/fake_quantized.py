@@ -3,10 +3,10 @@
 import torch
 
 from trtbuild.checkpoint.canonical import Checkpoint
-from trtbuild.checkpoint.damage import refusing
-from trtbuild.checkpoint.quantized_weight import QuantizedWeight
-from trtbuild.models.decoder import QuantizedCache
-from trtbuild.network.rounding import DTYPES, quantize, scale_for
+from trtbuild.decoder.decoder import QuantizedCache
+from trtbuild.tensors.quantized_weight import QuantizedWeight
+from trtbuild.tensors.rounding import DTYPES, quantize, scale_for
+from trtbuild.tokenizer.damage import refusing
 
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype):

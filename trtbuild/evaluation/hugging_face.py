@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 
 from trtbuild.checkpoint.canonical import Checkpoint
+from trtbuild.decoder.decoder import QuantizedCache
 from trtbuild.errors import UserError
 from trtbuild.evaluation.fake_quantized import fake_quantized_cache, load_model
 from trtbuild.evaluation.provenance import environment
-from trtbuild.models.decoder import QuantizedCache
 from trtbuild.progress import item_bar
 from trtbuild.runtime.generation import Output
 from trtbuild.runtime.open import pick_device

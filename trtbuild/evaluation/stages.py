@@ -7,6 +7,7 @@ import torch
 
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.datasets import load_articles
+from trtbuild.decoder.decoder import cache_of_network
 from trtbuild.engine.config import marker, rank_file, read_config
 from trtbuild.engine.portable import read_portable
 from trtbuild.errors import UserError
@@ -17,12 +18,11 @@ from trtbuild.evaluation.provenance import provenance, refuse_different, setting
 from trtbuild.evaluation.rouge import METRICS, TOKENIZER, check_references, score
 from trtbuild.evaluation.summarization import read_summaries, summarization_prompts, write_summaries
 from trtbuild.evaluation.verify import TOLERANCE, Agreement, verify
-from trtbuild.models.decoder import cache_of_network
 from trtbuild.progress import item_bar
 from trtbuild.runtime.generation import Output, generate
 from trtbuild.runtime.open import open_engine
 from trtbuild.runtime.sampling import SamplingParams
-from trtbuild.runtime.tokenizer import Tokenizer
+from trtbuild.tokenizer.tokenizer import Tokenizer
 
 VERIFY_PROMPTS = ("The capital of France is", "Water", "In 1969, for the first time, a person stood on the Moon, and")
 

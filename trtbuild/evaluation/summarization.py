@@ -10,7 +10,7 @@ from trtbuild.datasets import Article
 from trtbuild.errors import UserError
 from trtbuild.files import atomic, parse_json, read_json, read_text, write_json
 from trtbuild.runtime.generation import Output
-from trtbuild.runtime.tokenizer import Tokenizer
+from trtbuild.tokenizer.tokenizer import Tokenizer
 
 PLACEHOLDER = "{article}"
 CJK = "\u2e80-\U0010ffff"

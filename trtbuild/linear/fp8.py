@@ -7,7 +7,7 @@ import torch
 from trtbuild.linear.blockwise import blockwise_linear
 from trtbuild.linear.int8 import check
 from trtbuild.network.network import Op, Tensor
-from trtbuild.network.rounding import quantize
+from trtbuild.tensors.rounding import quantize
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Fp8Linear(Op):
 
     def portable(self, step, x, weight, scale, input_scale, *bias):
         if x.is_cuda and _has_kernel(weight):
-            from trtbuild.plugins.quantize_rows import quantize_rows, scale_product
+            from trtbuild.kernels.quantize_rows import quantize_rows, scale_product
 
             narrow, _ = quantize_rows(x, input_scale, torch.float8_e4m3fn)
             one = torch.ones_like(input_scale)  # the scales come after, so that the product stays in float32

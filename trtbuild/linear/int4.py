@@ -49,7 +49,7 @@ class Int4Linear(Op):
         """
         zeros, bias = self._split(rest)
         if device.type == "cuda":
-            from trtbuild.plugins.weight_only import interleave_int4
+            from trtbuild.kernels.weight_only import interleave_int4
 
             weight, scales, *zeros = interleave_int4(weight, scales, *zeros)
             return weight, scales, *(() if self.symmetric else zeros), *bias
@@ -66,7 +66,7 @@ class Int4Linear(Op):
     def portable(self, step, x, weight, scales, *rest):
         zeros, bias = self._split(rest)
         if x.is_cuda:
-            from trtbuild.plugins.weight_only import weight_only_linear
+            from trtbuild.kernels.weight_only import weight_only_linear
 
             return weight_only_linear(x, weight, scales, *(zeros or (None,)), *bias)
         if scales.ndim == 3:  # prepared

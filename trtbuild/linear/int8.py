@@ -26,7 +26,7 @@ class Int8Linear(Op):
 
     def portable(self, step, x, weight, scale, *bias):
         if x.is_cuda:
-            from trtbuild.plugins.weight_only import weight_only_linear
+            from trtbuild.kernels.weight_only import weight_only_linear
 
             return weight_only_linear(x, weight, scale, None, *bias)
         if x.dtype == torch.bfloat16 and x.shape[1] % KERNEL_WIDTH == 0:

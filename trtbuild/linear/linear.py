@@ -4,14 +4,14 @@ from collections.abc import Sequence
 
 import torch
 
-from trtbuild.checkpoint.lazy import LazyTensor, concatenate
-from trtbuild.checkpoint.quantized_weight import QuantizedWeight, fuse
 from trtbuild.linear.dense import DenseLinear
 from trtbuild.linear.fp8 import Fp8Linear
 from trtbuild.linear.int4 import Int4Linear, pack
 from trtbuild.linear.int8 import Int8Linear
 from trtbuild.linear.w8a8 import W8A8Linear
 from trtbuild.network import Tensor, ops
+from trtbuild.tensors.lazy import LazyTensor, concatenate
+from trtbuild.tensors.quantized_weight import QuantizedWeight, fuse
 
 Weight = LazyTensor | QuantizedWeight
 

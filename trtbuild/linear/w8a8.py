@@ -7,7 +7,7 @@ import torch
 from trtbuild.linear.blockwise import blockwise_linear
 from trtbuild.linear.int8 import check
 from trtbuild.network.network import Op, Tensor
-from trtbuild.network.rounding import LIMIT, quantize, scale_for
+from trtbuild.tensors.rounding import LIMIT, quantize, scale_for
 
 INT_MM_MULTIPLE = 8  # of both sizes of a weight, for cuBLAS; others are widened
 INT_MM_MIN_ROWS = 32  # of torch's product of integers on CUDA: cuBLAS wants more than 16
@@ -40,7 +40,7 @@ class W8A8Linear(Op):
         """Float32 sums of products of integers: exact for up to 1032 terms, within 1e-7 of exact beyond."""
         input_scale, bias = self._split(rest)
         if x.is_cuda and not any(size % INT_MM_MULTIPLE for size in weight.shape):
-            from trtbuild.plugins.quantize_rows import quantize_rows, scale_product
+            from trtbuild.kernels.quantize_rows import quantize_rows, scale_product
 
             integers, s = quantize_rows(x, *(input_scale or (None,)), torch.int8, INT_MM_MIN_ROWS)
             product = torch._int_mm(integers, weight.T)[: len(x)]

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from trtbuild.checkpoint.lazy import LazyTensor
+from trtbuild.tensors.lazy import LazyTensor
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trtbuild.network.rounding import quantize, scale_for
+from trtbuild.tensors.rounding import quantize, scale_for
 
 
 def round_8bit(weight: torch.Tensor, dtype: torch.dtype, per_tensor: bool) -> tuple[torch.Tensor, torch.Tensor]:

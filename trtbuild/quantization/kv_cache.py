@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 
 from trtbuild.checkpoint.canonical import Checkpoint
+from trtbuild.decoder.decoder import QuantizedCache
 from trtbuild.errors import UserError
-from trtbuild.models.decoder import QuantizedCache
-from trtbuild.network.rounding import DTYPES, scale_for
 from trtbuild.quantization.calibration import Calibration, read_calibration, read_smoothing, smoothing_of
+from trtbuild.tensors.rounding import DTYPES, scale_for
 
 
 def cache_of(recipe: dict, checkpoint_dir: Path, calibration: Path | None) -> QuantizedCache | None:

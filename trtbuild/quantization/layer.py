@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 
 from trtbuild.checkpoint.canonical import Checkpoint
-from trtbuild.checkpoint.lazy import concatenate
 from trtbuild.errors import UserError
 from trtbuild.models.config import PRODUCTS, ModelConfig
+from trtbuild.tensors.lazy import concatenate
 
 PROJECTIONS = [part for parts in PRODUCTS.values() for part in parts]
 NORMS = {"self_attn.qkv_proj": "input_layernorm", "mlp.gate_up_proj": "post_attention_layernorm"}

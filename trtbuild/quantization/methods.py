@@ -6,10 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from trtbuild.checkpoint.canonical import Checkpoint
-from trtbuild.checkpoint.lazy import fitted
 from trtbuild.errors import UserError
 from trtbuild.models.config import PRODUCTS
-from trtbuild.network.rounding import DTYPES, scale_for
 from trtbuild.quantization import awq
 from trtbuild.quantization.calibration import Calibration
 from trtbuild.quantization.gptq import gptq, inverse_cholesky
@@ -18,6 +16,8 @@ from trtbuild.quantization.layer import LayerWeights, finite
 from trtbuild.quantization.recipe import kept_in_16bit
 from trtbuild.quantization.smoothquant import smoothing_scales
 from trtbuild.quantization.traversal import Stop, Traversal
+from trtbuild.tensors.lazy import fitted
+from trtbuild.tensors.rounding import DTYPES, scale_for
 
 ROWS = 512  # of a weight, one thread's piece of work; fixed, so that results do not depend on the threads
 

@@ -10,9 +10,6 @@ import torch
 
 from trtbuild.checkpoint.canonical import ORIGIN_FILE, Checkpoint
 from trtbuild.checkpoint.formats import FORMATS
-from trtbuild.checkpoint.lazy import LazyTensor
-from trtbuild.checkpoint.quantized_weight import QuantizedWeight
-from trtbuild.checkpoint.safetensors_stream import write_sharded
 from trtbuild.errors import UserError
 from trtbuild.files import atomic, read_json, refuse_output_over_input, sha256, write_json
 from trtbuild.models.config import PRODUCTS
@@ -24,6 +21,9 @@ from trtbuild.quantization.parallel import workers
 from trtbuild.quantization.recipe import kept_in_16bit, needs_ranges, quantization_of
 from trtbuild.quantization.samples import calibration_samples
 from trtbuild.runtime.open import pick_device
+from trtbuild.tensors.lazy import LazyTensor
+from trtbuild.tensors.quantized_weight import QuantizedWeight
+from trtbuild.tensors.safetensors_stream import write_sharded
 
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "*.jinja", "merges.txt", "vocab*")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trtbuild.datasets import load_articles
 from trtbuild.errors import UserError
-from trtbuild.runtime.tokenizer import Tokenizer
+from trtbuild.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

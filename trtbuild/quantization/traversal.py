@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 import torch
 
 from trtbuild.checkpoint.canonical import Checkpoint
+from trtbuild.decoder.decoder import Step, decoder_layer, embedding
 from trtbuild.engine.portable import StepContext
 from trtbuild.linear.dense import DenseLinear
 from trtbuild.linear.linear import linear
-from trtbuild.models.decoder import Step, decoder_layer, embedding
 from trtbuild.network import Network, Node, Tensor, ops
 from trtbuild.runtime.session import packed_inputs
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from trtbuild.runtime.tokenizer import Tokenizer
+from trtbuild.tokenizer.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"  # what a tokenizer shows for a character whose last bytes are still to come
 

@@ -4,9 +4,9 @@ import re
 from collections.abc import Mapping
 
 from trtbuild.checkpoint.formats import awq, compressed_tensors, gptq
-from trtbuild.checkpoint.lazy import LazyTensor
-from trtbuild.checkpoint.quantized_weight import QuantizedWeight
 from trtbuild.errors import UserError
+from trtbuild.tensors.lazy import LazyTensor
+from trtbuild.tensors.quantized_weight import QuantizedWeight
 
 FORMATS = {"gptq": gptq, "awq": awq, "compressed-tensors": compressed_tensors}
 

@@ -10,9 +10,9 @@ import torch
 
 from trtbuild.checkpoint.formats.gptq import FLOATS
 from trtbuild.checkpoint.formats.int32 import count_groups, expect, pack, unpack
-from trtbuild.checkpoint.lazy import LazyTensor
-from trtbuild.checkpoint.quantized_weight import QuantizedWeight
 from trtbuild.errors import UserError
+from trtbuild.tensors.lazy import LazyTensor
+from trtbuild.tensors.quantized_weight import QuantizedWeight
 
 EIGHTS = -0x77777778  # 0x88888888 as int32: zero points of 8
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)

@@ -14,9 +14,9 @@ import torch
 
 from trtbuild.checkpoint.formats.gptq import FLOATS
 from trtbuild.checkpoint.formats.int32 import count_groups, expect, group_order, pack, unpack
-from trtbuild.checkpoint.lazy import LazyTensor
-from trtbuild.checkpoint.quantized_weight import QuantizedWeight
 from trtbuild.errors import UserError
+from trtbuild.tensors.lazy import LazyTensor
+from trtbuild.tensors.quantized_weight import QuantizedWeight
 
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "input_scale")
 IGNORED = ("k_scale", "v_scale", "output_scale", "output_zero_point")  # the cache's come from our own calibration

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 import torch
 
 from trtbuild.checkpoint.formats.int32 import count_groups, expect, group_order, pack, unpack
-from trtbuild.checkpoint.lazy import LazyTensor
-from trtbuild.checkpoint.quantized_weight import QuantizedWeight
 from trtbuild.errors import UserError
+from trtbuild.tensors.lazy import LazyTensor
+from trtbuild.tensors.quantized_weight import QuantizedWeight
 
 ONES = 0x11111111
 SEVENS = 0x77777777  # a zero point of 8, less one

@@ -2,8 +2,8 @@
 
 import torch
 
-from trtbuild.checkpoint.lazy import LazyTensor
 from trtbuild.errors import UserError
+from trtbuild.tensors.lazy import LazyTensor
 
 
 def pack(values: torch.Tensor, bits: int = 4) -> torch.Tensor:

@@ -10,10 +10,10 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import Protocol
 
-from trtbuild.checkpoint.lazy import LazyTensor
 from trtbuild.errors import UserError
 from trtbuild.models.config import EXTENSION, ModelConfig
 from trtbuild.models.values import coerced
+from trtbuild.tensors.lazy import LazyTensor
 
 FAMILIES = tuple(sorted(module.name for module in iter_modules(__path__)))
 # What a `model_type` may begin with that looks like a supported family but is none.

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from trtbuild.checkpoint.lazy import LazyTensor, split
 from trtbuild.errors import UserError
 from trtbuild.models.config import EXTENSION
+from trtbuild.tensors.lazy import LazyTensor, split
 
 DESCRIPTION = "Baichuan and Baichuan2"
 VERSIONS = ("v1_7b", "v1_13b", "v2_7b", "v2_13b")
@@ -97,7 +97,7 @@ def _unit_rows(tensor: LazyTensor) -> LazyTensor:
 
 def save_tokenizer(file: Path, folder: Path, config: dict) -> None:
     """From a SentencePiece model; those that begin a chat's turns in this generation are special tokens."""
-    from trtbuild.checkpoint.fast_tokenizer import save_sentencepiece
+    from trtbuild.tokenizer.fast_tokenizer import save_sentencepiece
 
     generation = config[EXTENSION]["version"].partition("_")[0]
     save_sentencepiece(file, folder, add_bos=False, special_tokens=ROLES[generation])

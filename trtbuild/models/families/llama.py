@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from trtbuild.checkpoint.lazy import LazyTensor
+from trtbuild.tensors.lazy import LazyTensor
 
 DESCRIPTION = "LLaMA, CodeLlama, Yi"
 VERSIONS = ()
@@ -21,6 +21,6 @@ def canonical_tensors(tensors: dict[str, LazyTensor], config: dict) -> dict[str,
 
 def save_tokenizer(file: Path, folder: Path, config: dict) -> None:
     """From a SentencePiece model; LLaMA begins every text with its beginning-of-sequence token."""
-    from trtbuild.checkpoint.fast_tokenizer import save_sentencepiece
+    from trtbuild.tokenizer.fast_tokenizer import save_sentencepiece
 
     save_sentencepiece(file, folder, add_bos=True)

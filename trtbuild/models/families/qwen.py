@@ -7,10 +7,10 @@ the logarithm of their position (log-n).
 import re
 from pathlib import Path
 
-from trtbuild.checkpoint.lazy import LazyTensor, split
 from trtbuild.errors import UserError
 from trtbuild.files import write_json
 from trtbuild.models.config import EXTENSION
+from trtbuild.tensors.lazy import LazyTensor, split
 
 DESCRIPTION = "the first Qwen, QWenLMHeadModel"
 VERSIONS = ()
@@ -95,7 +95,7 @@ def save_tokenizer(file: Path, folder: Path, config: dict) -> None:
     """From a tiktoken vocabulary. A chat's turn ends with `<|im_end|>`, any text with `<|endoftext|>`."""
     from tokenizers import Tokenizer
 
-    from trtbuild.checkpoint.fast_tokenizer import save_tiktoken
+    from trtbuild.tokenizer.fast_tokenizer import save_tiktoken
 
     save_tiktoken(file, folder, pattern=PATTERN, special_tokens=SPECIAL_TOKENS, eos_token=END_OF_TEXT)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))

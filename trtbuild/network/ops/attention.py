@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from trtbuild.network.network import Op, Tensor
-from trtbuild.network.rounding import quantize
+from trtbuild.tensors.rounding import quantize
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Attention(Op):
         key_cache[sequences, :, positions] = k
         value_cache[sequences, :, positions] = v
         if q.is_cuda and _has_kernel(q, key_cache):
-            from trtbuild.plugins.decode_attention import decode_attention
+            from trtbuild.kernels.decode_attention import decode_attention
 
             return decode_attention(
                 q, key_cache, value_cache, *(scales or (None, None)), position_ids, step.kv_bound, slopes

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from trtbuild.checkpoint.canonical import Checkpoint
-from trtbuild.checkpoint.lazy import LazyTensor, concatenate, from_tensor
-from trtbuild.checkpoint.safetensors_stream import NAMES, open_file, write_file, write_sharded
 from trtbuild.errors import UserError
 from trtbuild.files import atomic
+from trtbuild.tensors.lazy import LazyTensor, concatenate, from_tensor
+from trtbuild.tensors.safetensors_stream import NAMES, open_file, write_file, write_sharded
 
 
 def random_tensor(dtype, shape):

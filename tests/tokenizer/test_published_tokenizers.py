@@ -10,7 +10,7 @@ import tiktoken
 from test_fast_tokenizer import CODE, PARTS, corpus, random_texts
 
 from trtbuild.models.families import baichuan, llama, qwen
-from trtbuild.runtime.tokenizer import Tokenizer
+from trtbuild.tokenizer.tokenizer import Tokenizer
 
 SENTENCEPIECE = {
     "llama.model": (llama, None),

@@ -13,9 +13,9 @@ import sentencepiece
 import tiktoken
 from test_published_tokenizers import strings
 
-from trtbuild.checkpoint.chat_template import read
 from trtbuild.models.families import baichuan, llama, qwen
-from trtbuild.runtime.tokenizer import Tokenizer
+from trtbuild.tokenizer.chat_template import read
+from trtbuild.tokenizer.tokenizer import Tokenizer
 
 
 def llama2_prompt(processor, system, turns):

@@ -5,11 +5,11 @@ import re
 import secrets
 from pathlib import Path
 
-from trtbuild.checkpoint.damage import refusing
-from trtbuild.checkpoint.template_worker import TemplateWorker
 from trtbuild.errors import UserError
 from trtbuild.files import read_json, read_text
 from trtbuild.limits import TOKEN_CHARACTERS, TOKENIZER_GROWTH
+from trtbuild.tokenizer.damage import refusing
+from trtbuild.tokenizer.template_worker import TemplateWorker
 
 
 class Tokenizer:

@@ -5,10 +5,10 @@ import json
 import pytest
 from test_fast_tokenizer import MODELS, convert, convert_tiktoken, train_sentencepiece, train_tiktoken
 
-from trtbuild.checkpoint.chat_template import is_in, names, read
 from trtbuild.errors import UserError
 from trtbuild.models.families import baichuan
-from trtbuild.runtime.tokenizer import Tokenizer
+from trtbuild.tokenizer.chat_template import is_in, names, read
+from trtbuild.tokenizer.tokenizer import Tokenizer
 
 QUESTION = "世界上第二高的山峰是哪座？"
 ANSWER = "乔戈里峰。"

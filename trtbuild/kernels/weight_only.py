@@ -20,8 +20,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from trtbuild.plugins.conversion import from_int8, from_nibbles
-from trtbuild.plugins.processors import processors
+from trtbuild.kernels.conversion import from_int8, from_nibbles
+from trtbuild.kernels.processors import processors
 
 MAX_ROWS = 64  # of a product that streams the weight; for more rows a 16-bit copy and cuBLAS are faster
 MIN_STEPS = 4  # of a part of a sum; a shorter part costs more in adding than it gains

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from trtbuild.checkpoint.sources import make_checkpoint
 from trtbuild.errors import UserError
 from trtbuild.runtime.streaming import TextStream
-from trtbuild.runtime.tokenizer import Tokenizer
+from trtbuild.tokenizer.tokenizer import Tokenizer
 
 TEXTS = [
     "plain",

@@ -1,6 +1,6 @@
 """Original tokenizer files, tiktoken's and SentencePiece's, to fast tokenizers that give the same ids.
 
-The functions write `tokenizer.json` and `tokenizer_config.json`, which `trtbuild.runtime.tokenizer` opens.
+The functions write `tokenizer.json` and `tokenizer_config.json`, which `trtbuild.tokenizer.tokenizer` opens.
 """
 
 import base64
@@ -10,9 +10,9 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from trtbuild.checkpoint.sentencepiece_normalizer import SPACE, sentencepiece_normalizer
 from trtbuild.errors import UserError
 from trtbuild.files import read_bytes, read_json
+from trtbuild.tokenizer.sentencepiece_normalizer import SPACE, sentencepiece_normalizer
 
 MAPS = ("nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf")  # SentencePiece's own; other models bring their own rules
 

@@ -6,8 +6,8 @@ from typing import Literal
 
 import torch
 
-from trtbuild.checkpoint.lazy import LazyTensor, concatenate, fitted, from_tensor
 from trtbuild.errors import UserError
+from trtbuild.tensors.lazy import LazyTensor, concatenate, fitted, from_tensor
 
 Activations = Literal["16bit", "static", "token"]
 

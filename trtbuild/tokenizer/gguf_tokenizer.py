@@ -7,26 +7,22 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from trtbuild.checkpoint import chat_template
-from trtbuild.checkpoint.damage import refusing
-from trtbuild.checkpoint.fast_tokenizer import convert_sentencepiece
-from trtbuild.checkpoint.gguf import metadata as values
 from trtbuild.errors import UserError
 from trtbuild.files import write_json
+from trtbuild.tokenizer import chat_template
+from trtbuild.tokenizer.damage import refusing
+from trtbuild.tokenizer.fast_tokenizer import convert_sentencepiece
 
 PREFIX = "tokenizer.ggml."
 ENDS = ("eos", "eot", "eom")  # of a text, a turn and a message: generation stops at each
 
 
-def save_tokenizer(path: Path, folder: Path) -> None:
-    """Writes the tokenizer of the GGUF file `path`, and its chat template where it has one, into `folder`.
+def save_tokenizer(path: Path, metadata: dict, folder: Path) -> None:
+    """Writes the tokenizer in a GGUF file's metadata, and its chat template where it has one, into `folder`.
 
     A missing key, one that does not fit the others, and a kind of tokenizer or a splitting of text that would get
     wrong tokens are a `UserError`.
     """
-    import gguf
-
-    metadata = values(path, gguf.GGUFReader(path))
     kinds = {"llama": _save_sentencepiece, "gpt2": _save_byte_level}
     kind = _get(path, metadata, "model")
     if kind not in kinds:

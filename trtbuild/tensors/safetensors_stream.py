@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from trtbuild.checkpoint.lazy import LazyTensor
 from trtbuild.errors import UserError
 from trtbuild.files import atomic, check_input, write_json
+from trtbuild.tensors.lazy import LazyTensor
 
 ALIGNMENT = 64  # bytes; mapped weights then start on a cache line
 NAMES = {

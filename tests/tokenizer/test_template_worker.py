@@ -5,9 +5,9 @@ import time
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from trtbuild.checkpoint import chat_template, template_worker
-from trtbuild.checkpoint.template_worker import TemplateWorker
 from trtbuild.errors import UserError
+from trtbuild.tokenizer import chat_template, template_worker
+from trtbuild.tokenizer.template_worker import TemplateWorker
 
 MESSAGES = [{"role": "system", "content": "Be brief.\n"}, {"role": "user", "content": " 你好 <|im_end|> \x00\u2028 "}]
 

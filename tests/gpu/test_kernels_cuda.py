@@ -10,7 +10,7 @@ from trtbuild.linear.int8 import Int8Linear
 from trtbuild.linear.w8a8 import W8A8Linear
 from trtbuild.models.alibi import alibi_slopes
 from trtbuild.network.ops.attention import Attention
-from trtbuild.network.rounding import quantize
+from trtbuild.tensors.rounding import quantize
 
 pytestmark = pytest.mark.gpu
 
@@ -65,7 +65,7 @@ def test_int4(rows, out, width, group_size, symmetric, dtype):
 
 @dtypes
 def test_widen_is_exact(dtype):
-    from trtbuild.plugins.weight_only import interleave_int4, widen
+    from trtbuild.kernels.weight_only import interleave_int4, widen
 
     weight = torch.randint(-128, 128, (1000, 352), dtype=torch.int8, device="cuda")
     scale = torch.rand(1000, device="cuda")
@@ -94,7 +94,7 @@ def test_w8a8_and_fp8(rows, out, width, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("width", [576, 4096, 11008, 28672])
 def test_quantized_rows_equal_the_cpus(width, dtype):
-    from trtbuild.plugins.quantize_rows import quantize_rows
+    from trtbuild.kernels.quantize_rows import quantize_rows
 
     x = (torch.randn(7, width) * 3).to(dtype)
     x[2] = 0

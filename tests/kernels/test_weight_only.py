@@ -9,7 +9,7 @@ from trtbuild.linear.int8 import Int8Linear
 
 pytest.importorskip("triton", "3.7")  # earlier interpreters fail with numpy 2.4
 
-from trtbuild.plugins.weight_only import interleave_int4, weight_only_linear, widen
+from trtbuild.kernels.weight_only import interleave_int4, weight_only_linear, widen
 
 TOLERANCE = 5e-4  # the result's own rounding to float16
 # rows, out, in: widths that blocks of channels divide or not, sums that are split (3 parts, the last one short and

@@ -7,7 +7,7 @@ from trtbuild.linear.w8a8 import W8A8Linear
 
 pytest.importorskip("triton", "3.7")  # earlier interpreters fail with numpy 2.4
 
-from trtbuild.plugins.quantize_rows import quantize_rows, scale_product
+from trtbuild.kernels.quantize_rows import quantize_rows, scale_product
 
 
 @pytest.mark.parametrize("width", [300, 576, 1])

@@ -6,9 +6,9 @@ lie in `trtbuild/chat_templates`.
 
 from pathlib import Path
 
-from trtbuild.checkpoint.template_worker import TemplateWorker
 from trtbuild.errors import UserError
 from trtbuild.files import atomic, read_json, read_text, user_path
+from trtbuild.tokenizer.template_worker import TemplateWorker
 
 SHIPPED = Path(__file__).parents[1] / "chat_templates"
 

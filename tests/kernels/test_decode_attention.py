@@ -5,11 +5,11 @@ import torch
 
 from trtbuild.models.alibi import alibi_slopes
 from trtbuild.network.ops.attention import Attention
-from trtbuild.network.rounding import quantize
+from trtbuild.tensors.rounding import quantize
 
 pytest.importorskip("triton", "3.7")  # earlier interpreters fail with numpy 2.4
 
-from trtbuild.plugins.decode_attention import decode_attention
+from trtbuild.kernels.decode_attention import decode_attention
 
 
 def case(

@@ -1,6 +1,6 @@
 """Activations to 8 bits before a product of 8-bit numbers, and its result back to 16 bits: one launch each.
 
-`quantize_rows(x, scale, dtype)` equals, with `quantize` and `scale_for` of trtbuild.network.rounding,
+`quantize_rows(x, scale, dtype)` equals, with `quantize` and `scale_for` of trtbuild.tensors.rounding,
 
     scale = scale_for(x.float().abs().amax(-1, keepdim=True), dtype)    where none is given
     quantize(x.float(), scale, dtype), scale
@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from trtbuild.network.rounding import LIMIT
+from trtbuild.tensors.rounding import LIMIT
 
 
 def quantize_rows(

@@ -16,9 +16,9 @@ from tokenizers import Tokenizer as FastTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import trtbuild
-from trtbuild.checkpoint.fast_tokenizer import save_sentencepiece, save_tiktoken
 from trtbuild.errors import UserError
-from trtbuild.runtime.tokenizer import Tokenizer
+from trtbuild.tokenizer.fast_tokenizer import save_sentencepiece, save_tiktoken
+from trtbuild.tokenizer.tokenizer import Tokenizer
 
 CHINESE = """世界上第二高的山峰是哪座？世界上第二高的山峰是乔戈里峰，海拔8611米，位于中国与巴基斯坦的边境上。
 大语言模型的推理需要很大的显存，量化可以把权重压缩到四位或者八位，同时尽量保持模型的精度。哈哈哈哈，真的吗？

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
-from trtbuild.checkpoint.lazy import from_tensor
+from trtbuild.decoder.mapping import Mapping
 from trtbuild.linear.linear import Weight, linear
 from trtbuild.models.alibi import alibi_slopes
 from trtbuild.models.config import PRODUCTS, ModelConfig
-from trtbuild.models.mapping import Mapping
 from trtbuild.network import Network, Tensor, ops
+from trtbuild.tensors.lazy import from_tensor
 
 Weights = Callable[[str], Weight]
 KINDS = ("key", "value")

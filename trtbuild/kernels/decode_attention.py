@@ -18,8 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from trtbuild.plugins.conversion import from_int8
-from trtbuild.plugins.processors import processors
+from trtbuild.kernels.conversion import from_int8
+from trtbuild.kernels.processors import processors
 
 PROGRAMS_PER_PROCESSOR = 4  # to keep enough loads in flight
 MIN_PART = 128  # positions; a shorter part costs more in merging than it gains

@@ -6,7 +6,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from trtbuild.network.rounding import LIMIT, quantize, scale_for
+from trtbuild.tensors.rounding import LIMIT, quantize, scale_for
 
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
 both = pytest.mark.parametrize("dtype", [INT8, FP8], ids=str)

@@ -9,11 +9,12 @@ from gguf_files import byte_tokens
 from sentencepiece import sentencepiece_model_pb2
 from test_fast_tokenizer import MODELS, PARTS, edited, random_texts, train_sentencepiece
 
-from trtbuild.checkpoint import chat_template
-from trtbuild.checkpoint.fast_tokenizer import save_sentencepiece
-from trtbuild.checkpoint.gguf_tokenizer import save_tokenizer
+from trtbuild.checkpoint.gguf import read_metadata
 from trtbuild.errors import UserError
-from trtbuild.runtime.tokenizer import Tokenizer
+from trtbuild.tokenizer import chat_template
+from trtbuild.tokenizer.fast_tokenizer import save_sentencepiece
+from trtbuild.tokenizer.gguf_tokenizer import save_tokenizer
+from trtbuild.tokenizer.tokenizer import Tokenizer
 
 
 def sentencepiece_metadata(model):
@@ -51,7 +52,8 @@ def write(path, metadata, template=None):
 
 
 def convert(metadata, folder, **options):
-    save_tokenizer(write(folder / "model.gguf", metadata, **options), folder / "converted")
+    file = write(folder / "model.gguf", metadata, **options)
+    save_tokenizer(file, read_metadata(file), folder / "converted")
     return Tokenizer(folder / "converted")
 
 

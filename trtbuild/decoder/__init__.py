@@ -1,0 +1,1 @@
+"""The one decoder, and which part of it a rank holds."""

@@ -1,0 +1,1 @@
+"""Tensors before they are read, quantized weights, rounding, and safetensors files: the ground floor."""

@@ -1,0 +1,1 @@
+"""Tokenizers from every published format, and chat templates."""
