@@ -9,23 +9,24 @@ from trtbuild.checkpoint.torch_file import open_torch_file
 from trtbuild.errors import UserError
 from trtbuild.files import read_json
 from trtbuild.limits import MODEL_SIZE
+from trtbuild.models.config import SHARED_DIMENSIONS
 from trtbuild.tensors.lazy import LazyTensor, concatenate, half_rotary
 
-# Meta's name: the canonical one, and the dimension along which ranks share a tensor (None: each has all of it).
 NAMES = {
-    "tok_embeddings": ("model.embed_tokens", 1),
-    "attention_norm": ("input_layernorm", None),
-    "attention.wq": ("self_attn.q_proj", 0),
-    "attention.wk": ("self_attn.k_proj", 0),
-    "attention.wv": ("self_attn.v_proj", 0),
-    "attention.wo": ("self_attn.o_proj", 1),
-    "ffn_norm": ("post_attention_layernorm", None),
-    "feed_forward.w1": ("mlp.gate_proj", 0),
-    "feed_forward.w2": ("mlp.down_proj", 1),
-    "feed_forward.w3": ("mlp.up_proj", 0),
-    "norm": ("model.norm", None),
-    "output": ("lm_head", 0),
+    "tok_embeddings": "model.embed_tokens",
+    "attention_norm": "input_layernorm",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "norm": "model.norm",
+    "output": "lm_head",
 }
+DIMENSIONS = SHARED_DIMENSIONS | {"model.embed_tokens": 1}  # Meta's ranks share each word's channels
 CODE_LLAMA_THETA = 1e6
 PARAMS = (
     *("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "ffn_dim_multiplier", "norm_eps", "rope_theta"),
@@ -63,7 +64,8 @@ def read_meta(folder: Path) -> tuple[dict, dict[str, LazyTensor]]:
             continue
         if not match or match[2] not in NAMES:
             raise UserError(f"{files[0]}: the tensor {name} is not part of a LLaMA model")
-        canonical, dim = NAMES[match[2]]
+        canonical = NAMES[match[2]]
+        dim = DIMENSIONS.get(canonical)
         _check_alike(name, dim, files, shards)
         tensor = shards[0][name] if dim is None else concatenate([shard[name] for shard in shards], dim)
         if match[2] in heads:

@@ -65,7 +65,7 @@ def decoder(
     x = ops.rms_norm(
         ops.select_rows(hidden, logits_indices), _norm(network, weights, "model.norm", dtype), config.rms_norm_eps
     )
-    head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
+    head = config.output_product
     network.mark_output(ops.cast(linear(x, head, [weights(f"{head}.weight")]), torch.float32), "logits")
     for i, (key, value) in enumerate(presents):
         network.mark_output(key, f"present_key.{i}")

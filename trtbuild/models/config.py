@@ -17,6 +17,19 @@ PRODUCTS = {
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
     "mlp.down_proj": ("mlp.down_proj",),
 }
+# The dimension of a weight `[out, in]` along which the ranks of tensor parallelism share it (arXiv 1909.08053): 0 with
+# its bias, and each computes some of the outputs; 1, and their outputs are summed. What is not here all ranks have.
+SHARED_DIMENSIONS = {
+    "model.embed_tokens": 0,  # words
+    "self_attn.q_proj": 0,
+    "self_attn.k_proj": 0,
+    "self_attn.v_proj": 0,
+    "self_attn.o_proj": 1,
+    "mlp.gate_proj": 0,
+    "mlp.up_proj": 0,
+    "mlp.down_proj": 1,
+    "lm_head": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -171,19 +184,33 @@ class ModelConfig:
             return math.inf
         return self.max_position_embeddings * (self.rope.factor if self.rope.type == "linear" else 1)
 
+    @property
+    def query_size(self) -> int:
+        """Output channels of `q_proj`."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Output channels of `k_proj`, and of `v_proj`."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def output_product(self) -> str:
+        """What makes the logits: a product of its own, or one with the embedding's table."""
+        return "model.embed_tokens" if self.tie_word_embeddings else "lm_head"
+
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical name to shape of every tensor the model has, in the order in which they are stored."""
         hidden, inner, vocab = self.hidden_size, self.intermediate_size, self.vocab_size
-        queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
         for i in range(self.num_hidden_layers):
             layer = f"model.layers.{i}"
             shapes[f"{layer}.input_layernorm.weight"] = (hidden,)
-            for name, size in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+            for name, size in (("q_proj", self.query_size), ("k_proj", self.kv_size), ("v_proj", self.kv_size)):
                 shapes[f"{layer}.self_attn.{name}.weight"] = (size, hidden)
                 if self.attention_bias:
                     shapes[f"{layer}.self_attn.{name}.bias"] = (size,)
-            shapes[f"{layer}.self_attn.o_proj.weight"] = (hidden, queries)
+            shapes[f"{layer}.self_attn.o_proj.weight"] = (hidden, self.query_size)
             if self.attention_out_bias:
                 shapes[f"{layer}.self_attn.o_proj.bias"] = (hidden,)
             shapes[f"{layer}.post_attention_layernorm.weight"] = (hidden,)

@@ -146,8 +146,7 @@ def read_smoothing(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     if smoothing_of(checkpoint) is None:
         return {}
     widths = {name.removesuffix(".input"): n for name, n in _widths(config).items() if name.endswith(".input")}
-    values = config.num_key_value_heads * config.head_dim
-    widths = {name: values if name.endswith("o_proj") else n for name, n in widths.items()}
+    widths = {name: config.kv_size if name.endswith("o_proj") else n for name, n in widths.items()}
     factors = _checked(_read_npz(path, f"{path} holds no smoothing factors; quantize again"), widths, path)
     for name, value in factors.items():
         if not value.all():
@@ -200,7 +199,7 @@ def _widths(config: ModelConfig) -> dict[str, int]:
             widths[f"{layer}.{product}.input"] = weights[0][1]
             widths[f"{layer}.{product}.output"] = sum(out for out, _ in weights)
         for kind in ("key", "value"):
-            widths[f"{layer}.self_attn.{kind}"] = config.num_key_value_heads * config.head_dim
+            widths[f"{layer}.self_attn.{kind}"] = config.kv_size
     return widths
 
 

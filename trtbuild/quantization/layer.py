@@ -78,9 +78,8 @@ class LayerWeights:
     def parts(self, product: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
         """Rows `[out, ...]` of a product by projection."""
         config = self.config
-        key_size = config.num_key_value_heads * config.head_dim
         sizes = {
-            "self_attn.qkv_proj": [config.num_attention_heads * config.head_dim, key_size, key_size],
+            "self_attn.qkv_proj": [config.query_size, config.kv_size, config.kv_size],
             "mlp.gate_up_proj": [config.intermediate_size] * 2,
         }.get(product, [len(values)])
         return dict(zip(PRODUCTS[product], values.split(sizes), strict=True))

@@ -96,8 +96,7 @@ class Round:
         return result
 
     def head_weight(self) -> torch.Tensor:
-        tied = self.checkpoint.config.tie_word_embeddings
-        name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+        name = f"{self.checkpoint.config.output_product}.weight"
         return finite(self.checkpoint[name].load().to(self.device).float(), name, self.checkpoint)
 
     def grid(self, width: int) -> Int4Grid:

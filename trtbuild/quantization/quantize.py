@@ -3,6 +3,7 @@
 import fnmatch
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -100,11 +101,10 @@ def check_sizes(checkpoint: Checkpoint, projections: list[str], options: dict) -
     if options["dtype"] != "int4":
         return
     group_size = options["group_size"]
-    shapes = checkpoint.config.tensor_shapes()
-    hidden = checkpoint.config.hidden_size  # of an output product that shares the embedding's weight
-    widths = {shapes.get(f"{name}.weight", (0, hidden))[1] for name in projections}
+    shapes = replace(checkpoint.config, tie_word_embeddings=False).tensor_shapes()  # a quantized head is a weight apart
+    widths = {shapes[f"{name}.weight"][1] for name in projections}
     for name in projections:
-        out = shapes.get(f"{name}.weight", (checkpoint.config.vocab_size,))[0]
+        out = shapes[f"{name}.weight"][0]
         if out % 8:
             raise UserError(
                 f"{name} has {out} output channels; int4 layouts pack 8 in a word. Leave it in 16 bits (keep_16bit, "
@@ -178,13 +178,12 @@ def _tensors(
 ) -> tuple[dict[str, LazyTensor], QuantizedWeight]:
     """What the folder's weights file holds, in layer order, and one of the quantized weights."""
     config, dtype = checkpoint.config, getattr(torch, quantization["dtype"])
-    shapes = config.tensor_shapes()
     if "lm_head" in projections:
-        shapes |= {"lm_head.weight": (config.vocab_size, config.hidden_size)}
+        config = replace(config, tie_word_embeddings=False)
     streamed = _Streamed(method, config.num_hidden_layers)
     tensors: dict[str, LazyTensor] = {}
     example = None
-    for name, shape in shapes.items():
+    for name, shape in config.tensor_shapes().items():
         parts = name.split(".")
         layer = int(parts[2]) if parts[1] == "layers" else config.num_hidden_layers
         inside = ".".join(parts[3:]) if parts[1] == "layers" else name

@@ -72,8 +72,7 @@ class Traversal:
         hidden, _ = self._inputs(network)
         norm = network.constant("model.norm.weight", self.weights("model.norm.weight").to(self.dtype))
         x = ops.rms_norm(hidden, norm, self.config.rms_norm_eps)
-        table = "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head"
-        linear(x, "lm_head", [self.weights(f"{table}.weight")])
+        linear(x, "lm_head", [self.weights(f"{self.config.output_product}.weight")])
         yield from self._run(network, {})
 
     def _inputs(self, network: Network) -> tuple[Tensor, Step]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -16,6 +16,7 @@ class LazyTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
     load: Callable[[], torch.Tensor]
+    _narrow: Callable[[int, int, int], "LazyTensor"] | None = field(default=None, repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -23,11 +24,32 @@ class LazyTensor:
 
     def to(self, dtype: torch.dtype) -> "LazyTensor":
         """The same values in `dtype`, rounded to nearest even."""
-        return self if dtype == self.dtype else LazyTensor(dtype, self.shape, lambda: self.load().to(dtype))
+        if dtype == self.dtype:
+            return self
+        return LazyTensor(dtype, self.shape, lambda: self.load().to(dtype), lambda *part: self.narrow(*part).to(dtype))
 
     def fitting(self, dtype: torch.dtype, name: str) -> "LazyTensor":
         """The same in `dtype`; `load()` raises `UserError` where that does not hold the values (`fitted`)."""
-        return LazyTensor(dtype, self.shape, lambda: fitted(self.load(), dtype, name))
+        return LazyTensor(
+            dtype,
+            self.shape,
+            lambda: fitted(self.load(), dtype, name),
+            lambda *part: self.narrow(*part).fitting(dtype, name),
+        )
+
+    def narrow(self, dim: int, start: int, length: int) -> "LazyTensor":
+        """Elements `start .. start + length` along a dimension: of a mapped tensor a view, and only these are rounded.
+
+        Raises `ValueError` for what reaches beyond the tensor.
+        """
+        if not 0 <= start <= start + length <= self.shape[dim]:
+            raise ValueError(f"{start} + {length} of dimension {dim} of a tensor {list(self.shape)}")
+        if length == self.shape[dim]:
+            return self
+        if self._narrow:
+            return self._narrow(dim, start, length)
+        shape = (*self.shape[:dim], length, *self.shape[dim + 1 :])
+        return LazyTensor(self.dtype, shape, lambda: self.load().narrow(dim, start, length))
 
 
 def fitted(value: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:

@@ -66,6 +66,30 @@ class QuantizedWeight:
 
         return replace(self, scales=LazyTensor(dtype, self.scales.shape, load))
 
+    def narrow(self, dim: int, start: int, length: int) -> "QuantizedWeight":
+        """Rows (`dim` 0) or input channels (1) `start .. start + length`, in the same numbers.
+
+        Input channels must be whole groups, stored in their own order; `ValueError` where they are not.
+        """
+        if length == self.values.shape[dim]:
+            return self
+        groups = start, length
+        if dim == 1:
+            if self.order is not None:
+                raise ValueError("input channels that are stored in another order cannot be cut")
+            if self.scales.shape[1] == 1:
+                groups = 0, 1
+            elif start % self.group_size or length % self.group_size:
+                raise ValueError(f"{start} + {length} input channels are not whole groups of {self.group_size}")
+            else:
+                groups = start // self.group_size, length // self.group_size
+        return replace(
+            self,
+            values=self.values.narrow(dim, start, length),
+            scales=self.scales.narrow(dim, *groups),
+            zeros=self.zeros and self.zeros.narrow(dim, *groups),
+        )
+
     def dequantize(self) -> LazyTensor:
         """The float32 matrix that the numbers mean."""
 
