@@ -424,8 +424,30 @@ def test_process_changed_engine(made, tmp_path):
     data = bytearray((changed / "rank0.safetensors").read_bytes())
     data[-5] ^= 255
     (changed / "rank0.safetensors").write_bytes(data)
-    arguments = ["--engine-dir", changed, "--tokenizer-dir", made.checkpoint, "--input-text", "x"]
+    arguments = ["--engine-dir", changed, "--tokenizer-dir", made.checkpoint, "--input-text", "x", "--check"]
     one_line(process("run", *arguments), f"{changed}/rank0.safetensors is not the file that was built")
+
+
+def test_check(made, tmp_path):
+    """Every command that opens an engine has it; `verify` always looks at every byte."""
+    changed = shutil.copytree(made.engine, tmp_path / "engine")
+    data = bytearray((changed / "rank0.safetensors").read_bytes())
+    data[-5] ^= 1
+    (changed / "rank0.safetensors").write_bytes(data)
+    engine, checkpoint = ["--engine-dir", changed], ["--checkpoint-dir", made.checkpoint]
+    small = ["--batch-size", 1, "--input-len", 2, "--output-len", 2, "--repeats", 1]
+    invoke("benchmark", *engine, *small)
+    for command, *arguments in (
+        ("run", "--tokenizer-dir", made.checkpoint, "--input-text", "x", "--check"),
+        ("summarize", *checkpoint, "--samples", 1, "--output", tmp_path / "x.jsonl", "--check"),
+        ("perplexity", *checkpoint, "--samples", 1, "--check"),
+        ("benchmark", *small, "--check"),
+        ("inspect", "--check"),
+        ("verify", *checkpoint),
+    ):
+        refused(
+            r"rank0.safetensors is not the file that was built \(its sha256 differs\)", command, *engine, *arguments
+        )
 
 
 def test_process_without_tensorrt(made, tmp_path):

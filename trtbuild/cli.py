@@ -52,6 +52,9 @@ CheckpointDir = Annotated[Path, typer.Option(help="Canonical checkpoint: config.
 EngineDir = Annotated[Path, typer.Option(help="Engine folder, as written by 'build'.")]
 RuntimeOption = Annotated[Runtime, typer.Option(help="auto: TensorRT where it can run here, else portable.")]
 DeviceOption = Annotated[Device, typer.Option(help="Where the portable engine runs; auto: the GPU if there is one.")]
+Check = Annotated[
+    bool, typer.Option("--check", help="Compare every byte of the engine's files with what was built, by sha256.")
+]
 BaselineEngineDir = Annotated[Path | None, typer.Option(help="Engine folder; without it, the Hugging Face model runs.")]
 TokenizerDir = Annotated[Path, typer.Option(help="Folder with tokenizer.json; the checkpoint's will do.")]
 ChatTemplate = Annotated[
@@ -324,6 +327,7 @@ def run(
     stop_word: Annotated[list[str] | None, typer.Option(help="Stop where this text appears; repeatable.")] = None,
     runtime: RuntimeOption = Runtime.auto,
     device: DeviceOption = Device.auto,
+    check: Check = False,
 ) -> None:
     """Continue prompts.
 
@@ -350,7 +354,7 @@ def run(
         raise UserError("--stream prints one prompt as plain text; leave out --json and give one --input-text")
     tokenizer = Tokenizer(tokenizer_dir, read_template(chat_template) if chat_template else None)
     prompts = [tokenizer.encode(text, chat, special_tokens, system) for text in texts]
-    session = open_engine(engine_dir, runtime, device).session
+    session = open_engine(engine_dir, runtime, device, check).session
     stop_words = tuple(stop_word or ())
     ends = tokenizer.eos_token_ids + tokenizer.special_token_ids(stop_words)
     params = SamplingParams(max_output_len, temperature, top_k, top_p, repetition_penalty, seed, stop_words, ends)
@@ -392,6 +396,7 @@ def summarize(
     max_output_len: Annotated[int, typer.Option(help="Tokens of a summary at most.")] = 100,
     runtime: RuntimeOption = Runtime.auto,
     device: DeviceOption = Device.auto,
+    check: Check = False,
 ) -> None:
     """Summarize articles with an engine, or with the Hugging Face model.
 
@@ -415,6 +420,7 @@ def summarize(
         max_output_len=max_output_len,
         runtime=runtime.value,
         device=device.value,
+        check=check,
     )
 
 
@@ -464,6 +470,7 @@ def perplexity(
     ] = None,
     runtime: RuntimeOption = Runtime.auto,
     device: DeviceOption = Device.auto,
+    check: Check = False,
 ) -> None:
     """Perplexity of articles under an engine, or under the Hugging Face model.
 
@@ -480,6 +487,7 @@ def perplexity(
         max_input_len=max_input_len,
         runtime=runtime.value,
         device=device.value,
+        check=check,
     )
     write_json(output, result) if output else print(json.dumps(result, indent=2, allow_nan=False))
 
@@ -494,6 +502,7 @@ def benchmark(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     runtime: RuntimeOption = Runtime.auto,
     device: DeviceOption = Device.auto,
+    check: Check = False,
 ) -> None:
     """Measure speed and memory.
 
@@ -501,7 +510,7 @@ def benchmark(
     """
     from trtbuild.evaluation.stages import run_benchmark
 
-    result = run_benchmark(engine_dir, batch_size, input_len, output_len, repeats, runtime.value, device.value)
+    result = run_benchmark(engine_dir, batch_size, input_len, output_len, repeats, runtime.value, device.value, check)
     if as_json:
         print(json.dumps(result, allow_nan=False))
         return
@@ -546,6 +555,7 @@ def inspect(
     engine_dir: Annotated[Path | None, typer.Option(help="Engine folder to describe.")] = None,
     checkpoint_dir: Annotated[Path | None, typer.Option(help="Checkpoint to describe.")] = None,
     nodes: Annotated[bool, typer.Option("--nodes", help="List the network's operations.")] = False,
+    check: Check = False,
 ) -> None:
     """Describe an engine folder or a checkpoint.
 
@@ -555,7 +565,7 @@ def inspect(
 
     if (engine_dir is None) == (checkpoint_dir is None):
         raise UserError("give one of --engine-dir and --checkpoint-dir")
-    print(describe_engine(engine_dir, nodes) if engine_dir else describe_checkpoint(checkpoint_dir))
+    print(describe_engine(engine_dir, nodes, check) if engine_dir else describe_checkpoint(checkpoint_dir))
 
 
 def _dataset(name: str, config: str | None, revision: str | None, split: str, samples: int) -> dict:

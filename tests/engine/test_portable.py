@@ -147,7 +147,7 @@ def flip_last_byte(path):
 def test_a_bad_engine_folder_is_refused(copied_engine, damage, message):
     damage(copied_engine)
     with pytest.raises(UserError, match=message):
-        read_config(copied_engine)
+        read_config(copied_engine, check=True)
 
 
 def test_a_checkpoint_is_not_an_engine_folder(tiny_checkpoint):

@@ -19,7 +19,7 @@ from oracles import meaning, other_weights, senseless, unusable
 from originals import Original, make_originals
 from server import Outcome, Server
 
-from trtbuild.files import sha256
+from trtbuild.engine.config import identify
 
 WEIGHTS = (".safetensors", ".bin", ".pth", ".gguf")
 NOISE = re.compile(r"Traceback|Exception ignored|panicked|Segmentation|terminate called")
@@ -151,7 +151,7 @@ def list_again(path: Path) -> None:
         return
     try:
         content = json.loads(config.read_text())
-        content["outputs"][path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        content["outputs"][path.name] = identify(path)
     except (KeyError, TypeError, ValueError, OSError, RecursionError):
         return
     config.write_text(json.dumps(content))

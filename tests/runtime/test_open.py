@@ -85,11 +85,37 @@ def flip_a_byte(path):
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("change", [cut, flip_a_byte])
-def test_changed_file(copy, change):
+def flip_a_byte_of_the_header(path):
+    data = bytearray(path.read_bytes())
+    data[data.index(b'"eps')] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "check", "what"),
+    [
+        (cut, False, "size"),
+        (flip_a_byte_of_the_header, False, "header"),
+        (cut, True, "size"),
+        (flip_a_byte, True, "sha256"),
+    ],
+)
+def test_changed_file(copy, change, check, what):
     change(copy / "rank0.safetensors")
-    with pytest.raises(UserError, match=f"{copy}/rank0.safetensors is not the file that was built"):
-        open_engine(copy)
+    message = rf"{copy}/rank0.safetensors is not the file that was built \(its {what} differs\)"
+    with pytest.raises(UserError, match=message):
+        open_engine(copy, check=check)
+
+
+def test_opening_reads_no_weights_to_check_them(tiny_engine, monkeypatch):
+    """Of 13 GB that would take minutes."""
+    hashed = []
+    monkeypatch.setattr("trtbuild.engine.config.sha256", lambda path: hashed.append(path) or "")
+    open_engine(tiny_engine, "portable", "cpu")
+    assert hashed == []
+    with pytest.raises(UserError, match="its sha256 differs"):
+        open_engine(tiny_engine, "portable", "cpu", check=True)
+    assert hashed == [tiny_engine / "rank0.safetensors"]
 
 
 def test_missing_file(copy):

@@ -6,9 +6,11 @@ from pathlib import Path
 
 from trtbuild.errors import UserError
 from trtbuild.files import check_shape, kind_of, read_json, sha256, write_json
+from trtbuild.tensors.safetensors_stream import header_sha256
 
 CONFIG_FILE = "config.json"
 FILE = {"bytes": int, "sha256": str}
+WITH_HEADER = FILE | {"header_sha256": str}
 SHAPE = {
     "model": str,
     "recipe": {"dtype": str},
@@ -49,23 +51,33 @@ def rank_file(rank: int, kind: str) -> str:
 
 
 def write_config(folder: Path, outputs: list[str], **content: object) -> None:
-    """Writes `config.json` with the sha256 and size of every engine file that `outputs` names."""
-    files = [folder / name for name in outputs]
-    hashes = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
-    write_json(folder / CONFIG_FILE, content | {"outputs": hashes})
+    """Writes `config.json` with what tells every engine file that `outputs` names from another (`identify`)."""
+    write_json(folder / CONFIG_FILE, content | {"outputs": {name: identify(folder / name) for name in outputs}})
 
 
-def read_config(folder: Path) -> dict:
-    """Reads an engine folder's `config.json` and checks every file it lists.
+def identify(path: Path) -> dict:
+    """Size and sha256 of an engine file, and of a portable engine's header, which holds the network."""
+    found = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    return found | ({"header_sha256": header_sha256(path)} if _is_portable(path.name) else {})
 
-    Raises `UserError` if the folder is no engine, a rank's file is missing, or a file is not the one that was built.
+
+def _is_portable(name: str) -> bool:
+    return name.endswith(".safetensors")
+
+
+def read_config(folder: Path, check: bool = False) -> dict:
+    """Reads an engine folder's `config.json` and checks every file it lists: its size, and a portable engine's header.
+
+    With `check` also the sha256 of all bytes, which takes as long as reading them. Raises `UserError` if the folder is
+    no engine, a rank's file is missing, or a file is not the one that was built.
     """
     if not (folder / CONFIG_FILE).exists():
         raise UserError(f"{folder} is not an engine folder: it has no {CONFIG_FILE}; build one with 'trtbuild build'")
     config = read_json(folder / CONFIG_FILE)
     if not isinstance(config.get("outputs"), dict):  # a model's config.json has the same name
         raise UserError(f"{folder} is not an engine folder: its {CONFIG_FILE} lists no engine files")
-    check_shape(config, SHAPE | {"outputs": dict.fromkeys(config["outputs"], FILE)}, folder / CONFIG_FILE)
+    outputs = {name: WITH_HEADER if _is_portable(name) else FILE for name in config["outputs"]}
+    check_shape(config, SHAPE | {"outputs": outputs}, folder / CONFIG_FILE)
     BuildLimits(**config["limits"])
     for name, expected in config["outputs"].items():
         path = folder / name
@@ -73,6 +85,15 @@ def read_config(folder: Path) -> dict:
             raise UserError(f"{folder / CONFIG_FILE} lists {name!r}, which is no file of this folder; build it again")
         if kind_of(path) != "file":
             raise UserError(f"{folder} is incomplete: {name} is missing; build the engine again")
-        if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
-            raise UserError(f"{path} is not the file that was built (its sha256 differs); build the engine again")
+        if different := _difference(path, expected, check):
+            raise UserError(f"{path} is not the file that was built (its {different} differs); build the engine again")
     return config
+
+
+def _difference(path: Path, expected: dict, check: bool) -> str | None:
+    """In what a file is not the expected one, as far as it is looked at."""
+    if path.stat().st_size != expected["bytes"]:
+        return "size"
+    if _is_portable(path.name) and header_sha256(path) != expected["header_sha256"]:
+        return "header"
+    return "sha256" if check and sha256(path) != expected["sha256"] else None

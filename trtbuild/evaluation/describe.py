@@ -10,9 +10,9 @@ from trtbuild.engine.portable import read_portable
 from trtbuild.tensors.quantized_weight import QuantizedWeight
 
 
-def describe_engine(folder: Path, nodes: bool = False) -> str:
-    """Model, recipe, limits, files and the network's operations of an engine folder (its files are checked)."""
-    config = read_config(folder)
+def describe_engine(folder: Path, nodes: bool = False, check: bool = False) -> str:
+    """Model, recipe, limits, files and the network's operations of an engine folder (checked as by `read_config`)."""
+    config = read_config(folder, check)
     lines = [
         f"{name:22} {config[name]}"
         for name in ("model", "recipe", "mapping", "limits", "remove_input_padding", "builders")

@@ -41,19 +41,20 @@ def summarize_articles(
     baseline_dtype: str = "float32",
     runtime: str = "auto",
     device: str = "auto",
+    check: bool = False,
     model: str | None = None,
 ) -> None:
     """Writes the summaries of a data set by an engine, or without `engine_dir` by the baseline, Hugging Face's model.
 
     `checkpoint_dir` gives the tokenizer, and the Hugging Face model. An engine brings its own `max_input_len`.
-    `chat_template`: the text of one, in place of the tokenizer's own.
+    `chat_template`: the text of one, in place of the tokenizer's own. `check`: as `open_engine` takes it.
     """
     articles = load_articles(**dataset)
     check_references([article.highlights for article in articles])
     tokenizer = Tokenizer(checkpoint_dir, chat_template)
     params = SamplingParams(max_output_len, eos_token_ids=tokenizer.eos_token_ids)
     if engine_dir:
-        opened = open_engine(engine_dir, runtime, device)
+        opened = open_engine(engine_dir, runtime, device, check)
         max_input_len = opened.session.limits.max_input_len
         run = _with_bar(
             lambda prompts, on_token: generate(opened.session, prompts, params, on_token=on_token), max_output_len
@@ -107,6 +108,7 @@ def measure_perplexity(
     baseline_dtype: str = "float32",
     runtime: str = "auto",
     device: str = "auto",
+    check: bool = False,
     model: str | None = None,
 ) -> dict:
     """Perplexity of a data set's articles under an engine, or without `engine_dir` under the Hugging Face model."""
@@ -114,7 +116,7 @@ def measure_perplexity(
     articles = load_articles(**dataset)
     texts = [tokenizer.encode(article.article) for article in articles]
     if engine_dir:
-        opened = open_engine(engine_dir, runtime, device)
+        opened = open_engine(engine_dir, runtime, device, check)
         max_input_len = opened.session.limits.max_input_len
         origin, logits = provenance(opened), lambda ids: opened.session.prefill([ids], all_logits=True)
     else:
@@ -134,9 +136,10 @@ def run_benchmark(
     repeats: int,
     runtime: str = "auto",
     device: str = "auto",
+    check: bool = False,
 ) -> dict:
     """Speed of an engine, with provenance."""
-    opened = open_engine(engine_dir, runtime, device)
+    opened = open_engine(engine_dir, runtime, device, check)
     result = benchmark(opened.session, batch_size, input_len, output_len, repeats)
     origin = provenance(opened) | {"samples": repeats, "seed": 0}
     return result | {"provenance": origin} | marker(origin["model"])
@@ -149,12 +152,15 @@ def verify_engine(
     max_output_len: int,
     runtimes: list[str] | None = None,
 ) -> list[Agreement]:
-    """Compares every runtime of an engine folder with the baseline in float32, on the same prompts."""
+    """Compares every runtime of an engine folder with the baseline in float32, on the same prompts.
+
+    Its files are checked down to the last byte.
+    """
     from trtbuild.engine.tensorrt_api import api, runs_here
 
     if max_output_len < 1:
         raise UserError(f"max_output_len is {max_output_len}; it must be at least 1")
-    config = read_config(Path(engine_dir))
+    config = read_config(Path(engine_dir), check=True)
     if not Checkpoint(checkpoint_dir).hashes.items() <= config["inputs"].items():
         raise UserError(
             f"{engine_dir} was not built from {checkpoint_dir}; give the checkpoint that it was built from, which for "

@@ -30,15 +30,15 @@ class OpenedEngine:
         return self.config["recipe"]["dtype"]
 
 
-def open_engine(folder: Path | str, runtime: str = "auto", device: str = "auto") -> OpenedEngine:
-    """Opens rank 0 of an engine folder after checking its files.
+def open_engine(folder: Path | str, runtime: str = "auto", device: str = "auto", check: bool = False) -> OpenedEngine:
+    """Opens rank 0 of an engine folder after checking its files, with `check` down to the last byte (`read_config`).
 
     `auto` takes TensorRT where the folder has its engine and this GPU can run it, else the portable engine;
     `interpreted` runs the TensorRT network on the CPU. Raises `UserError` for a folder, runtime or device that cannot
     be.
     """
     folder = Path(folder)
-    config = read_config(folder)
+    config = read_config(folder, check)
     limits = BuildLimits(**config["limits"])
     portable, tensorrt = rank_file(0, "portable"), rank_file(0, "tensorrt")
     if runtime not in RUNTIMES:

@@ -4,6 +4,7 @@ The library's `save_file` wants every tensor in memory at once; this writer hold
 https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header, data).
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from trtbuild.files import atomic, check_input, write_json
 from trtbuild.tensors.lazy import LazyTensor
 
 ALIGNMENT = 64  # bytes; mapped weights then start on a cache line
+LONGEST_HEADER = 100_000_000  # bytes; the format's limit
 NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -91,6 +93,14 @@ def write_sharded(
         index |= dict.fromkeys(shard, file_name)
     total = sum(tensor.nbytes for tensor in tensors.values())
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+
+
+def header_sha256(path: Path) -> str:
+    """Hex digest of a file's header, which is all but the tensors' values: names, dtypes, shapes, places, metadata."""
+    with open(path, "rb") as file:
+        length = file.read(8)
+        header = file.read(min(int.from_bytes(length, "little"), LONGEST_HEADER))
+    return hashlib.sha256(length + header).hexdigest()
 
 
 def open_file(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
