@@ -10,6 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.decoder.decoder import decoder
 from trtbuild.decoder.mapping import Mapping
+from trtbuild.engine.build import build_portable
 from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.portable import PortableEngine
 from trtbuild.errors import UserError
@@ -134,9 +135,10 @@ def test_what_is_not_supported_is_named(tiny_config, change, message):
 
 
 @pytest.mark.parametrize(("tp_size", "pp_size"), [(2, 1), (1, 2)])
-def test_several_ranks_are_refused(tp_size, pp_size):
+def test_several_ranks_are_refused(tmp_path, tp_size, pp_size):
+    mapping = Mapping(tp_size, pp_size)
     with pytest.raises(UserError, match=f"tp_size {tp_size} x pp_size {pp_size}.*not supported yet"):
-        Mapping(tp_size, pp_size)
+        build_portable(tmp_path, tmp_path / "engine", {"dtype": "float16"}, BuildLimits(), mapping)
 
 
 def test_a_rank_outside_the_world_is_refused():

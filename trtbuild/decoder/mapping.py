@@ -7,21 +7,57 @@ from trtbuild.errors import UserError
 
 @dataclass(frozen=True)
 class Mapping:
-    """Tensor and pipeline parallel coordinates of one rank; rank = pp_rank * tp_size + tp_rank."""
+    """Tensor and pipeline parallel coordinates of one rank; rank = pp_rank * tp_size + tp_rank.
+
+    The `tp_size` ranks of a pipeline's stage share each of its layers (arXiv 1909.08053); the `pp_size` stages follow
+    one another (arXiv 1811.06965). Raises `UserError` for sizes below 1 and a rank that there is not.
+    """
 
     tp_size: int = 1
     pp_size: int = 1
     rank: int = 0
 
     def __post_init__(self) -> None:
-        if self.world_size != 1:
-            raise UserError(
-                f"tp_size {self.tp_size} x pp_size {self.pp_size}: engines for several ranks are not supported yet; "
-                "use tp_size 1 and pp_size 1"
-            )
+        if self.tp_size < 1 or self.pp_size < 1:
+            raise UserError(f"tp_size {self.tp_size} x pp_size {self.pp_size}: both must be at least 1")
         if not 0 <= self.rank < self.world_size:
             raise UserError(f"rank {self.rank} is outside a world of {self.world_size}")
 
     @property
     def world_size(self) -> int:
         return self.tp_size * self.pp_size
+
+    @property
+    def tp_rank(self) -> int:
+        return self.rank % self.tp_size
+
+    @property
+    def pp_rank(self) -> int:
+        return self.rank // self.tp_size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether its stage begins with the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether its stage ends with the logits."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def stage(self) -> range:
+        """The ranks that share its layers, itself among them."""
+        first = self.pp_rank * self.tp_size
+        return range(first, first + self.tp_size)
+
+    def layers(self, count: int) -> range:
+        """Which of a model's `count` layers its stage has; of stages that cannot be alike the later have one more."""
+        return range(count * self.pp_rank // self.pp_size, count * (self.pp_rank + 1) // self.pp_size)
+
+    def words(self, vocab_size: int) -> range:
+        """Which rows of the embedding and of the output product it has: all where ranks cannot have as many each."""
+        if vocab_size % self.tp_size:
+            return range(vocab_size)
+        share = vocab_size // self.tp_size
+        return range(self.tp_rank * share, (self.tp_rank + 1) * share)

@@ -40,8 +40,13 @@ def build_portable(
 
     Weights are as in the checkpoint, quantized or not, and what is not quantized is in the recipe's dtype. Raises
     `UserError` for a tensor that does not fit in that, before a file is there, and for more positions than the model
-    was made for, unless `extrapolate_positions`.
+    was made for, unless `extrapolate_positions`; and for several ranks.
     """
+    if mapping.world_size != 1:
+        raise UserError(
+            f"tp_size {mapping.tp_size} x pp_size {mapping.pp_size}: engines for several ranks are not supported yet; "
+            "use tp_size 1 and pp_size 1"
+        )
     checkpoint = _opened(checkpoint)
     if not extrapolate_positions:
         check_positions(checkpoint.config, limits)
