@@ -68,6 +68,15 @@ def test_no_more_is_rounded_than_the_part():
         whole.narrow(1, 1, 1).load()
 
 
+def test_the_same_part_is_known_again():
+    """Without being loaded: a tied table is asked for twice."""
+    x = from_tensor(torch.ones(12, 48))
+    part = x.fitting(torch.float16, "x").narrow(0, 4, 4)
+    assert part == x.fitting(torch.float16, "x").narrow(0, 4, 4)
+    assert part != x.fitting(torch.float16, "x").narrow(0, 8, 4)
+    assert part != x.narrow(0, 4, 4).to(torch.float16)
+
+
 @pytest.mark.parametrize("part", [(0, 8, 5), (0, -1, 2), (1, 0, 49), (0, 3, -1)], ids=str)
 def test_beyond_the_tensor(part):
     with pytest.raises(ValueError, match="of a tensor"):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,7 +16,6 @@ class LazyTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
     load: Callable[[], torch.Tensor]
-    _narrow: Callable[[int, int, int], "LazyTensor"] | None = field(default=None, repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -24,18 +23,11 @@ class LazyTensor:
 
     def to(self, dtype: torch.dtype) -> "LazyTensor":
         """The same values in `dtype`, rounded to nearest even."""
-        if dtype == self.dtype:
-            return self
-        return LazyTensor(dtype, self.shape, lambda: self.load().to(dtype), lambda *part: self.narrow(*part).to(dtype))
+        return self if dtype == self.dtype else LazyTensor(dtype, self.shape, _Cast(self, dtype))
 
     def fitting(self, dtype: torch.dtype, name: str) -> "LazyTensor":
         """The same in `dtype`; `load()` raises `UserError` where that does not hold the values (`fitted`)."""
-        return LazyTensor(
-            dtype,
-            self.shape,
-            lambda: fitted(self.load(), dtype, name),
-            lambda *part: self.narrow(*part).fitting(dtype, name),
-        )
+        return LazyTensor(dtype, self.shape, _Cast(self, dtype, name))
 
     def narrow(self, dim: int, start: int, length: int) -> "LazyTensor":
         """Elements `start .. start + length` along a dimension: of a mapped tensor a view, and only these are rounded.
@@ -46,10 +38,38 @@ class LazyTensor:
             raise ValueError(f"{start} + {length} of dimension {dim} of a tensor {list(self.shape)}")
         if length == self.shape[dim]:
             return self
-        if self._narrow:
-            return self._narrow(dim, start, length)
         shape = (*self.shape[:dim], length, *self.shape[dim + 1 :])
-        return LazyTensor(self.dtype, shape, lambda: self.load().narrow(dim, start, length))
+        if isinstance(self.load, _Cast):
+            load = replace(self.load, source=self.load.source.narrow(dim, start, length))
+        else:
+            load = _Narrow(self, dim, start, length)
+        return LazyTensor(self.dtype, shape, load)
+
+
+@dataclass(frozen=True)
+class _Cast:
+    """A `load` that equals another of the same source, so that a tensor that is asked for twice is known again."""
+
+    source: LazyTensor
+    dtype: torch.dtype
+    fitting: str | None = None  # the name to complain of
+
+    def __call__(self) -> torch.Tensor:
+        value = self.source.load()
+        return value.to(self.dtype) if self.fitting is None else fitted(value, self.dtype, self.fitting)
+
+
+@dataclass(frozen=True)
+class _Narrow:
+    """A `load` of some elements along a dimension; it equals another of the same ones."""
+
+    source: LazyTensor
+    dim: int
+    start: int
+    length: int
+
+    def __call__(self) -> torch.Tensor:
+        return self.source.load().narrow(self.dim, self.start, self.length)
 
 
 def fitted(value: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
