@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from trtbuild.engine.portable import StepContext
 from trtbuild.linear.fp8 import Fp8Linear
@@ -161,6 +162,31 @@ def test_biased_attention_of_the_context_phase(lengths, heads, kv_heads, dtype, 
     step = StepContext(torch.arange(batch, device="cuda"), lengths, max(lengths))
     actual, *_ = op.portable(step, qkv, *caches, positions, starts, past, slopes)
     assert (actual.double() - expected).norm() / expected.norm() < tolerance
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 5e-4), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize("rows", [1, 16, 2048])
+@pytest.mark.parametrize("width", [576, 4096, 5120, 8192, 11008, 33])
+def test_fused_norm_and_swiglu(width, rows, dtype, tolerance):
+    """Against float64, and outputs poisoned (freed memory of their sizes, so likely theirs)."""
+    from trtbuild.kernels.add_rms_norm import add_rms_norm
+    from trtbuild.kernels.swiglu import swiglu
+
+    def poison() -> None:
+        torch.full((rows, width), float("nan"), dtype=dtype, device="cuda").clone()
+
+    a, b = torch.randn(2, rows, width, device="cuda").to(dtype)
+    weight = (1 + 0.2 * torch.randn(width, device="cuda")).to(dtype)
+    poison()
+    total, normed = add_rms_norm(a, b, weight, 1e-5)
+    assert torch.equal(total, a + b)
+    expected = F.rms_norm((a + b).double(), (width,), weight.double(), 1e-5)
+    assert (normed.double() - expected).norm() / expected.norm() < tolerance
+    gate_up = torch.randn(rows, 2 * width, device="cuda").to(dtype)
+    gate, up = gate_up.double().chunk(2, -1)
+    poison()
+    expected = F.silu(gate) * up
+    assert (swiglu(gate_up).double() - expected).norm() / expected.norm() < tolerance
 
 
 def test_results_do_not_vary():
