@@ -5,10 +5,13 @@ import math
 import pytest
 import torch
 
+from trtbuild.engine.build import build_engine_dir
+from trtbuild.engine.config import BuildLimits
 from trtbuild.errors import UserError
+from trtbuild.evaluation import stages
 from trtbuild.evaluation.hugging_face import HuggingFaceModel
 from trtbuild.evaluation.stages import verify_engine
-from trtbuild.evaluation.verify import TOLERANCE, verify
+from trtbuild.evaluation.verify import TOLERANCE, Agreement, verify
 from trtbuild.runtime.open import open_engine
 
 
@@ -51,6 +54,58 @@ def test_relative_error_is_that_of_the_logits(session, baseline, prompts):
     assert result.relative_error == pytest.approx(0.01, rel=1e-3)
     assert not result.agrees
     assert result.worst_gap < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "too_large"), [("float32", 3e-4), ("float16", 8e-3), ("bfloat16", 0.1)], ids=["32", "16", "b16"]
+)
+def test_how_far_each_dtype_may_be_off(tiny_checkpoint, tmp_path, monkeypatch, dtype, too_large):
+    """A right engine in each dtype agrees; not one whose logits are all too large by a little more than it may err."""
+    limits, texts = BuildLimits(2, 16, 8), ["Hello", "you"]
+    recipe = {"dtype": dtype}
+    build_engine_dir(tiny_checkpoint, tmp_path / "e", model="tiny", recipe=recipe, limits=limits, engines=["portable"])
+    (right,) = verify_engine(tmp_path / "e", tiny_checkpoint, texts, 4, ["portable"])
+    assert right.agrees
+
+    def opened(*arguments):
+        engine = open_engine(*arguments)
+        slot_of(engine.session, "lm_head").mul_(1 + too_large)
+        return engine
+
+    monkeypatch.setattr(stages, "open_engine", opened)
+    (wrong,) = verify_engine(tmp_path / "e", tiny_checkpoint, texts, 4, ["portable"])
+    assert right.tolerance == wrong.tolerance == {"float32": 2e-4, "float16": 5e-3, "bfloat16": 7.5e-2}[dtype]
+    assert wrong.relative_error == pytest.approx(too_large, rel=0.3)
+    assert not wrong.agrees
+
+
+@torch.inference_mode()
+def test_a_choice_may_be_off_by_two_logits_errors(session, baseline, prompts):
+    """Either of two logits may be wrong by the tolerance, a share of the largest one."""
+    result = verify("x", session, 0.01, baseline, prompts, 1)
+    largest = max(baseline.logits(prompt).abs().max().item() for prompt in prompts)
+    assert result.allowed_gap == pytest.approx(2 * 0.01 * largest)
+
+
+def test_what_rounding_changes_is_allowed_one_and_a_half_times(session, baseline, prompts):
+    """A baseline whose rounding makes logits 2% smaller."""
+
+    class Rounding:
+        name, rounds = "rounding", True
+
+        def logits(self, ids, rounded=True, prompt_len=None):
+            return baseline.logits(ids, prompt_len=prompt_len) * (1 if rounded else 1.02)
+
+    assert verify("x", session, 2e-4, Rounding(), prompts, 2).tolerance == pytest.approx(0.03)
+    assert verify("x", session, 0.05, Rounding(), prompts, 2).tolerance == 0.05
+
+
+@pytest.mark.parametrize(
+    ("error", "gap", "agrees"), [(1e-2, 3e-2, True), (1.01e-2, 0, False), (0, 3.03e-2, False), (math.nan, 0, False)]
+)
+def test_agreement(error, gap, agrees):
+    result = Agreement("x", "y", error, tolerance=1e-2, tokens=8, equal_tokens=8, worst_gap=gap, allowed_gap=3e-2)
+    assert result.agrees is agrees
 
 
 @pytest.mark.parametrize("fragment", ["layers.0.self_attn.o_proj", "layers.1.mlp.down_proj", "model.norm.weight"])

@@ -104,6 +104,28 @@ def test_stop_word_over_several_tokens(session):
         assert (outputs[1].output_ids, outputs[1].finish_reason) == (runs[1], "length")
 
 
+def test_stop_word_of_letters_of_several_bytes(session):
+    """A token of a byte each: the word is one letter, and three tokens."""
+    prompts = random_prompts([6])
+    run = generate(session, prompts, SamplingParams(16))[0].output_ids
+    assert len(set(run[4:7])) == 3
+    code = dict(zip(run[4:7], "\u65e5".encode(), strict=True))
+    decode = lambda ids: bytes(code.get(i, 46) for i in ids).decode(errors="replace")  # noqa: E731
+    output = generate(session, prompts, SamplingParams(16, stop_words=("\u65e5",)), decode)[0]
+    assert (output.output_ids, output.finish_reason) == (run[: decode(run).index("\u65e5") + 3], "stop")
+
+
+def test_stop_word_that_begins_with_a_space(session):
+    """SentencePiece leaves the space of a text's first token out, so a token more than the word has is decoded."""
+    prompts = random_prompts([6])
+    run = generate(session, prompts, SamplingParams(16))[0].output_ids
+    assert len(set(run[4:7])) == 3
+    code = dict(zip(run[4:7], " ab", strict=True))
+    decode = lambda ids: "".join(code.get(i, ".") for i in ids).removeprefix(" ")  # noqa: E731
+    output = generate(session, prompts, SamplingParams(16, stop_words=(" ab",)), decode)[0]
+    assert (output.output_ids, output.finish_reason) == (run[: decode(run).index(" ab") + 3], "stop")
+
+
 def test_stop_words_need_a_decoder(session):
     with pytest.raises(ValueError, match="stop words need a tokenizer"):
         generate(session, [[5]], SamplingParams(4, stop_words=("x",)))
