@@ -16,11 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from published_models import TINY
 
 from trtbuild.checkpoint.sources import make_checkpoint
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+settings.register_profile("same every time", derandomize=True)
+settings.load_profile("same every time")
 PUBLISHED = Path(__file__).parents[2] / "shared" / "tokenizers"  # beside the repository: others' files
 
 

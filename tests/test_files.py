@@ -287,7 +287,7 @@ def test_portable_engine_when_a_write_fails(tmp_path, tiny_engine, monkeypatch):
 
 
 def test_sha256_of_a_file_larger_than_a_buffer(tmp_path):
-    data = np.random.default_rng().bytes(3_000_001)
+    data = np.random.default_rng(0).bytes(3_000_001)
     (tmp_path / "data").write_bytes(data)
     assert sha256(tmp_path / "data") == hashlib.sha256(data).hexdigest()
 

@@ -99,9 +99,9 @@ def test_aliases_of_aliases(refused, first, more):
     """9 to the power of 11 values in some lines; none of them is made."""
     lines = [f"a0: &a0 {first}"]
     lines += [f"a{i}: &a{i} " + more.format(", ".join([f"*a{i - 1}"] * 9)) for i in range(1, 12)]
-    start = time.monotonic()
+    start = time.process_time()
     assert f"more than {YAML_VALUES} values, aliases written out" in refused("\n".join(lines))
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_an_alias_within_itself(refused):

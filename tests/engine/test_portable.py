@@ -3,8 +3,7 @@
 import dataclasses
 import json
 import shutil
-import statistics
-import time
+import sys
 
 import pytest
 import torch
@@ -263,20 +262,18 @@ def test_decode_equals_prefill_of_the_longer_prompt(tiny_engine):
         assert error(decoded, fresh) < 1e-5
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_overhead_of_a_step(tiny_engine):
-    """A step of the 2-layer model is about 25 operations; their dispatch must not become the cost (median of 30).
+    """A step of the 2-layer model is some 25 operations; their dispatch must not become the cost.
 
-    CPU time of the thread, which does not count other processes; about 1 ms on one core.
+    Counted in calls of Python's and torch's functions, 238, since times depend on what else a machine does.
     """
     session = open_session(tiny_engine)
-    times = []
-    for _ in range(3):
-        logits = session.prefill(random_prompts(6))
-        for _ in range(10):
-            tokens = logits.argmax(-1).int()
-            start = time.thread_time()
-            logits = session.decode(tokens)
-            times.append(time.thread_time() - start)
-    print(f"median {statistics.median(times) * 1e3:.2f} ms")
-    assert statistics.median(times) < 3e-3
+    tokens = session.prefill(random_prompts(6)).argmax(-1).int()
+    session.decode(tokens)
+    calls = []
+    sys.setprofile(lambda frame, event, argument: calls.append(event) if event in ("call", "c_call") else None)
+    try:
+        session.decode(tokens)
+    finally:
+        sys.setprofile(None)
+    assert 50 < len(calls) < 300
