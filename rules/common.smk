@@ -13,7 +13,6 @@ from trtbuild.datasets import articles_state
 from trtbuild.engine.config import rank_file
 from trtbuild.errors import UserError
 from trtbuild.kept_outputs import keep_outputs
-from trtbuild.quantization.recipe import engine_recipe, gate_limits, needs_ranges
 from trtbuild.yaml_reader import read_yaml
 
 trtbuild_workflow.export_package(workflow.basedir)
@@ -28,7 +27,7 @@ try:
     trtbuild_workflow.validate(config, SCHEMAS / "config.schema.yaml", "config/config.yaml")
     trtbuild_workflow.check_limits(config)
     MODELS = trtbuild_workflow.load_table(config["models"], SCHEMAS / "models.schema.yaml")
-    RECIPES = trtbuild_workflow.load_table(config["recipes"], SCHEMAS / "recipes.schema.yaml")
+    RECIPES = trtbuild_workflow.load_recipes(config["recipes"])
     trtbuild_workflow.check_articles(config, RECIPES)
     TARGETS = trtbuild_workflow.matrix_targets(config)
     # Targets are only known from the command line here; a wrong name would else end as "missing input files".
@@ -88,16 +87,21 @@ def ranges_of_cache(wildcards):
     """The calibration file of a recipe with a quantized KV cache."""
     recipe = RECIPES[wildcards.recipe]
     name = trtbuild_workflow.calibration_name(recipe)
-    return f"results/{wildcards.model}/calibration/{name}.npz" if "kv_cache" in recipe else []
+    return f"results/{wildcards.model}/calibration/{name}.npz" if recipe.kv_cache else []
 
 
 def ranges_of_quantization(wildcards):
     """The calibration file of quantized activations."""
     quantization = QUANTIZATIONS[wildcards.quantization].get("quantization")
-    if not needs_ranges(quantization):
+    if not (quantization and quantization.needs_ranges):
         return []
-    name = trtbuild_workflow.calibration_id(quantization["calibration"])
-    return f"results/{wildcards.model}/calibration/{name}.npz"
+    return f"results/{wildcards.model}/calibration/{quantization.text.id}.npz"
+
+
+def settings_of_quantization(wildcards):
+    """How weights are quantized, as plain data; None where they are published."""
+    quantization = QUANTIZATIONS[wildcards.quantization].get("quantization")
+    return quantization and quantization.settings
 
 
 def state_of_quantization(wildcards):
@@ -105,8 +109,8 @@ def state_of_quantization(wildcards):
     wanted = QUANTIZATIONS[wildcards.quantization]
     if "source" in wanted:
         return source_state(wanted["source"])
-    calibration = wanted["quantization"].get("calibration")
-    return calibration and articles_state(**calibration["dataset"])
+    text = wanted["quantization"].text
+    return text and articles_state(**text.dataset)
 
 
 def gate_of_run(wildcards):

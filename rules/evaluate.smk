@@ -107,7 +107,7 @@ rule gate:
     log:
         "results/{model}/{recipe}/logs/gate.log",
     params:
-        limits=lambda wildcards: gate_limits(RECIPES[wildcards.recipe]),
+        limits=lambda wildcards: RECIPES[wildcards.recipe].gate_limits,
     conda:
         "../config/environment.yaml"
     script:

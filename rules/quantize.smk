@@ -12,10 +12,8 @@ rule quantize:
     benchmark:
         "results/{model}/logs/quantize.{quantization}.tsv"
     params:
-        **{
-            key: lambda wildcards, key=key: QUANTIZATIONS[wildcards.quantization].get(key)
-            for key in ("quantization", "source")
-        },
+        quantization=settings_of_quantization,
+        source=lambda wildcards: QUANTIZATIONS[wildcards.quantization].get("source"),
         files=state_of_quantization,
     threads: 16
     resources:

@@ -13,6 +13,7 @@ import typer
 from trtbuild.engine.config import BuildLimits
 from trtbuild.errors import UserError, one_line
 from trtbuild.files import output_path, read_text
+from trtbuild.quantization.recipe import Recipe
 from trtbuild.runtime.sampling import SamplingParams
 
 app = typer.Typer(
@@ -177,9 +178,8 @@ def quantize(
     Example: trtbuild quantize --checkpoint-dir checkpoint --recipe gptq --output-dir quantized
     """
     from trtbuild.quantization.quantize import quantize
-    from trtbuild.quantization.recipe import quantization_of
 
-    quantization = quantization_of(_recipe(recipe, recipes))
+    quantization = _recipe(recipe, recipes).quantization
     if quantization is None:
         raise UserError(f"the recipe {recipe} has no weights to quantize; build it from the checkpoint as it is")
     quantize(checkpoint_dir, output_dir, quantization, calibration, device.value)
@@ -237,13 +237,12 @@ def build(
     from trtbuild.engine.build import build_engine_dir, check_positions
     from trtbuild.quantization.kv_cache import cache_of
     from trtbuild.quantization.quantize import check_weights
-    from trtbuild.quantization.recipe import engine_recipe
     from trtbuild.rehearsal import dummy_weights, small_calibration
 
     if recipe and dtype:
         raise UserError("--dtype and --recipe contradict each other; the recipe has a dtype")
     _check_weights_options(checkpoint_dir, model_config, dummy, num_layers, calibration, model)
-    content = engine_recipe(_recipe(recipe, recipes)) if recipe else {"dtype": dtype or Dtype.float16.value}
+    content = _recipe(recipe, recipes) if recipe else Recipe.parse({"dtype": dtype or Dtype.float16.value})
     limits = BuildLimits(max_batch_size, max_input_len, max_output_len)
     if Engine.tensorrt in engine:
         from trtbuild.engine.tensorrt_api import api
@@ -254,7 +253,8 @@ def build(
             name, shape = _dummy(model_config, models, model_version)
             model = model or f"dummy/{name}"
             # Random weights need no text of their own.
-            content = small_calibration({key: value for key, value in content.items() if key != "calibration"})
+            settings = {key: value for key, value in content.settings.items() if key != "calibration"}
+            content = small_calibration(Recipe.parse(settings))
             if not extrapolate_positions:
                 check_positions(dummy_model(**shape)[1].config, limits)
             weights = dummy_weights(shape | {"num_layers": num_layers}, content, engine_dir)
@@ -264,13 +264,13 @@ def build(
             checkpoint_dir,
             engine_dir,
             model=model or checkpoint_dir.resolve().name,
-            recipe=content,
+            recipe=content.engine_settings,
             limits=limits,
             engines=[e.value for e in engine],
             remove_input_padding=remove_input_padding,
             compute_capabilities=compute_capability,
             cache=cache_of(content, checkpoint_dir, calibration),
-            calibration=calibration if "kv_cache" in content else None,
+            calibration=calibration if content.kv_cache else None,
             extrapolate_positions=extrapolate_positions,
         )
 
@@ -590,10 +590,10 @@ def _dummy(name: str, models: Path, model_version: str | None) -> tuple[str, dic
     return name, dummy_source(table[name]) | version
 
 
-def _recipe(name: str, path: Path) -> dict:
-    from trtbuild.workflow import RECIPES_SCHEMA, load_table
+def _recipe(name: str, path: Path) -> Recipe:
+    from trtbuild.workflow import load_recipes
 
-    table = load_table(str(path), RECIPES_SCHEMA)
+    table = load_recipes(str(path))
     if name not in table:
         raise UserError(f"{path} has no recipe {name!r}; it has {', '.join(sorted(table))}")
     return table[name]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from trtbuild.engine.config import REHEARSAL
 from trtbuild.errors import UserError
 from trtbuild.files import scratch_beside
+from trtbuild.quantization.recipe import Recipe
 
 if TYPE_CHECKING:
     from trtbuild.checkpoint.canonical import Checkpoint
@@ -67,24 +68,21 @@ def dummy_source(model: dict) -> dict:
     return {"config": model["config"]} | {key: source[key] for key in ("model_version",) if key in source}
 
 
-def rehearsal_recipes(recipes: dict) -> dict:
+def rehearsal_recipes(recipes: dict[str, Recipe]) -> dict[str, Recipe]:
     """`config/recipes.yaml` without published weights, with a gate that never stops: random weights are no measure."""
-    kept = {name: recipe for name, recipe in recipes.items() if "quant_checkpoint" not in recipe}
-    return {name: small_calibration(recipe) | {"gate": "warn"} for name, recipe in kept.items()}
+    kept = {name: small_calibration(recipe) for name, recipe in recipes.items() if not recipe.quant_checkpoint}
+    return {name: Recipe.parse(recipe.settings | {"gate": "warn"}) for name, recipe in kept.items()}
 
 
-def small_calibration(recipe: dict) -> dict:
+def small_calibration(recipe: Recipe) -> Recipe:
     """A recipe that is calibrated with hardly any text, if it is calibrated at all."""
-    from trtbuild.quantization.recipe import calibration_of, quantization_of
-
-    if "kv_cache" not in recipe and "calibration" not in (quantization_of(recipe) or {}):
+    if not (recipe.kv_cache or (recipe.quantization and recipe.quantization.text)):
         return recipe
-    wanted = calibration_of(recipe)
-    amounts = {key: min(value, wanted[key]) for key, value in CALIBRATION.items()}
-    return recipe | {"calibration": recipe.get("calibration", {}) | amounts}
+    amounts = {key: min(value, getattr(recipe.text, key)) for key, value in CALIBRATION.items()}
+    return Recipe.parse(recipe.settings | {"calibration": recipe.settings.get("calibration", {}) | amounts})
 
 
-def check_rehearsal(targets: Iterable[str], config: dict, models: dict, recipes: dict) -> None:
+def check_rehearsal(targets: Iterable[str], config: dict, models: dict, recipes: dict[str, Recipe]) -> None:
     """Raises `UserError` for a target that cannot be rehearsed; all but the targets are as configured."""
     for target in targets:
         match = re.match(rf"results/{REHEARSAL}([^/]+)/([^/]+)", target)
@@ -98,14 +96,14 @@ def check_rehearsal(targets: Iterable[str], config: dict, models: dict, recipes:
             )
         matrix = [recipe for entry in config["matrix"] if entry["model"] == model for recipe in entry["recipes"]]
         for recipe in matrix if folder == "recipes.md" else [folder]:
-            if "quant_checkpoint" in recipes.get(recipe, {}):
+            if recipe in recipes and recipes[recipe].quant_checkpoint:
                 raise UserError(
                     f"{target}: the recipe {recipe} cannot be rehearsed; its published weights "
                     "(quant_checkpoint) have no dummy"
                 )
 
 
-def redirect(workflow, config: dict, models: dict, recipes: dict, matrix: list[str]) -> None:
+def redirect(workflow, config: dict, models: dict, recipes: dict[str, Recipe], matrix: list[str]) -> None:
     """Has Snakemake make `rehearsal_target` of everything that its command line names, if that can be rehearsed.
 
     Snakemake tells a workflow its targets only when the Snakefile has been read, so they are changed right before it
@@ -135,30 +133,29 @@ def redirect(workflow, config: dict, models: dict, recipes: dict, matrix: list[s
 
 
 @contextmanager
-def dummy_weights(dummy: dict, recipe: dict, engine_dir: Path) -> Iterator[tuple["Path | Checkpoint", Path | None]]:
+def dummy_weights(dummy: dict, recipe: Recipe, engine_dir: Path) -> Iterator[tuple["Path | Checkpoint", Path | None]]:
     """Yields what `engine_dir` is built from by a recipe: random weights, and their calibration if needed.
 
     `dummy` is their source. Where the recipe quantizes they lie, quantized, in a temporary folder beside `engine_dir`;
     otherwise nowhere. Raises `UserError` for a recipe that takes published weights.
     """
-    if "quant_checkpoint" in recipe:
+    if recipe.quant_checkpoint:
         raise UserError("a recipe that takes published weights (quant_checkpoint) has no dummy; build it from those")
     from trtbuild.checkpoint.sources import dummy_model, make_checkpoint
     from trtbuild.quantization.calibration import calibrate
     from trtbuild.quantization.quantize import quantize
-    from trtbuild.quantization.recipe import calibration_of, needs_ranges, quantization_of
 
-    quantization = quantization_of(recipe)
-    if not quantization and "kv_cache" not in recipe:
+    quantization = recipe.quantization
+    if not quantization and not recipe.kv_cache:
         yield dummy_model(**dummy)[1], None
         return
     with scratch_beside(engine_dir) as folder:
         weights, calibration = folder / "checkpoint", None
         make_checkpoint({"dummy": dummy}, weights)
-        if "kv_cache" in recipe or needs_ranges(quantization):
+        if recipe.needs_ranges:
             calibration = folder / "calibration.npz"
-            calibrate(weights, calibration, **calibration_of(recipe))
+            calibrate(weights, calibration, **recipe.text.settings)
         if quantization:
-            quantize(weights, folder / "quantized", quantization, calibration if needs_ranges(quantization) else None)
+            quantize(weights, folder / "quantized", quantization, calibration if quantization.needs_ranges else None)
             weights = folder / "quantized"
         yield weights, calibration

@@ -15,14 +15,7 @@ from trtbuild.datasets import OWN, load_articles
 from trtbuild.engine.config import REHEARSAL, BuildLimits
 from trtbuild.errors import UserError, one_line
 from trtbuild.files import check_output, read_json, user_path
-from trtbuild.quantization.recipe import (
-    calibration_id,
-    calibration_of,
-    identity,
-    needs_ranges,
-    quantization_id,
-    quantization_of,
-)
+from trtbuild.quantization.recipe import Recipe, identity
 from trtbuild.tokenizer import chat_template
 from trtbuild.yaml_reader import read_yaml
 
@@ -67,6 +60,11 @@ def load_table(path: str, schema_path: Path) -> dict:
     return table
 
 
+def load_recipes(path: str) -> dict[str, Recipe]:
+    """The recipes of `recipes.yaml`, by name."""
+    return {name: Recipe.parse(settings) for name, settings in load_table(path, RECIPES_SCHEMA).items()}
+
+
 def chat_templates(models: dict, where: str) -> dict[str, str | None]:
     """The text of each model's chat template, so that a change of a file's text is one of the configuration.
 
@@ -107,44 +105,42 @@ def matrix_targets(config: dict) -> list[str]:
     return targets
 
 
-def quantizations(recipes: dict) -> dict[str, dict]:
+def quantizations(recipes: dict[str, Recipe]) -> dict[str, dict]:
     """What `results/{model}/quantized/` can hold, by folder name: `quantization` to make or `source` to take."""
     found = {}
     for recipe in recipes.values():
         name = Path(weights_folder(recipe)).name
-        if quantization := quantization_of(recipe):
-            found[name] = {"quantization": quantization}
-        elif source := recipe.get("quant_checkpoint"):
-            found[name] = {"source": source}
+        if recipe.quantization:
+            found[name] = {"quantization": recipe.quantization}
+        elif recipe.quant_checkpoint:
+            found[name] = {"source": recipe.quant_checkpoint}
     return found
 
 
-def calibrations(recipes: dict) -> dict[str, dict]:
+def calibrations(recipes: dict[str, Recipe]) -> dict[str, dict]:
     """What `results/{model}/calibration/` can hold, by file name without suffix: `settings`, and which `weights`."""
     found = {}
     for recipe in recipes.values():
-        if "kv_cache" in recipe or needs_ranges(quantization_of(recipe)):
-            found[calibration_name(recipe)] = {"settings": calibration_of(recipe), "weights": published(recipe)}
+        if recipe.needs_ranges:
+            found[calibration_name(recipe)] = {"settings": recipe.text.settings, "weights": published(recipe)}
     return found
 
 
-def weights_folder(recipe: dict) -> str:
+def weights_folder(recipe: Recipe) -> str:
     """Where a recipe's weights are, in `results/{model}/`."""
-    if quantization := quantization_of(recipe):
-        return f"quantized/{quantization_id(quantization)}"
+    if recipe.quantization:
+        return f"quantized/{recipe.quantization.id}"
     return published(recipe) or "checkpoint"
 
 
-def published(recipe: dict) -> str | None:
+def published(recipe: Recipe) -> str | None:
     """The folder of a recipe's `quant_checkpoint`, if it has one."""
-    source = recipe.get("quant_checkpoint")
-    return f"quantized/published-{identity(source)}" if source else None
+    return f"quantized/published-{identity(recipe.quant_checkpoint)}" if recipe.quant_checkpoint else None
 
 
-def calibration_name(recipe: dict) -> str:
+def calibration_name(recipe: Recipe) -> str:
     """Name of the calibration file that a recipe needs: of the original model, or of its published weights."""
-    name = calibration_id(calibration_of(recipe))
-    return f"{name}-{identity(recipe['quant_checkpoint'])}" if "quant_checkpoint" in recipe else name
+    return f"{recipe.text.id}-{identity(recipe.quant_checkpoint)}" if recipe.quant_checkpoint else recipe.text.id
 
 
 TARGET = rf"(?:\./)?results/({REHEARSAL})?([^/]+)/([^/]+)(/|$)"
@@ -224,12 +220,11 @@ def check_limits(config: dict) -> None:
             raise UserError(f"config/config.yaml: {key} is {value}, more than build.{limit} {build[limit]}")
 
 
-def check_articles(config: dict, recipes: dict) -> None:
+def check_articles(config: dict, recipes: dict[str, Recipe]) -> None:
     """Raises `UserError` where evaluation or a recipe's calibration ask for more than the shipped articles."""
     wanted = {"config/config.yaml: evaluation.dataset": config["evaluation"]["dataset"]}
     for name, recipe in recipes.items():
-        settings = calibration_of(recipe)
-        wanted[f"{config['recipes']}: {name}.calibration"] = settings["dataset"] | {"samples": settings["samples"]}
+        wanted[f"{config['recipes']}: {name}.calibration"] = recipe.text.dataset | {"samples": recipe.text.samples}
     for where, dataset in wanted.items():
         if dataset["name"] == OWN:
             try:

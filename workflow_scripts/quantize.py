@@ -12,6 +12,8 @@ with rule_log(snakemake):
         make_quantized(source, checkpoint, folder)
     else:
         from trtbuild.quantization.quantize import quantize
+        from trtbuild.quantization.recipe import Quantization
 
         calibration = snakemake.input.get("calibration")
-        quantize(checkpoint, folder, snakemake.params.quantization, Path(calibration) if calibration else None)
+        quantization = Quantization.parse(snakemake.params.quantization)
+        quantize(checkpoint, folder, quantization, Path(calibration) if calibration else None)

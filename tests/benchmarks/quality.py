@@ -25,7 +25,7 @@ from trtbuild.engine.portable import PortableEngine
 from trtbuild.evaluation.perplexity import perplexity
 from trtbuild.quantization.calibration import calibrate
 from trtbuild.quantization.quantize import quantize
-from trtbuild.quantization.recipe import calibration_of, needs_ranges, quantization_of
+from trtbuild.quantization.recipe import Quantization, Text
 from trtbuild.quantization.samples import calibration_samples
 from trtbuild.runtime.open import pick_device
 from trtbuild.runtime.session import PortableSession
@@ -79,7 +79,7 @@ def main() -> None:
     device = pick_device("auto")
     tokenizer = Tokenizer(args.model)
     texts = [tokenizer.encode(a.article) for a in load_articles("trtbuild-news", "evaluation", 16)]
-    settings = calibration_of({})
+    settings = Text().settings
     tokens = args.work / "tokens.json"
     tokens.write_text(json.dumps({"input_ids": calibration_samples(args.model, **settings).tokens}))
     ranges = args.work / "ranges.npz"
@@ -89,10 +89,10 @@ def main() -> None:
     base = measure(args.model, texts, device)
     rows = [("float32", "", base, 0.0)]
     for name in args.only:
-        quantization = quantization_of({"dtype": "float32"} | OURS[name])
+        quantization = Quantization.parse({"dtype": "float32"} | OURS[name])
         folder = args.work / name.replace(" ", "-")
         start = time.perf_counter()
-        quantize(args.model, folder, quantization, ranges if needs_ranges(quantization) else None)
+        quantize(args.model, folder, quantization, ranges if quantization.needs_ranges else None)
         seconds = time.perf_counter() - start
         rows.append((name, "trtbuild", measure(folder, texts, device), seconds))
         print(rows[-1], flush=True)

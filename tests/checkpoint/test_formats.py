@@ -65,7 +65,7 @@ def test_equals_what_its_own_package_dequantizes(fixture):
 @pytest.mark.parametrize("fixture", FIXTURES)
 def test_what_is_announced_is_what_is_loaded(fixture):
     checkpoint = Checkpoint(DATA / fixture)
-    assert checkpoint.quantization == json.loads((DATA / fixture / "config.json").read_text())[
+    assert checkpoint.quant_method == json.loads((DATA / fixture / "config.json").read_text())[
         "quantization_config"
     ].get("quant_method")
     quantized = checkpoint.quantized()

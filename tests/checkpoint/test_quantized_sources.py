@@ -57,7 +57,7 @@ def test_the_model_lends_its_tokenizer(fixture, tmp_path):
         assert files[name].resolve() == (model / name).resolve()
     for name in ("config.json", "model.safetensors"):
         assert files[name].resolve() == DATA / fixture / name
-    assert Checkpoint(folder).quantization == model_quantization(fixture)
+    assert Checkpoint(folder).quant_method == model_quantization(fixture)
     same_weights(folder, fixture)
     assert Tokenizer(folder).encode("Zürich") == Tokenizer(model).encode("Zürich")
 
@@ -216,7 +216,7 @@ def test_a_quantized_checkpoint_is_a_model(fixture, published, tmp_path):
     files = {path.name: path for path in (tmp_path / "checkpoint").iterdir() if path.name != MARKER}
     assert {"config.json", "model.safetensors"} | TOKENIZER <= files.keys()
     assert all(path.is_symlink() for path in files.values())
-    assert Checkpoint(tmp_path / "checkpoint").quantization == model_quantization(fixture)
+    assert Checkpoint(tmp_path / "checkpoint").quant_method == model_quantization(fixture)
     same_weights(tmp_path / "checkpoint", fixture)
 
 
@@ -226,7 +226,7 @@ def test_old_configurations_beside_it_come_along(published, tmp_path):
     (folder / "config.json").write_text(json.dumps(model_config("gptqmodel-asym")))
     (folder / "quantize_config.json").write_text(json.dumps(quantization))
     make_checkpoint({"local": {"path": str(folder)}}, tmp_path / "checkpoint")
-    assert Checkpoint(tmp_path / "checkpoint").quantization == "gptq"
+    assert Checkpoint(tmp_path / "checkpoint").quant_method == "gptq"
     same_weights(tmp_path / "checkpoint", "gptqmodel-asym")
 
 

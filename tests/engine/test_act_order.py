@@ -91,7 +91,7 @@ def test_the_weights(model):
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float16", 3e-3), ("bfloat16", 2e-2)])
 def test_logits(model, tmp_path, dtype, tolerance):
     checkpoint, oracle, _ = model
-    build_portable(checkpoint, tmp_path / "engine", {"dtype": dtype}, LIMITS, Mapping())
+    build_portable(checkpoint, tmp_path / "engine", getattr(torch, dtype), LIMITS, Mapping())
     network, _ = read_portable(tmp_path / "engine")
     draw = torch.Generator().manual_seed(1)
     prompts = [torch.randint(2, 258, (n,), generator=draw).tolist() for n in (7, 1, 20)]
@@ -105,7 +105,7 @@ def test_logits(model, tmp_path, dtype, tolerance):
 
 
 def test_tensorrt_compiles_it(model, tmp_path):
-    build_portable(model[0], tmp_path / "engine", {"dtype": "float16"}, LIMITS, Mapping())
+    build_portable(model[0], tmp_path / "engine", torch.float16, LIMITS, Mapping())
     network, _ = read_portable(tmp_path / "engine")
     assert LoweredNetwork(network, True).build(LIMITS, ["8.9"]).nbytes > network.weight_bytes
 

@@ -44,7 +44,7 @@ from trtbuild.evaluation.hugging_face import HuggingFaceModel
 from trtbuild.network import Network
 from trtbuild.quantization.kv_cache import cache_of
 from trtbuild.quantization.quantize import quantize
-from trtbuild.quantization.recipe import quantization_id, quantization_of
+from trtbuild.quantization.recipe import Recipe
 from trtbuild.runtime.lowered_session import InterpretedSession
 from trtbuild.runtime.session import PortableSession, Session
 
@@ -151,7 +151,7 @@ def made(tmp_path_factory):
     def make(name: str) -> tuple[Model, Network]:
         folder = tmp_path_factory.mktemp("family")
         model = MODELS[name](folder)
-        build_portable(model.checkpoint, folder / "engine", {"dtype": "float32"}, LIMITS, Mapping())
+        build_portable(model.checkpoint, folder / "engine", torch.float32, LIMITS, Mapping())
         return model, read_portable(folder / "engine")[0]
 
     return make
@@ -340,19 +340,20 @@ class Quantized:
         return self.folder / name.replace(" ", "-")
 
     def weights(self, family: str, recipe: dict) -> Path:
-        quantization = quantization_of(recipe)
+        quantization = Recipe.parse(recipe).quantization
         if not quantization:
             return self.model(family).checkpoint
-        folder = self._place(family) / quantization_id(quantization)
+        folder = self._place(family) / quantization.id
         if not folder.exists():
             quantize(self.model(family).checkpoint, folder, quantization, self.ranges(family), "cpu")
         return folder
 
     def cache(self, family: str, recipe: dict) -> QuantizedCache | None:
-        return cache_of(recipe, self.weights(family, recipe), self.ranges(family))
+        return cache_of(Recipe.parse(recipe), self.weights(family, recipe), self.ranges(family))
 
     def network(self, family: str, recipe: dict, file: Path) -> Network:
-        build_portable(self.weights(family, recipe), file, recipe, RECIPE_LIMITS, Mapping(), self.cache(family, recipe))
+        dtype, cache = getattr(torch, recipe["dtype"]), self.cache(family, recipe)
+        build_portable(self.weights(family, recipe), file, dtype, RECIPE_LIMITS, Mapping(), cache)
         return read_portable(file)[0]
 
 

@@ -13,7 +13,7 @@ from trtbuild.errors import UserError
 from trtbuild.evaluation.hugging_face import HuggingFaceModel
 from trtbuild.evaluation.stages import measure_perplexity
 from trtbuild.quantization.quantize import quantize
-from trtbuild.quantization.recipe import quantization_of
+from trtbuild.quantization.recipe import Quantization
 from trtbuild.runtime.generation import generate
 from trtbuild.runtime.open import open_engine
 from trtbuild.runtime.sampling import SamplingParams
@@ -81,7 +81,7 @@ def test_the_largest_weight_that_fits(tmp_path, value):
 )
 def test_scales_of_int4_that_do_not_fit(tmp_path, value, message):
     """Quantized in bfloat16, built in float16."""
-    quantization = quantization_of({"dtype": "bfloat16", "weights": {"dtype": "int4", "group_size": 32}})
+    quantization = Quantization.parse({"dtype": "bfloat16", "weights": {"dtype": "int4", "group_size": 32}})
     quantize(write_model(tmp_path / "checkpoint"), tmp_path / "quantized", quantization)
     file = tmp_path / "quantized" / "model.safetensors"
     tensors = load_file(file)
@@ -109,7 +109,7 @@ def test_the_layer_is_named(engine, loud):
 
 def test_the_layer_of_a_quantized_model_is_named(loud, tmp_path):
     """Its products have several constants, and attention has the cache's."""
-    quantization = quantization_of({"dtype": "float16", "weights": {"dtype": "int4", "group_size": 32}})
+    quantization = Quantization.parse({"dtype": "float16", "weights": {"dtype": "int4", "group_size": 32}})
     quantize(loud, tmp_path / "quantized", quantization)
     opened = open_engine(build(tmp_path / "quantized", tmp_path / "engine", dtype="float16"), "portable", "cpu")
     with pytest.raises(UserError, match=LAYER):

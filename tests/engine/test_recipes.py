@@ -18,7 +18,7 @@ from trtbuild.engine.tensorrt import LoweredNetwork
 from trtbuild.evaluation.hugging_face import HuggingFaceModel
 from trtbuild.quantization.kv_cache import cache_of
 from trtbuild.quantization.quantize import quantize
-from trtbuild.quantization.recipe import quantization_of
+from trtbuild.quantization.recipe import Recipe
 from trtbuild.runtime.lowered_session import InterpretedSession
 from trtbuild.runtime.session import PortableSession
 from trtbuild.tensors.safetensors_stream import open_file
@@ -118,11 +118,11 @@ def check(models, kind: str, recipe: dict, folder: Path) -> None:
     torch.manual_seed(0)
     checkpoint, ranges = models[kind]
     weights = checkpoint
-    if quantization := quantization_of(recipe):
+    if quantization := Recipe.parse(recipe).quantization:
         weights = folder / "weights"
         quantize(checkpoint, weights, quantization, ranges, "cpu")
-    cache = cache_of(recipe, weights, ranges)
-    build_portable(weights, folder / "engine", recipe, LIMITS, Mapping(), cache)
+    cache = cache_of(Recipe.parse(recipe), weights, ranges)
+    build_portable(weights, folder / "engine", getattr(torch, recipe["dtype"]), LIMITS, Mapping(), cache)
     network, _ = read_portable(folder / "engine")
     prompts = [torch.randint(2, 258, (n,)).tolist() for n in (7, 1, 20)]
     new_tokens = torch.randint(2, 258, (4, 3), dtype=torch.int32)
@@ -188,10 +188,10 @@ def wide(tmp_path_factory):
 
 def built(checkpoint: Path, recipe: dict, folder: Path) -> Path:
     """The portable engine file of a recipe whose weights need no calibration."""
-    if quantization := quantization_of(recipe):
+    if quantization := Recipe.parse(recipe).quantization:
         quantize(checkpoint, folder / "weights", quantization, device="cpu")
         checkpoint = folder / "weights"
-    build_portable(checkpoint, folder / "engine", recipe, LIMITS, Mapping())
+    build_portable(checkpoint, folder / "engine", getattr(torch, recipe["dtype"]), LIMITS, Mapping())
     return folder / "engine"
 
 

@@ -31,7 +31,7 @@ from trtbuild.evaluation.verify import TOLERANCE, verify
 from trtbuild.files import sha256
 from trtbuild.quantization.kv_cache import cache_of
 from trtbuild.quantization.quantize import quantize
-from trtbuild.quantization.recipe import quantization_of
+from trtbuild.quantization.recipe import Recipe
 from trtbuild.runtime.open import open_engine
 
 EXACT = 2e-6  # norm of the difference over the norm; 4e-7 measured
@@ -85,8 +85,8 @@ def quantized(folder):
     def make(name: str):
         ranges = calibrated(folder(name))
         weights = folder(name).with_name("quantized")
-        quantize(folder(name), weights, quantization_of(RECIPE), ranges, "cpu")
-        return weights, cache_of(RECIPE, weights, ranges)
+        quantize(folder(name), weights, Recipe.parse(RECIPE).quantization, ranges, "cpu")
+        return weights, cache_of(Recipe.parse(RECIPE), weights, ranges)
 
     return make
 
@@ -210,8 +210,8 @@ def test_both_baselines_are_alike(tmp_path):
     checkpoint = write_model(tmp_path / "checkpoint")
     ranges, weights = calibrated(checkpoint), tmp_path / "weights"
     recipe = RECIPE | {"activations": {"dtype": "int8", "per": "token"}}
-    quantize(checkpoint, weights, quantization_of(recipe), ranges, "cpu")
-    scales = cache_of(recipe, weights, ranges)
+    quantize(checkpoint, weights, Recipe.parse(recipe).quantization, ranges, "cpu")
+    scales = cache_of(Recipe.parse(recipe), weights, ranges)
     theirs = baseline_of(weights, scales)
     ours = PortableBaseline(weights, "float32", "cpu", scales, BuildLimits(1, 300, 8), "it is not asked for")
     assert isinstance(theirs, HuggingFaceModel)

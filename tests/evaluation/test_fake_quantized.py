@@ -10,7 +10,7 @@ from trtbuild.decoder.decoder import QuantizedCache
 from trtbuild.evaluation.fake_quantized import fake_quantized_cache, load_model
 from trtbuild.evaluation.hugging_face import HuggingFaceModel
 from trtbuild.quantization.quantize import quantize
-from trtbuild.quantization.recipe import quantization_of
+from trtbuild.quantization.recipe import Quantization
 from trtbuild.tensors.quantized_weight import QuantizedWeight
 
 FP8 = torch.float8_e4m3fn
@@ -43,7 +43,7 @@ def quantized(folder, tmp_path_factory):
     def make(name: str):
         if not (place / name).exists():
             recipe = {"dtype": "float16", "calibration": SAMPLES} | RECIPES[name]
-            quantize(folder, place / name, quantization_of(recipe), ranges, "cpu")
+            quantize(folder, place / name, Quantization.parse(recipe), ranges, "cpu")
         return place / name
 
     return make

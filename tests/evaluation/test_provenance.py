@@ -17,7 +17,7 @@ from trtbuild.evaluation.gate import gate
 from trtbuild.evaluation.provenance import refuse_different, settings
 from trtbuild.evaluation.stages import measure_perplexity, rouge_table, score_summaries, summarize_articles
 from trtbuild.quantization.quantize import quantize
-from trtbuild.quantization.recipe import quantization_of
+from trtbuild.quantization.recipe import Quantization
 
 RECIPE = {"dtype": "float32", "weights": {"dtype": "int4", "group_size": 32}}
 NEWS = {"name": "trtbuild-news", "split": "evaluation", "samples": 2}
@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def quantized(checkpoint):
     folder = checkpoint.with_name("quantized")
-    quantize(checkpoint, folder, quantization_of(RECIPE), device="cpu")
+    quantize(checkpoint, folder, Quantization.parse(RECIPE), device="cpu")
     return folder
 
 

@@ -20,7 +20,7 @@ from trtbuild.files import write_json
 from trtbuild.models.families import canonical_config, config_from_hugging_face
 from trtbuild.quantization.calibration import activation_ranges, write_calibration
 from trtbuild.quantization.quantize import quantize
-from trtbuild.quantization.recipe import needs_ranges, quantization_of
+from trtbuild.quantization.recipe import Quantization
 from trtbuild.tensors.safetensors_stream import write_sharded
 
 GROUPS = {"dtype": "int4", "group_size": 128}
@@ -74,8 +74,8 @@ def main() -> None:
         timed("calibration", lambda: found.update(activation_ranges(checkpoint, samples, torch.device("cuda"))))
         write_calibration(ranges, found, {}, checkpoint)
         for name in args.methods:
-            quantization = quantization_of({"dtype": "float16"} | RECIPES[name])
-            calibration = ranges if needs_ranges(quantization) else None
+            quantization = Quantization.parse({"dtype": "float16"} | RECIPES[name])
+            calibration = ranges if quantization.needs_ranges else None
             timed(name, lambda q=quantization, c=calibration: quantize(model, Path(work, "q"), q, c, samples=samples))
         print(f"\n{args.model}, {torch.cuda.get_device_name()}, {args.samples} samples of {args.length} tokens")
         print("| stage | s | s per billion weights | peak GPU memory, GB |\n| --- | --- | --- | --- |")

@@ -165,7 +165,7 @@ def smollm2(gguf: Path, new_tokens: int = 100) -> None:
         checkpoint, engine = Path(folder, "checkpoint"), Path(folder, "rank0.safetensors")
         make_checkpoint({"gguf": {"path": str(gguf)}}, checkpoint)
         limits = BuildLimits(8, 1024, 128)
-        build_portable(checkpoint, engine, {"dtype": "float32"}, limits, Mapping())
+        build_portable(checkpoint, engine, torch.float32, limits, Mapping())
         tokenizer = Tokenizer(checkpoint)
         prompts = [tokenizer.encode(article, chat=True) for article in articles]
         params = SamplingParams(new_tokens, eos_token_ids=tokenizer.eos_token_ids)

@@ -138,7 +138,7 @@ def test_what_is_not_supported_is_named(tiny_config, change, message):
 def test_several_ranks_are_refused(tmp_path, tp_size, pp_size):
     mapping = Mapping(tp_size, pp_size)
     with pytest.raises(UserError, match=f"tp_size {tp_size} x pp_size {pp_size}.*not supported yet"):
-        build_portable(tmp_path, tmp_path / "engine", {"dtype": "float16"}, BuildLimits(), mapping)
+        build_portable(tmp_path, tmp_path / "engine", torch.float16, BuildLimits(), mapping)
 
 
 def test_a_rank_outside_the_world_is_refused():

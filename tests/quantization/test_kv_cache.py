@@ -12,7 +12,7 @@ from trtbuild.evaluation.hugging_face import HuggingFaceModel
 from trtbuild.quantization.calibration import Calibration, read_calibration
 from trtbuild.quantization.kv_cache import cache_of, quantized_cache
 from trtbuild.quantization.quantize import quantize
-from trtbuild.quantization.recipe import quantization_of
+from trtbuild.quantization.recipe import KVCache, Quantization, Recipe
 
 IDS = list(range(2, 60))
 LIMITS = {"int8": 127, "fp8": 448}
@@ -44,7 +44,7 @@ def error(folder, cache: QuantizedCache) -> float:
 @pytest.mark.parametrize("per", ["layer", "head"])
 def test_scales_are_the_ranges(folder, file, dtype, per):
     """The largest magnitude over 127 or 448, `[layers, kv_heads]`; with "layer" every head has the layer's."""
-    cache = quantized_cache(*opened(folder), dtype, per)
+    cache = quantized_cache(*opened(folder), KVCache(dtype, per))
     with np.load(file) as ranges:
         for kind, scales in (("key", cache.key_scales), ("value", cache.value_scales)):
             heads = np.stack([ranges[f"model.layers.{i}.self_attn.{kind}"].reshape(2, 16).max(1) for i in range(2)])
@@ -57,8 +57,8 @@ def test_scales_are_the_ranges(folder, file, dtype, per):
 
 
 def test_default_is_per_layer(folder, file):
-    cache = quantized_cache(*opened(folder), "int8")
-    assert cache.key_scales.equal(quantized_cache(*opened(folder), "int8", "layer").key_scales)
+    cache = quantized_cache(*opened(folder), KVCache("int8"))
+    assert cache.key_scales.equal(quantized_cache(*opened(folder), KVCache("int8", "layer")).key_scales)
 
 
 @dtypes
@@ -66,7 +66,7 @@ def test_a_head_that_is_never_active(folder, file, dtype):
     """Zeros stay zeros: a scale of 1."""
     checkpoint, calibration = opened(folder)
     calibration.ranges["model.layers.1.self_attn.value"][16:] = 0
-    assert quantized_cache(checkpoint, calibration, dtype, "head").value_scales[1, 1] == 1
+    assert quantized_cache(checkpoint, calibration, KVCache(dtype, "head")).value_scales[1, 1] == 1
 
 
 # Models whose keys are far larger than their values
@@ -94,7 +94,7 @@ def merged(cache: QuantizedCache) -> QuantizedCache:
 def test_values_keep_their_own_scale(folder, file, tmp_path):
     """Keys 60 times larger cost nothing with scales of their own, 0.7% of the logits; with merged ones, 30%."""
     large = large_keys(tmp_path / "large", slice(None))
-    plain, cache = (quantized_cache(*opened(x), "int8") for x in (folder, large))
+    plain, cache = (quantized_cache(*opened(x), KVCache("int8")) for x in (folder, large))
     torch.testing.assert_close(cache.key_scales, 60 * plain.key_scales, rtol=1e-4, atol=0)
     torch.testing.assert_close(cache.value_scales, plain.value_scales, rtol=1e-4, atol=0)
     own, shared = error(large, cache), error(large, merged(cache))
@@ -107,7 +107,7 @@ def test_values_keep_their_own_scale(folder, file, tmp_path):
 def test_one_large_key_channel(tmp_path):
     """It costs the other channels of its keys their precision, whatever the values' scale; merged scales cost more."""
     large = large_keys(tmp_path / "large", slice(3, 4))
-    cache = quantized_cache(*opened(large), "int8")
+    cache = quantized_cache(*opened(large), KVCache("int8"))
     assert cache.key_scales.min() > 20 * cache.value_scales.max()
     own, shared = error(large, cache), error(large, merged(cache))
     assert own < 0.5 * shared
@@ -122,7 +122,7 @@ def test_heads_of_one_layer_keep_their_own_scale(tmp_path):
         weights[f"model.layers.{i}.self_attn.o_proj.weight"][:, :32] /= 60  # query heads 0 and 1
     folder = write_model(tmp_path / "checkpoint", weights)
     calibrated(folder)
-    layer, head = (error(folder, quantized_cache(*opened(folder), "int8", per)) for per in ("layer", "head"))
+    layer, head = (error(folder, quantized_cache(*opened(folder), KVCache("int8", per))) for per in ("layer", "head"))
     assert head < 0.02
     assert layer > 0.1
 
@@ -135,9 +135,9 @@ def test_smoothed_values(folder, file, tmp_path, per):
     """Their scales are those that calibrating the smoothed model would give; the keys' scales stay."""
     activations = {"dtype": "int8", "per": "tensor", "smoothquant": 0.9}
     recipe = {"dtype": "float32", "weights": {"dtype": "int8"}, "activations": activations}
-    quantize(folder, tmp_path / "smoothed", quantization_of(recipe), file, "cpu")
+    quantize(folder, tmp_path / "smoothed", Quantization.parse(recipe), file, "cpu")
     recipe["kv_cache"] = {"dtype": "int8", "per": per}
-    plain, smoothed = (cache_of(recipe, x, file) for x in (folder, tmp_path / "smoothed"))
+    plain, smoothed = (cache_of(Recipe.parse(recipe), x, file) for x in (folder, tmp_path / "smoothed"))
     assert smoothed.key_scales.equal(plain.key_scales)
     assert (smoothed.value_scales < 0.9 * plain.value_scales).all()
     ranges = read_calibration(calibrated(tmp_path / "smoothed"), Checkpoint(tmp_path / "smoothed"))
@@ -151,15 +151,15 @@ def test_smoothed_values(folder, file, tmp_path, per):
 
 
 def test_no_kv_cache_in_the_recipe(folder):
-    assert cache_of({"dtype": "float16"}, folder, None) is None
+    assert cache_of(Recipe.parse({"dtype": "float16"}), folder, None) is None
 
 
 def test_no_calibration_file(folder):
     with pytest.raises(UserError, match="needs the ranges of keys and values; give the calibration file"):
-        cache_of({"dtype": "float16", "kv_cache": {"dtype": "int8"}}, folder, None)
+        cache_of(Recipe.parse({"dtype": "float16", "kv_cache": {"dtype": "int8"}}), folder, None)
 
 
 def test_another_models_calibration_file(file, tmp_path):
     other = write_model(tmp_path / "other", num_hidden_layers=1)
     with pytest.raises(UserError, match="was measured on another model"):
-        cache_of({"dtype": "float16", "kv_cache": {"dtype": "int8"}}, other, file)
+        cache_of(Recipe.parse({"dtype": "float16", "kv_cache": {"dtype": "int8"}}), other, file)

@@ -15,7 +15,7 @@ from trtbuild.evaluation.hugging_face import HuggingFaceModel
 from trtbuild.files import sha256
 from trtbuild.quantization.methods import Gptq, Round
 from trtbuild.quantization.quantize import check_weights, quantize
-from trtbuild.quantization.recipe import quantization_of
+from trtbuild.quantization.recipe import Quantization, Recipe
 from trtbuild.tensors.quantized_weight import QuantizedWeight
 
 INT4 = {"dtype": "int4", "group_size": 32}
@@ -34,9 +34,9 @@ IDS = list(range(2, 60))
 recipes = pytest.mark.parametrize("name", RECIPES)
 
 
-def quantization(recipe: str | dict, **changes) -> dict:
+def quantization(recipe: str | dict, **changes) -> Quantization:
     options = RECIPES[recipe] if isinstance(recipe, str) else recipe
-    return quantization_of({"dtype": "float16", "calibration": SAMPLES} | options | changes)
+    return Quantization.parse({"dtype": "float16", "calibration": SAMPLES} | options | changes)
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -104,16 +104,16 @@ def test_what_the_folder_says(folder, ranges, tmp_path, name):
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert {key: config[key] for key in CONFIG} == CONFIG
     assert config["dtype"] == "float16"
-    assert checkpoint.quantization == {"gptq": "gptq", "awq": "awq"}.get(name, "compressed-tensors")
+    assert checkpoint.quant_method == {"gptq": "gptq", "awq": "awq"}.get(name, "compressed-tensors")
     assert len(checkpoint.quantized()) == 14
     assert all(x.dtype == torch.float16 for x in checkpoint.tensors.values() if not isinstance(x, QuantizedWeight))
     assert (tmp_path / "out/tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     origin = json.loads((tmp_path / "out/quantization.json").read_text())
-    assert origin["quantization"] == quantization(name)
+    assert origin["quantization"] == quantization(name).settings
     inputs = {"config.json": folder / "config.json", "model.safetensors": folder / "model.safetensors"}
     inputs |= {ranges.name: ranges} if name in ("smoothquant", "fp8") else {}
     assert origin["inputs"] == {key: sha256(path) for key, path in inputs.items()}
-    check_weights({"dtype": "float16", "calibration": SAMPLES} | RECIPES[name], tmp_path / "out")
+    check_weights(Recipe.parse({"dtype": "float16", "calibration": SAMPLES} | RECIPES[name]), tmp_path / "out")
 
 
 @recipes
@@ -383,12 +383,12 @@ def test_an_interrupted_run_leaves_nothing(folder, tmp_path, monkeypatch, name, 
 def test_weights_of_another_recipe(folder, tmp_path):
     quantize(folder, tmp_path / "out", quantization("int8"), device="cpu")
     recipe = {"dtype": "float16", "weights": {"dtype": "int8"}}
-    check_weights(recipe | {"gate": "warn", "kv_cache": {"dtype": "int8"}}, tmp_path / "out")
-    check_weights({"dtype": "float16"}, folder)
+    check_weights(Recipe.parse(recipe | {"gate": "warn", "kv_cache": {"dtype": "int8"}}), tmp_path / "out")
+    check_weights(Recipe.parse({"dtype": "float16"}), folder)
     with pytest.raises(UserError, match="out was quantized by another recipe"):
-        check_weights(recipe | {"weights": {"dtype": "int4"}}, tmp_path / "out")
+        check_weights(Recipe.parse(recipe | {"weights": {"dtype": "int4"}}), tmp_path / "out")
     with pytest.raises(UserError, match=r"checkpoint is not quantized; make .* with 'trtbuild quantize'"):
-        check_weights(recipe, folder)
+        check_weights(Recipe.parse(recipe), folder)
 
 
 def test_sharded_checkpoints(folder, ranges, tmp_path):

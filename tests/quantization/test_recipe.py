@@ -1,22 +1,12 @@
 """What a recipe leaves out, and what each stage depends on."""
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
-from trtbuild.quantization.recipe import (
-    DEFAULT_CALIBRATION,
-    MAX_PERPLEXITY_INCREASE,
-    calibration_id,
-    calibration_of,
-    engine_recipe,
-    gate_limits,
-    kept_in_16bit,
-    needs_ranges,
-    quantization_id,
-    quantization_of,
-)
+from trtbuild.quantization.recipe import MAX_PERPLEXITY_INCREASE, Quantization, Recipe, Text
 
 RECIPES = yaml.safe_load((Path(__file__).parents[2] / "config/recipes.yaml").read_text())
 AWQ = {"dtype": "float16", "weights": {"dtype": "int4", "method": "awq", "group_size": 64}}
@@ -27,8 +17,15 @@ SMOOTH = {
 }
 
 
+DEFAULT_CALIBRATION = Text().settings
+
+
 def id_of(recipe: dict) -> str:
-    return quantization_id(quantization_of(recipe))
+    return Recipe.parse(recipe).quantization.id
+
+
+def settings_of(recipe: dict) -> dict:
+    return Quantization.parse(recipe).settings
 
 
 # Defaults
@@ -48,12 +45,12 @@ def id_of(recipe: dict) -> str:
 )
 def test_defaults_of_weights(weights, expected):
     recipe = {"dtype": "float16", "weights": weights}
-    assert quantization_of(recipe)["weights"] == weights | expected
+    assert settings_of(recipe)["weights"] == weights | expected
     assert recipe == {"dtype": "float16", "weights": weights}  # and the recipe itself is left alone
 
 
 def test_defaults_of_the_rest():
-    quantization = quantization_of({"dtype": "bfloat16", "weights": {"dtype": "int8"}})
+    quantization = settings_of({"dtype": "bfloat16", "weights": {"dtype": "int8"}})
     assert quantization == {
         "dtype": "bfloat16",
         "weights": {"dtype": "int8", "method": "round", "per": "channel"},
@@ -61,7 +58,7 @@ def test_defaults_of_the_rest():
         "quantize_lm_head": False,
         "keep_16bit": [],
     }
-    fp8 = quantization_of({"dtype": "float16", "weights": {"dtype": "fp8"}, "activations": {"dtype": "fp8"}})
+    fp8 = settings_of({"dtype": "float16", "weights": {"dtype": "fp8"}, "activations": {"dtype": "fp8"}})
     assert fp8["activations"] == {"dtype": "fp8", "per": "tensor", "smoothquant": None}
     assert fp8["calibration"] == DEFAULT_CALIBRATION
     assert DEFAULT_CALIBRATION["samples"] == 64
@@ -70,8 +67,9 @@ def test_defaults_of_the_rest():
 
 @pytest.mark.parametrize("name", ["fp16", "bf16", "fp32", "fp16-int8kv", "fp16-fp8kv"])
 def test_without_weights_nothing_is_quantized(name):
-    assert quantization_of(RECIPES[name]) is None
-    assert not needs_ranges(None)
+    recipe = Recipe.parse(RECIPES[name])
+    assert recipe.quantization is None
+    assert recipe.needs_ranges == (recipe.kv_cache is not None)
 
 
 @pytest.mark.parametrize(
@@ -86,17 +84,17 @@ def test_without_weights_nothing_is_quantized(name):
 )
 def test_needs_ranges(activations, expected):
     recipe = {"dtype": "float16", "weights": {"dtype": "int8"}} | ({"activations": activations} if activations else {})
-    quantization = quantization_of(recipe)
-    assert needs_ranges(quantization) == expected
-    assert ("calibration" in quantization) == expected
+    quantization = Quantization.parse(recipe)
+    assert quantization.needs_ranges == Recipe.parse(recipe).needs_ranges == expected
+    assert ("calibration" in quantization.settings) == expected
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_methods_that_look_at_samples_depend_on_them(method):
     weights = {"dtype": "int4", "method": method, "group_size": 64}
     recipe = {"dtype": "float16", "weights": weights, "calibration": {"samples": 32}}
-    assert quantization_of(recipe)["calibration"] == DEFAULT_CALIBRATION | {"samples": 32}
-    assert not needs_ranges(quantization_of(recipe))
+    assert settings_of(recipe)["calibration"] == DEFAULT_CALIBRATION | {"samples": 32}
+    assert not Recipe.parse(recipe).needs_ranges
 
 
 # Identities
@@ -152,8 +150,8 @@ def test_ids_are_names():
     assert id_of(AWQ).startswith("awq-int4-")
     assert len(id_of(AWQ)) == len("awq-int4-") + 8
     hub = {"dataset": {"name": "abisee/cnn_dailymail", "split": "train"}, "samples": 32, "length": 256}
-    assert calibration_id(calibration_of({"calibration": hub})).startswith("abisee--cnn_dailymail-32x256-")
-    assert calibration_id(calibration_of({})).startswith("trtbuild-news-64x512-")
+    assert Text(**hub).id.startswith("abisee--cnn_dailymail-32x256-")
+    assert Text().id.startswith("trtbuild-news-64x512-")
 
 
 def test_shipped_recipes_that_share_weights():
@@ -168,12 +166,12 @@ def test_shipped_recipes_that_share_weights():
     "change", [{"samples": 32}, {"length": 64}, {"seed": 1}, {"dataset": {"name": "trtbuild-news", "split": "other"}}]
 )
 def test_calibration_id(change):
-    assert calibration_id(DEFAULT_CALIBRATION | change) != calibration_id(DEFAULT_CALIBRATION)
+    assert Text(**change).id != Text().id
 
 
 def test_engine_recipe_leaves_out_the_gate():
     judged = AWQ | {"kv_cache": {"dtype": "int8"}, "max_perplexity_increase": 3, "gate": "warn"}
-    assert engine_recipe(judged) == AWQ | {"kv_cache": {"dtype": "int8"}}
+    assert Recipe.parse(judged).engine_settings == AWQ | {"kv_cache": {"dtype": "int8"}}
 
 
 # What stays in 16 bits
@@ -193,7 +191,42 @@ def test_engine_recipe_leaves_out_the_gate():
     ],
 )
 def test_kept_in_16bit(name, head, patterns, expected):
-    assert kept_in_16bit(name, {"quantize_lm_head": head, "keep_16bit": patterns}) == expected
+    recipe = {"dtype": "float16", "weights": {"dtype": "int8"}, "quantize_lm_head": head, "keep_16bit": patterns}
+    assert Quantization.parse(recipe).keeps(name) == expected
+
+
+# As types
+
+
+@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if "weights" in recipe])
+def test_settings_are_all_of_a_quantization(name):
+    """What a rule is given, and what a folder records, is the same quantization, with the same name."""
+    quantization = Quantization.parse(RECIPES[name])
+    again = Quantization.parse(json.loads(json.dumps(quantization.settings)))
+    assert again == quantization
+    assert again.id == quantization.id
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("int8wo", "16bit"),
+        ("gptq", "16bit"),
+        ("sq-static", "static"),
+        ("sq-per-token", "token"),
+        ("sq-per-token-per-channel", "token"),
+        ("fp8", "static"),
+    ],
+)
+def test_rounding_of_activations(name, expected):
+    assert Recipe.parse(RECIPES[name]).quantization.rounding == expected
+
+
+def test_names_of_artifacts_do_not_change():
+    """Folders that were made with earlier versions are found again."""
+    assert id_of(RECIPES["gptq"]) == "gptq-int4-699976a4"
+    assert id_of(RECIPES["sq-static"]) == "round-int8-03e1b984"
+    assert Text().id == "trtbuild-news-64x512-b08b7331"
 
 
 # The gate
@@ -216,10 +249,12 @@ def test_kept_in_16bit(name, head, patterns, expected):
     ids=str,
 )
 def test_gate_by_the_weakest_part(recipe, kind):
-    assert gate_limits(recipe) == {"max_increase": MAX_PERPLEXITY_INCREASE[kind], "gate": "fail"}
+    expected = {"max_increase": MAX_PERPLEXITY_INCREASE[kind], "gate": "fail"}
+    assert Recipe.parse({"dtype": "float16"} | recipe).gate_limits == expected
 
 
 def test_a_declared_limit_wins():
-    declared = {"weights": {"dtype": "int4"}, "max_perplexity_increase": 2, "gate": "warn"}
-    assert gate_limits(declared) == {"max_increase": 2, "gate": "warn"}
-    assert gate_limits({"dtype": "float16", "max_perplexity_increase": 0.5}) == {"max_increase": 0.5, "gate": "fail"}
+    declared = {"dtype": "float16", "weights": {"dtype": "int4"}, "max_perplexity_increase": 2, "gate": "warn"}
+    assert Recipe.parse(declared).gate_limits == {"max_increase": 2, "gate": "warn"}
+    plain = {"dtype": "float16", "max_perplexity_increase": 0.5}
+    assert Recipe.parse(plain).gate_limits == {"max_increase": 0.5, "gate": "fail"}

@@ -13,7 +13,7 @@ from trtbuild.evaluation.hugging_face import HuggingFaceModel
 from trtbuild.quantization.calibration import read_calibration, read_smoothing
 from trtbuild.quantization.layer import PRODUCTS, LayerWeights
 from trtbuild.quantization.quantize import quantize
-from trtbuild.quantization.recipe import quantization_of
+from trtbuild.quantization.recipe import Quantization
 from trtbuild.quantization.smoothquant import smoothing_scales
 
 CPU = torch.device("cpu")
@@ -37,8 +37,8 @@ def quantized(request, checkpoint, ranges, tmp_path_factory):
     """A folder with static or dynamic activations, smoothed by 0.5."""
     folder = tmp_path_factory.mktemp(request.param) / "quantized"
     activations = {"dtype": "int8", "per": request.param, "smoothquant": 0.5}
-    recipe = {"dtype": "float32", "weights": {"dtype": "int8"}, "activations": activations}
-    quantize(checkpoint.folder, folder, quantization_of(recipe), checkpoint.folder.with_name("checkpoint.npz"), "cpu")
+    quantization = Quantization.parse({"dtype": "float32", "weights": {"dtype": "int8"}, "activations": activations})
+    quantize(checkpoint.folder, folder, quantization, checkpoint.folder.with_name("checkpoint.npz"), "cpu")
     return folder
 
 
@@ -174,7 +174,7 @@ def test_smoothing_helps(tmp_path):
     for name, options in {"none": {}, "half": {"smoothquant": 0.5}}.items():
         activations = {"dtype": "int8", "per": "tensor"} | options
         recipe = {"dtype": "float32", "weights": {"dtype": "int8"}, "activations": activations}
-        quantize(folder, tmp_path / name, quantization_of(recipe), file, "cpu")
+        quantize(folder, tmp_path / name, Quantization.parse(recipe), file, "cpu")
         logits = HuggingFaceModel(tmp_path / name, device="cpu").logits(PROMPT)
         errors[name] = ((logits - reference).norm() / reference.norm()).item()
     assert errors["half"] < 0.06

@@ -12,7 +12,7 @@ from trtbuild.engine.portable import PortableEngine
 from trtbuild.quantization.calibration import activation_ranges
 from trtbuild.quantization.layer import PRODUCTS
 from trtbuild.quantization.quantize import quantize
-from trtbuild.quantization.recipe import quantization_of
+from trtbuild.quantization.recipe import Quantization
 from trtbuild.quantization.traversal import Traversal
 from trtbuild.runtime.session import PortableSession
 
@@ -173,7 +173,7 @@ def test_positions_that_no_transformers_model_has(tmp_path, extension):
 def test_quantized_weights_are_widened(tmp_path):
     """A quantized checkpoint is walked with the numbers that its integers mean."""
     folder = write_model(tmp_path / "checkpoint")
-    quantization = quantization_of({"dtype": "float32", "weights": {"dtype": "int4", "group_size": 32}})
+    quantization = Quantization.parse({"dtype": "float32", "weights": {"dtype": "int4", "group_size": 32}})
     quantize(folder, tmp_path / "int4", quantization, device="cpu")
     checkpoint = Checkpoint(tmp_path / "int4")
     wide = write_model(tmp_path / "wide", {name: checkpoint.dequantized(name).load() for name in checkpoint.tensors})

@@ -17,7 +17,7 @@ from workflow_config import CONFIG
 
 from trtbuild.checkpoint.sources import make_checkpoint
 from trtbuild.quantization.quantize import quantize
-from trtbuild.quantization.recipe import quantization_of
+from trtbuild.quantization.recipe import Quantization, Recipe
 from trtbuild.workflow import weights_folder
 
 REPOSITORY = Path(__file__).parents[2]
@@ -77,6 +77,10 @@ class Workspace:
     @property
     def results(self) -> Path:
         return self.folder / "results"
+
+    def recipe(self, name: str) -> Recipe:
+        """A recipe as the Snakefile knows it."""
+        return Recipe.parse(self.recipes[name])
 
     def copy(self, folder: Path) -> "Workspace":
         """Results, Snakemake's records and all times included."""
@@ -189,7 +193,7 @@ def finished_with_tensorrt(made_with_tensorrt, tmp_path) -> Workspace:
 def published_weights(tmp_path_factory, dummy_models) -> dict[str, Path]:
     """Folders of quantized weights as others publish them: of model `tiny`, and of a model with one layer."""
     folder = tmp_path_factory.mktemp("published")
-    quantization = quantization_of(FLOAT16 | {"weights": INT4})
+    quantization = Quantization.parse(FLOAT16 | {"weights": INT4})
     config = dummy_models["tiny"]["source"]["dummy"]["config"]
     for name, layers in (("tiny", config["num_hidden_layers"]), ("shallow", 1)):
         make_checkpoint({"dummy": {"config": config | {"num_hidden_layers": layers}, "seed": 1}}, folder / "original")
@@ -312,7 +316,7 @@ def made_from_files(tmp_path_factory, dummy_models) -> Workspace:
     """
     folder = tmp_path_factory.mktemp("workflow") / "files"
     make_checkpoint(dummy_models["tiny"]["source"], folder / "model")
-    quantize(folder / "model", folder / "published", quantization_of(FLOAT16 | {"weights": INT4}), device="cpu")
+    quantize(folder / "model", folder / "published", Quantization.parse(FLOAT16 | {"weights": INT4}), device="cpu")
     (folder / "articles").mkdir()
     rows = ({"id": str(i), "article": f"{i} news " * 20, "highlights": "news"} for i in range(32))
     (folder / "articles" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -330,7 +334,7 @@ def made_from_files(tmp_path_factory, dummy_models) -> Workspace:
 
 def targets_from_files(workspace) -> list[str]:
     """An engine, and the weights of every recipe."""
-    weights = {weights_folder(recipe) for recipe in workspace.recipes.values()} - {"checkpoint"}
+    weights = {weights_folder(workspace.recipe(name)) for name in workspace.recipes} - {"checkpoint"}
     return ["results/tiny/fp32/engine/config.json", *(f"results/tiny/{name}" for name in sorted(weights))]
 
 

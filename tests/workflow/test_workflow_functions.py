@@ -13,6 +13,7 @@ from snakemake.exceptions import WorkflowError
 
 from trtbuild.engine.config import marker
 from trtbuild.errors import UserError, one_line
+from trtbuild.quantization.recipe import Recipe
 from trtbuild.rehearsal import (
     redirect,
     rehearsal_config,
@@ -255,8 +256,10 @@ def test_rehearsal_of_models_and_recipes():
     cache = plain | {"kv_cache": {"dtype": "int8"}, "calibration": {"seed": 3, "samples": 32, "length": 16}}
     gptq = plain | {"weights": {"dtype": "int4", "method": "gptq", "group_size": 64}}
     small = {"samples": 2, "length": 64}
-    recipes = {"plain": plain, "weights": weights, "cache": cache, "gptq": gptq, "hub": {"quant_checkpoint": source}}
-    assert rehearsal_recipes(recipes) == {
+    hub = plain | {"quant_checkpoint": source}
+    recipes = {"plain": plain, "weights": weights, "cache": cache, "gptq": gptq, "hub": hub}
+    rehearsed = rehearsal_recipes({name: Recipe.parse(recipe) for name, recipe in recipes.items()})
+    assert {name: recipe.settings for name, recipe in rehearsed.items()} == {
         "plain": plain | {"gate": "warn"},
         "weights": weights | {"gate": "warn"},
         "cache": cache | {"gate": "warn", "calibration": {"seed": 3, "samples": 2, "length": 16}},
@@ -267,7 +270,10 @@ def test_rehearsal_of_models_and_recipes():
 DECLARED = (
     {"models": "models.yaml", "matrix": [{"model": "a", "recipes": ["x", "hub"]}, {"model": "b", "recipes": ["x"]}]},
     {"a": {"config": {}}, "b": {}},
-    {"x": {}, "hub": {"quant_checkpoint": {}}},
+    {
+        "x": Recipe.parse({"dtype": "float16"}),
+        "hub": Recipe.parse({"dtype": "float16", "quant_checkpoint": {"local": {"path": "x"}}}),
+    },
 )
 
 

@@ -96,7 +96,7 @@ def test_kill_from_nothing(empty, kill, made):
 
 def test_killed_calibration_and_quantization_are_made_again(quantized, kill):
     """One after the other, on the way to one recipe's weights."""
-    recipe = quantized.recipes["sq"]
+    recipe = quantized.recipe("sq")
     calibration = f"results/tiny/calibration/{calibration_name(recipe)}.npz"
     weights = f"results/tiny/{weights_folder(recipe)}"
     made = [quantized.folder / calibration, *sorted((quantized.folder / weights).glob("*.*"))]

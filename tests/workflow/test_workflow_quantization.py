@@ -27,7 +27,7 @@ AFTER = {
 
 def folder_of(workspace, recipe: str):
     """Where a recipe's weights are."""
-    return workspace.results / "tiny" / weights_folder(workspace.recipes[recipe])
+    return workspace.results / "tiny" / weights_folder(workspace.recipe(recipe))
 
 
 def read(path) -> dict:
@@ -50,7 +50,7 @@ def test_each_kind_of_weights_is_made_once(made_quantized):
     assert ran.count("portable_engine") == len(RECIPES)
     folder = workspace.results / "tiny"
     assert [path.name for path in (folder / "calibration").iterdir()] == [
-        f"{calibration_name(workspace.recipes['int8kv'])}.npz"
+        f"{calibration_name(workspace.recipe('int8kv'))}.npz"
     ]
     made = {path.name for path in (folder / "quantized").iterdir()}
     assert made == {folder_of(workspace, recipe).name for recipe in RECIPES}
@@ -69,8 +69,8 @@ def test_names_say_what_was_done(made_quantized):
         "fp8": "round-fp8-#",
         PUBLISHED: "published-#",
     }
-    assert re.fullmatch("trtbuild-news-32x32-[0-9a-f]{8}", calibration_name(workspace.recipes["int8kv"]))
-    calibration = f"calibration.{calibration_name(workspace.recipes['int8kv'])}"
+    assert re.fullmatch("trtbuild-news-32x32-[0-9a-f]{8}", calibration_name(workspace.recipe("int8kv")))
+    calibration = f"calibration.{calibration_name(workspace.recipe('int8kv'))}"
     stages = {calibration, *(f"quantize.{folder_of(workspace, recipe).name}" for recipe in RECIPES)}
     logs = {f"{stage}.{end}" for stage in stages for end in ("log", "tsv")}
     assert {path.name for path in (workspace.results / "tiny/logs").iterdir()} == logs | {"checkpoint.log"}
@@ -225,7 +225,7 @@ def test_change_of_a_recipe(quantized, made_quantized, quantized_targets, name):
             assert folder_of(quantized, recipe).name != folder_of(made_quantized[0], recipe).name
             expected.add(f"quantize tiny/{folder_of(quantized, recipe).name}")
         if CALIBRATE in what:
-            expected.add(f"calibration tiny/{calibration_name(quantized.recipes[recipe])}")
+            expected.add(f"calibration tiny/{calibration_name(quantized.recipe(recipe))}")
     assert quantized.pending(*quantized_targets) == expected
 
 
@@ -237,7 +237,7 @@ def test_second_run_has_nothing_to_do(quantized, quantized_targets):
 
 def test_change_of_a_models_weights(quantized, quantized_targets):
     quantized.models["tiny"]["source"]["dummy"]["seed"] = 7
-    calibration = calibration_name(quantized.recipes["sq"])
+    calibration = calibration_name(quantized.recipe("sq"))
     expected = {"checkpoint tiny", "perplexity_hf tiny", f"calibration tiny/{calibration}"}
     for recipe in RECIPES:
         expected |= {f"quantize tiny/{folder_of(quantized, recipe).name}"} | jobs(recipe, f"{ENGINE} {AFTER[recipe]}")

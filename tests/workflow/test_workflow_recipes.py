@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from trtbuild.errors import UserError
+from trtbuild.quantization.recipe import Recipe
 from trtbuild.workflow import (
     RECIPES_SCHEMA,
     RESERVED,
@@ -232,20 +233,21 @@ def test_one_folder_for_equal_weights():
         base | {"keep_16bit": ["lm_head"]},
         base | {"calibration": {"samples": 32}},
     ]
-    folder = weights_folder(base)
+    folder = weights_folder(Recipe.parse(base))
     assert folder.startswith("quantized/gptq-int4-")
-    assert {weights_folder(recipe) for recipe in equal} == {folder}
-    assert len({weights_folder(recipe) for recipe in [base, *other]}) == len(other) + 1
-    names = {weights_folder(recipe).removeprefix("quantized/") for recipe in [base, *other]}
-    assert quantizations(dict(enumerate([base, *equal, *other]))).keys() == names
+    assert {weights_folder(Recipe.parse(recipe)) for recipe in equal} == {folder}
+    assert len({weights_folder(Recipe.parse(recipe)) for recipe in [base, *other]}) == len(other) + 1
+    names = {weights_folder(Recipe.parse(recipe)).removeprefix("quantized/") for recipe in [base, *other]}
+    assert quantizations(dict(enumerate(map(Recipe.parse, [base, *equal, *other])))).keys() == names
 
 
 def test_weights_that_are_not_quantized_here():
-    plain, published = {"dtype": "float16", "kv_cache": INT8}, {"dtype": "float16", "quant_checkpoint": PUBLISHED}
+    declared = {"dtype": "float16", "quant_checkpoint": PUBLISHED}
+    plain, published = Recipe.parse({"dtype": "float16", "kv_cache": INT8}), Recipe.parse(declared)
     assert weights_folder(plain) == "checkpoint"
     folder = weights_folder(published)
     assert folder.startswith("quantized/published-")
-    assert weights_folder(published | {"kv_cache": INT8}) == folder
+    assert weights_folder(Recipe.parse(declared | {"kv_cache": INT8})) == folder
     found = quantizations({"plain": plain, "published": published})
     assert found == {folder.removeprefix("quantized/"): {"source": PUBLISHED}}
 
@@ -259,18 +261,19 @@ def test_calibrations_are_those_that_recipes_read():
         "by token": {"dtype": "float16", "weights": INT8, "activations": TOKEN},
         "published": published,
     }
-    assert calibrations(recipes) == {}
+    assert calibrations({name: Recipe.parse(recipe) for name, recipe in recipes.items()}) == {}
     static = {"dtype": "float16", "weights": INT8, "activations": INT8}
     smooth = {"dtype": "bfloat16", "weights": INT8, "activations": TOKEN | {"smoothquant": 0.5}}
     cache = {"dtype": "float16", "kv_cache": INT8, "calibration": {"seed": 0}}
-    (name,) = calibrations({"static": static, "smooth": smooth, "cache": cache})
-    assert {calibration_name(recipe) for recipe in (static, smooth, cache)} == {name}
+    measured = [Recipe.parse(recipe) for recipe in (static, smooth, cache)]
+    (name,) = calibrations(dict(enumerate(measured)))
+    assert {calibration_name(recipe) for recipe in measured} == {name}
     assert name.startswith("trtbuild-news-64x512-")
 
 
 def test_published_weights_are_calibrated_themselves():
-    original = {"dtype": "float16", "kv_cache": INT8}
-    published = original | {"quant_checkpoint": PUBLISHED}
+    declared = {"dtype": "float16", "kv_cache": INT8}
+    original, published = Recipe.parse(declared), Recipe.parse(declared | {"quant_checkpoint": PUBLISHED})
     found = calibrations({"original": original, "published": published})
     assert found[calibration_name(original)]["weights"] is None
     assert found[calibration_name(published)]["weights"] == weights_folder(published)

@@ -20,8 +20,8 @@ CHECKPOINT = "results/tiny/checkpoint"
 
 def names(workspace) -> dict[str, str]:
     """Jobs as `pending` names them."""
-    calibration = calibration_name(workspace.recipes["sq"])
-    sq, published = (Path(weights_folder(workspace.recipes[name])).name for name in ("sq", "published"))
+    calibration = calibration_name(workspace.recipe("sq"))
+    sq, published = (Path(weights_folder(workspace.recipe(name))).name for name in ("sq", "published"))
     return {
         "checkpoint": "checkpoint tiny",
         "calibration": f"calibration tiny/{calibration}",
@@ -139,7 +139,7 @@ def test_what_was_replaced_but_not_recorded_is_made_again(from_files, kill):
 
 
 def test_calibrations_and_quantized_weights_are_kept(from_files, kill):
-    recipe = from_files.recipes["sq"]
+    recipe = from_files.recipe("sq")
     weights = f"results/tiny/{weights_folder(recipe)}"
     made = contents(from_files.results)
     for output, rule in (

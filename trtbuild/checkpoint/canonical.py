@@ -8,8 +8,6 @@ from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
-import torch
-
 from trtbuild.checkpoint.formats import read_quantized
 from trtbuild.checkpoint.meta import is_meta
 from trtbuild.checkpoint.weight_files import open_weights, weight_files
@@ -17,19 +15,18 @@ from trtbuild.errors import UserError
 from trtbuild.files import read_json, sha256, sha256_of
 from trtbuild.models.config import PRODUCTS, ModelConfig
 from trtbuild.models.families import FAMILIES, config_from_hugging_face, is_canonical
-from trtbuild.tensors.lazy import LazyTensor
+from trtbuild.tensors.lazy import FLOATS, LazyTensor
 from trtbuild.tensors.quantized_weight import QuantizedWeight
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ORIGIN_FILE = "quantization.json"  # of a quantized folder: what it was made from
 
 
 class Checkpoint:
     """An open canonical checkpoint; every tensor stays on disk until it is asked for.
 
-    `quantization` says how its weights are quantized, or is None. Raises `UserError` for a missing or truncated file,
-    a missing tensor, or a tensor of the wrong shape.
+    `quant_method` is the layout of its quantized weights (gptq, awq, compressed-tensors), or None. Raises `UserError`
+    for a missing or truncated file, a missing tensor, or a tensor of the wrong shape.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -43,10 +40,10 @@ class Checkpoint:
         self.config = config_from_hugging_face(config, self.folder / "config.json")
         self.files = list(weight_files(self.folder))
         self.tensors: dict[str, LazyTensor | QuantizedWeight] = dict(open_weights(self.folder))
-        self.quantization: str | None = None
+        self.quant_method: str | None = None
         if quantization := _quantization_config(self.folder, config):
             self.tensors = read_quantized(quantization, self.tensors, str(self.folder))
-            self.quantization = str(quantization["quant_method"])
+            self.quant_method = str(quantization["quant_method"])
             self._drop_empty_biases()
             self._check_fused()
         self.config, self.tensors = settle_head(self.config, self.tensors)
@@ -57,7 +54,7 @@ class Checkpoint:
         """One without files: weights that are computed when they are asked for."""
         checkpoint = cls.__new__(cls)
         checkpoint.config, checkpoint.tensors = config, dict(tensors)
-        checkpoint.files, checkpoint.quantization = [], None
+        checkpoint.files, checkpoint.quant_method = [], None
         return checkpoint
 
     @property

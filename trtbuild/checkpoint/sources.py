@@ -89,7 +89,7 @@ def make_quantized(source: dict, checkpoint_dir: Path | str, folder: Path | str)
         _link(original.folder, temporary, ("tokenizer*", "*.jinja"))
         MAKERS[kind](temporary, **options)
         quantized = Checkpoint(temporary)
-        if not quantized.quantization:
+        if not quantized.quant_method:
             raise UserError(f"{_name(options)} is not quantized; declare it as a model in config/models.yaml")
         tied = {"tie_word_embeddings": False}  # a quantized head may be stored apart
         if replace(quantized.config, **tied) != replace(original.config, **tied):

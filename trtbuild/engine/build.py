@@ -30,7 +30,7 @@ def check_positions(config: ModelConfig, limits: BuildLimits) -> None:
 def build_portable(
     checkpoint: Path | Checkpoint,
     path: Path,
-    recipe: dict,
+    dtype: torch.dtype,
     limits: BuildLimits,
     mapping: Mapping,
     cache: QuantizedCache | None = None,
@@ -38,9 +38,9 @@ def build_portable(
 ) -> None:
     """Writes one rank's portable engine: its network and its share of the weights.
 
-    Weights are as in the checkpoint, quantized or not, and what is not quantized is in the recipe's dtype. Raises
-    `UserError` for a tensor that does not fit in that, before a file is there, and for more positions than the model
-    was made for, unless `extrapolate_positions`; and for several ranks.
+    Weights are as in the checkpoint, quantized or not, and what is not quantized is in `dtype`. Raises `UserError` for
+    a tensor that does not fit in that, before a file is there, and for more positions than the model was made for,
+    unless `extrapolate_positions`; and for several ranks.
     """
     if mapping.world_size != 1:
         raise UserError(
@@ -50,7 +50,6 @@ def build_portable(
     checkpoint = _opened(checkpoint)
     if not extrapolate_positions:
         check_positions(checkpoint.config, limits)
-    dtype = getattr(torch, recipe["dtype"])
     weights = lambda name: checkpoint[name].fitting(dtype, name)  # noqa: E731
     network = decoder(checkpoint.config, weights, dtype, limits.max_length, cache, mapping)
     total = sum(constant.nbytes for constant in network.constants.values())
@@ -130,8 +129,8 @@ def build_engine_dir(
 ) -> None:
     """Builds a whole engine folder; it appears only when it is complete.
 
-    `cache`: the scales of a quantized KV cache, and `calibration` the file that they come from;
-    `extrapolate_positions` as in `build_portable`.
+    `recipe` is what `config.json` records; its `dtype` is that of what is not quantized. `cache`: the scales of a
+    quantized KV cache, and `calibration` the file that they come from; `extrapolate_positions` as in `build_portable`.
     """
     if "tensorrt" in engines:
         from trtbuild.engine.tensorrt_api import api
@@ -144,13 +143,13 @@ def build_engine_dir(
     checkpoint = _opened(checkpoint)
     if checkpoint.files:
         refuse_output_over_input(folder, checkpoint.folder)
-    world = Mapping().world_size
+    dtype, world = getattr(torch, recipe["dtype"]), Mapping().world_size
     with atomic(folder) as temporary:
         temporary.mkdir()
         for rank in range(world):
             mapping = Mapping(rank=rank)
             portable = temporary / rank_file(rank, "portable")
-            build_portable(checkpoint, portable, recipe, limits, mapping, cache, extrapolate_positions)
+            build_portable(checkpoint, portable, dtype, limits, mapping, cache, extrapolate_positions)
             if "tensorrt" in engines:
                 target = temporary / rank_file(rank, "tensorrt")
                 build_tensorrt(portable, target, remove_input_padding, compute_capabilities)

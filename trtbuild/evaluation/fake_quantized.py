@@ -15,7 +15,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype):
 
     with refusing(f"transformers cannot read {checkpoint.folder / 'config.json'}"):  # it checks more keys than we use
         config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
-    if not checkpoint.quantization:
+    if not checkpoint.quant_method:
         options = {"config": config, "dtype": dtype, "local_files_only": True}
         return AutoModelForCausalLM.from_pretrained(checkpoint.folder, **options)
     del config.quantization_config  # this is not a job for its own quantizers

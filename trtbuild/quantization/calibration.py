@@ -227,8 +227,8 @@ def model_shape(checkpoint: Checkpoint) -> dict:
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
     """Raises `UserError` for a checkpoint whose weights are quantized already."""
-    if checkpoint.quantization:
+    if checkpoint.quant_method:
         raise UserError(
-            f"{checkpoint.folder} is quantized already ({checkpoint.quantization}); start from the original model, or "
+            f"{checkpoint.folder} is quantized already ({checkpoint.quant_method}); start from the original model, or "
             "take its weights as they are with a recipe that has no weights"
         )

@@ -8,24 +8,25 @@ from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.decoder.decoder import QuantizedCache
 from trtbuild.errors import UserError
 from trtbuild.quantization.calibration import Calibration, read_calibration, read_smoothing, smoothing_of
+from trtbuild.quantization.recipe import KVCache, Recipe
 from trtbuild.tensors.rounding import DTYPES, scale_for
 
 
-def cache_of(recipe: dict, checkpoint_dir: Path, calibration: Path | None) -> QuantizedCache | None:
+def cache_of(recipe: Recipe, checkpoint_dir: Path, calibration: Path | None) -> QuantizedCache | None:
     """The cache of a recipe's engines: None where it is in the recipe's own dtype.
 
     Raises `UserError` where the calibration file is missing or of another model.
     """
-    if "kv_cache" not in recipe:
+    if recipe.kv_cache is None:
         return None
     if calibration is None:
         raise UserError("a quantized KV cache needs the ranges of keys and values; give the calibration file")
     checkpoint = Checkpoint(checkpoint_dir)
-    return quantized_cache(checkpoint, read_calibration(calibration, checkpoint), **recipe["kv_cache"])
+    return quantized_cache(checkpoint, read_calibration(calibration, checkpoint), recipe.kv_cache)
 
 
-def quantized_cache(checkpoint: Checkpoint, calibration: Calibration, dtype: str, per: str = "layer") -> QuantizedCache:
-    """Keys and values have scales of their own, one a layer, or with `per` "head" one a KV head.
+def quantized_cache(checkpoint: Checkpoint, calibration: Calibration, kv_cache: KVCache) -> QuantizedCache:
+    """Keys and values have scales of their own.
 
     A quantized checkpoint whose output projection was smoothed has smaller values than the original model, by the
     factors that it records; they count where it was the original that was calibrated.
@@ -43,6 +44,7 @@ def quantized_cache(checkpoint: Checkpoint, calibration: Calibration, dtype: str
             if kind == "value" and f"{attention}.o_proj" in smoothing:
                 absmax = absmax / smoothing[f"{attention}.o_proj"]
             heads = absmax.view(config.num_key_value_heads, config.head_dim).amax(1)
-            known.append(heads if per == "head" else heads.amax().expand(len(heads)))
-    keys, values = (scale_for(torch.stack(known), DTYPES[dtype]) for known in scales.values())
-    return QuantizedCache(DTYPES[dtype], keys, values)
+            known.append(heads if kv_cache.per == "head" else heads.amax().expand(len(heads)))
+    dtype = DTYPES[kv_cache.dtype]
+    keys, values = (scale_for(torch.stack(known), dtype) for known in scales.values())
+    return QuantizedCache(dtype, keys, values)

@@ -13,7 +13,7 @@ from trtbuild.quantization.calibration import Calibration
 from trtbuild.quantization.gptq import gptq, inverse_cholesky
 from trtbuild.quantization.grid import Int4Grid, dequantize, round_8bit
 from trtbuild.quantization.layer import LayerWeights, finite
-from trtbuild.quantization.recipe import kept_in_16bit
+from trtbuild.quantization.recipe import Quantization
 from trtbuild.quantization.smoothquant import smoothing_scales
 from trtbuild.quantization.traversal import Stop, Traversal
 from trtbuild.tensors.lazy import fitted
@@ -44,7 +44,7 @@ class Round:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        quantization: dict,
+        quantization: Quantization,
         ranges: Calibration | None,
         samples: list[list[int]] | None,
         device: torch.device,
@@ -52,19 +52,20 @@ class Round:
     ) -> None:
         self.checkpoint, self.quantization, self.ranges = checkpoint, quantization, ranges
         self.device, self.map = device, map_
-        self.options, self.activations = quantization["weights"], quantization["activations"]
-        self.dtype = getattr(torch, quantization["dtype"])
+        self.options = quantization.weights
+        self.dtype = getattr(torch, quantization.dtype)
         self.smoothing: dict[str, torch.Tensor] = {}  # by product, what `LayerWeights.smooth` was given
 
     def layer(self, i: int) -> Layer:
         """All of layer `i`, by names within it."""
         layer, products = LayerWeights(self.checkpoint, i, self.device), self.products(i)
         inputs = {product: self._input_range(f"model.layers.{i}.{product}") for product in products}
-        if self.activations and self.activations["smoothquant"] is not None:
+        activations = self.quantization.activations
+        if activations and activations.smoothquant is not None:
             for product in products:
                 columns = layer.reduce(product, layer.weights[product].abs().amax(0))
                 channels = layer.reduce(product, inputs[product])
-                scales = smoothing_scales(channels, columns, self.activations["smoothquant"])
+                scales = smoothing_scales(channels, columns, activations.smoothquant)
                 self.smooth(layer, i, product, scales)
                 inputs[product] = inputs[product] / layer.expand(product, scales)
         result = self.unquantized(layer, products)
@@ -80,7 +81,7 @@ class Round:
     def products(self, i: int) -> list[str]:
         """Those of layer `i` that are quantized."""
         layer = f"model.layers.{i}."
-        return [name for name, parts in PRODUCTS.items() if not kept_in_16bit(layer + parts[0], self.quantization)]
+        return [name for name, parts in PRODUCTS.items() if not self.quantization.keeps(layer + parts[0])]
 
     def smooth(self, layer: LayerWeights, i: int, product: str, scales: torch.Tensor) -> None:
         """`layer.smooth`, remembered."""
@@ -101,19 +102,19 @@ class Round:
 
     def grid(self, width: int) -> Int4Grid:
         """Of a weight with `width` input channels: one group where the recipe has no group size."""
-        return Int4Grid(self.options["group_size"] or width, self.options["symmetric"], self.dtype)
+        return Int4Grid(self.options.group_size or width, self.options.symmetric, self.dtype)
 
     def stored(self, values: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> Rounded:
         """int4 numbers in the dtypes that they are kept in."""
-        kept = None if self.options["symmetric"] else zeros.to(torch.int8).cpu()
+        kept = None if self.options.symmetric else zeros.to(torch.int8).cpu()
         return Rounded(values.to(torch.int8).cpu(), fitted(scales, self.dtype, "a scale").cpu(), kept)
 
     def _round(self, weight: torch.Tensor, input_range: torch.Tensor | None) -> Rounded:
-        if self.options["dtype"] == "int4":
+        if self.options.dtype == "int4":
             return self.stored(*self.grid(weight.shape[1]).round(weight))
-        dtype = DTYPES[self.options["dtype"]]
-        values, scales = round_8bit(weight, dtype, self.options["per"] == "tensor")
-        static = self.activations and self.activations["per"] == "tensor"
+        dtype = DTYPES[self.options.dtype]
+        values, scales = round_8bit(weight, dtype, self.options.per == "tensor")
+        static = self.quantization.rounding == "static"
         input_scale = scale_for(input_range.amax(), dtype).reshape(1).cpu() if static else None
         return Rounded(values.cpu(), scales.cpu(), None, input_scale)
 

@@ -19,7 +19,7 @@ from trtbuild.quantization.calibration import SMOOTHING_FILE, read_calibration, 
 from trtbuild.quantization.layer import every_projection
 from trtbuild.quantization.methods import METHODS, Round, Rounded
 from trtbuild.quantization.parallel import workers
-from trtbuild.quantization.recipe import kept_in_16bit, needs_ranges, quantization_of
+from trtbuild.quantization.recipe import Quantization, Recipe, Weights
 from trtbuild.quantization.samples import calibration_samples
 from trtbuild.runtime.open import pick_device
 from trtbuild.tensors.lazy import LazyTensor
@@ -32,75 +32,74 @@ TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "generation_config.j
 def quantize(
     checkpoint_dir: Path,
     folder: Path,
-    quantization: dict,
+    quantization: Quantization,
     calibration: Path | None = None,
     device: str = "auto",
     samples: list[list[int]] | None = None,
 ) -> None:
     """Writes a quantized checkpoint, which `build` and other programs can load; it appears only when it is complete.
 
-    `quantization` is what `recipe.quantization_of` gives; `calibration` the file that `calibrate` wrote, for static or
-    smoothed activations; `samples` token ids that GPTQ and AWQ see instead of the recipe's own data set. Bit for bit
-    the same for the same inputs on a device, with any number of threads. Raises `UserError` for weights that are not
-    finite or sizes that the group size does not divide.
+    `calibration` is the file that `calibrate` wrote, for static or smoothed activations; `samples` token ids that GPTQ
+    and AWQ see instead of the recipe's own data set. Bit for bit the same for the same inputs on a device, with any
+    number of threads. Raises `UserError` for weights that are not finite or sizes that the group size does not divide.
     """
     refuse_output_over_input(folder, checkpoint_dir)
     checkpoint = Checkpoint(checkpoint_dir)
     refuse_quantized(checkpoint)
     projections = quantized_projections(checkpoint, quantization)
-    check_sizes(checkpoint, projections, quantization["weights"])
+    check_sizes(checkpoint, projections, quantization.weights)
     ranges = None
-    if needs_ranges(quantization):
+    if quantization.needs_ranges:
         if calibration is None:
             raise UserError("this recipe quantizes activations by their ranges; give the calibration file")
         ranges = read_calibration(calibration, checkpoint)
         if ranges.origin.get("smoothed"):
             raise UserError(f"{calibration} was measured on smoothed weights; calibrate the original model")
-    name = quantization["weights"]["method"]
+    name = quantization.weights.method
     if name != "round" and samples is None:
-        samples = calibration_samples(checkpoint.folder, **quantization["calibration"]).tokens
+        samples = calibration_samples(checkpoint.folder, **quantization.text.settings).tokens
     target = pick_device(device)
     with atomic(folder) as temporary, workers(target) as map_:
         temporary.mkdir()
         method = METHODS[name](checkpoint, quantization, ranges, samples, target, map_)
         _write(temporary, checkpoint, quantization, projections, method)
         inputs = checkpoint.hashes | ({calibration.name: sha256(calibration)} if ranges else {})
-        origin = {"quantization": quantization, "source_sha256": checkpoint.source_sha256, "inputs": inputs}
+        origin = {"quantization": quantization.settings, "source_sha256": checkpoint.source_sha256, "inputs": inputs}
         if method.smoothing:
             origin["smoothing_sha256"] = sha256(temporary / SMOOTHING_FILE)
         write_json(temporary / ORIGIN_FILE, origin)
 
 
-def quantized_projections(checkpoint: Checkpoint, quantization: dict) -> list[str]:
+def quantized_projections(checkpoint: Checkpoint, quantization: Quantization) -> list[str]:
     """The projections to quantize, with their layers' names. Raises `UserError` for a pattern that splits a product."""
     every = every_projection(checkpoint.config)
-    for pattern in quantization["keep_16bit"]:
+    for pattern in quantization.keep_16bit:
         if not fnmatch.filter([*every, "lm_head"], pattern):
             raise UserError(f"keep_16bit: {pattern!r} matches nothing; names are like {every[0]} or *.down_proj")
-        if quantization["quantize_lm_head"] and fnmatch.fnmatchcase("lm_head", pattern):
+        if quantization.quantize_lm_head and fnmatch.fnmatchcase("lm_head", pattern):
             raise UserError(f"keep_16bit: {pattern!r} keeps lm_head, which quantize_lm_head quantizes; remove one")
     names = []
     for i in range(checkpoint.config.num_hidden_layers):
         for product in PRODUCTS.values():
             parts = [f"model.layers.{i}.{part}" for part in product]
-            kept = [part for part in parts if kept_in_16bit(part, quantization)]
+            kept = [part for part in parts if quantization.keeps(part)]
             if kept and len(kept) < len(parts):
                 raise UserError(
                     f"keep_16bit matches {kept[0]} but not all of {', '.join(parts)}, which are one product; keep all "
                     "of them or none"
                 )
             names += [] if kept else parts
-    names += [] if kept_in_16bit("lm_head", quantization) else ["lm_head"]
+    names += [] if quantization.keeps("lm_head") else ["lm_head"]
     if not names:
         raise UserError("keep_16bit matches every weight of the model; nothing is left to quantize")
     return names
 
 
-def check_sizes(checkpoint: Checkpoint, projections: list[str], options: dict) -> None:
+def check_sizes(checkpoint: Checkpoint, projections: list[str], weights: Weights) -> None:
     """Raises `UserError` for int4 weights whose sizes do not fit, naming the group sizes that would."""
-    if options["dtype"] != "int4":
+    if weights.dtype != "int4":
         return
-    group_size = options["group_size"]
+    group_size = weights.group_size
     shapes = replace(checkpoint.config, tie_word_embeddings=False).tensor_shapes()  # a quantized head is a weight apart
     widths = {shapes[f"{name}.weight"][1] for name in projections}
     for name in projections:
@@ -119,15 +118,14 @@ def check_sizes(checkpoint: Checkpoint, projections: list[str], options: dict) -
         )
 
 
-def check_weights(recipe: dict, folder: Path) -> None:
+def check_weights(recipe: Recipe, folder: Path) -> None:
     """Raises `UserError` unless a checkpoint's weights are quantized as a recipe says."""
-    if "quant_checkpoint" in recipe and not Checkpoint(folder).quantization:
+    if recipe.quant_checkpoint and not Checkpoint(folder).quant_method:
         raise UserError(f"{folder} is not quantized; the recipe wants the published weights of its quant_checkpoint")
-    wanted = quantization_of(recipe)
-    if wanted is None:
+    if recipe.quantization is None:
         return
     made = read_json(folder / ORIGIN_FILE).get("quantization") if (folder / ORIGIN_FILE).exists() else None
-    if made != wanted:
+    if made != recipe.quantization.settings:
         state = "is not quantized" if made is None else "was quantized by another recipe"
         raise UserError(f"{folder} {state}; make the recipe's weights with 'trtbuild quantize' and build from those")
 
@@ -147,14 +145,16 @@ class _Streamed:
         return self.made[name]
 
 
-def _write(folder: Path, checkpoint: Checkpoint, quantization: dict, projections: list[str], method: Round) -> None:
+def _write(
+    folder: Path, checkpoint: Checkpoint, quantization: Quantization, projections: list[str], method: Round
+) -> None:
     """Weights, config.json and tokenizer."""
-    options = quantization["weights"]
-    layout = {"gptq": "gptq", "awq": "awq", "round": "compressed-tensors"}[options["method"]]
+    weights = quantization.weights
+    layout = {"gptq": "gptq", "awq": "awq", "round": "compressed-tensors"}[weights.method]
     quantized = set(projections)
     quantizes_head = "lm_head" in quantized
     tensors, example = _tensors(checkpoint, quantization, quantized, layout, method)
-    with byte_bar(sum(tensor.nbytes for tensor in tensors.values()), f"{options['method']} {options['dtype']}") as bar:
+    with byte_bar(sum(tensor.nbytes for tensor in tensors.values()), f"{weights.method} {weights.dtype}") as bar:
         write_sharded(folder, tensors, progress=bar.update)
     if method.smoothing:
         with atomic(folder / SMOOTHING_FILE) as temporary, open(temporary, "wb") as file:
@@ -162,7 +162,7 @@ def _write(folder: Path, checkpoint: Checkpoint, quantization: dict, projections
     kept = [name for name in every_projection(checkpoint.config) if name not in quantized]
     description = FORMATS[layout].describe(example, kept, quantizes_head)
     config = read_json(checkpoint.folder / "config.json")
-    config |= {"dtype": quantization["dtype"], "quantization_config": description}
+    config |= {"dtype": quantization.dtype, "quantization_config": description}
     config.pop("torch_dtype", None)
     config["tie_word_embeddings"] = checkpoint.config.tie_word_embeddings and not quantizes_head
     write_json(folder / "config.json", config)
@@ -174,10 +174,10 @@ def _write(folder: Path, checkpoint: Checkpoint, quantization: dict, projections
 
 
 def _tensors(
-    checkpoint: Checkpoint, quantization: dict, projections: set[str], layout: str, method: Round
+    checkpoint: Checkpoint, quantization: Quantization, projections: set[str], layout: str, method: Round
 ) -> tuple[dict[str, LazyTensor], QuantizedWeight]:
     """What the folder's weights file holds, in layer order, and one of the quantized weights."""
-    config, dtype = checkpoint.config, getattr(torch, quantization["dtype"])
+    config, dtype = checkpoint.config, getattr(torch, quantization.dtype)
     if "lm_head" in projections:
         config = replace(config, tie_word_embeddings=False)
     streamed = _Streamed(method, config.num_hidden_layers)
@@ -205,22 +205,20 @@ def _bind(streamed: _Streamed, layer: int, name: str) -> Callable[[], Rounded | 
     return lambda: streamed(layer, name)
 
 
-def _announced(shape: tuple[int, int], quantization: dict, make: Callable[[], Rounded]) -> QuantizedWeight:
+def _announced(shape: tuple[int, int], quantization: Quantization, make: Callable[[], Rounded]) -> QuantizedWeight:
     """A projection's weight before its numbers are made."""
-    options, activations = quantization["weights"], quantization["activations"]
+    weights = quantization.weights
     out, width = shape
-    groups = width // (options.get("group_size") or width)
-    is_int4 = options["dtype"] == "int4"
-    scale_dtype = getattr(torch, quantization["dtype"]) if is_int4 else torch.float32
-    values = LazyTensor(torch.float8_e4m3fn if options["dtype"] == "fp8" else torch.int8, shape, lambda: make().values)
+    groups = width // (weights.group_size or width)
+    is_int4 = weights.dtype == "int4"
+    scale_dtype = getattr(torch, quantization.dtype) if is_int4 else torch.float32
+    values = LazyTensor(torch.float8_e4m3fn if weights.dtype == "fp8" else torch.int8, shape, lambda: make().values)
     zeros = LazyTensor(torch.int8, (out, groups), lambda: make().zeros)
-    ways = {None: "16bit", "tensor": "static", "token": "token"}
-    way = ways[activations and activations["per"]]
     return QuantizedWeight(
-        options["dtype"],
+        weights.dtype,
         values,
         LazyTensor(scale_dtype, (out, groups), lambda: make().scales),
-        zeros if is_int4 and not options["symmetric"] else None,
-        way,
-        LazyTensor(torch.float32, (1,), lambda: make().input_scale) if way == "static" else None,
+        zeros if is_int4 and not weights.symmetric else None,
+        quantization.rounding,
+        LazyTensor(torch.float32, (1,), lambda: make().input_scale) if quantization.rounding == "static" else None,
     )

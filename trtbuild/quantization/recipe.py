@@ -1,60 +1,196 @@
-"""A recipe: how weights, activations and KV cache are represented, composed of independent parts.
+"""Recipes: how weights, activations and KV cache are represented, composed of independent parts.
 
-`config/recipes.yaml` holds recipes as mappings, `config/schemas/recipes.schema.yaml` says which are valid; this module
-fills in what they leave out, and tells which part of a recipe each stage depends on.
+`config/recipes.yaml` holds recipes as mappings, and `config/schemas/recipes.schema.yaml` says which are valid. Here
+they become types: what a mapping leaves out is filled in once, and each stage takes the part that it depends on. Parts
+that name an artifact, or go into one, keep their mapping, `settings`.
 """
 
 import fnmatch
 import hashlib
 import json
+from dataclasses import asdict, dataclass, field
+from typing import Literal
 
-DEFAULT_CALIBRATION = {
-    "dataset": {"name": "trtbuild-news", "split": "calibration"},
-    "samples": 64,
-    "length": 512,
-    "seed": 0,
-}
 # Per cent of perplexity, by the weakest part of a recipe: what small models lose where nothing is broken. W8A8 is meant
 # with a scale a token; a 135M model with static scales, or with int4 and no groups, loses more (README). "plain" is a
 # recipe that quantizes nothing.
 MAX_PERPLEXITY_INCREASE = {"plain": 1.0, "int8": 5.0, "fp8": 5.0, "w8a8": 25.0, "int4-groups": 30.0, "int4": 75.0}
 
 
-def quantization_of(recipe: dict) -> dict | None:
-    """The part of a recipe that quantized weights depend on, with every default filled in; None without weights."""
-    if "weights" not in recipe:
-        return None
-    weights = dict(recipe["weights"])
-    weights.setdefault("method", "round")
-    if weights["dtype"] == "int4":
-        weights.setdefault("symmetric", weights["method"] == "round")
-        weights.setdefault("group_size", None)
-    else:
-        weights.setdefault("per", "tensor" if weights["dtype"] == "fp8" else "channel")
-    activations = recipe.get("activations")
-    if activations:
-        activations = {"per": "tensor", "smoothquant": None} | activations
-    quantization = {
-        "dtype": recipe["dtype"],
-        "weights": weights,
-        "activations": activations,
-        "quantize_lm_head": recipe.get("quantize_lm_head", False),
-        "keep_16bit": recipe.get("keep_16bit", []),
-    }
-    if weights["method"] != "round" or needs_ranges(quantization):
-        quantization["calibration"] = calibration_of(recipe)
-    return quantization
+@dataclass(frozen=True)
+class Text:
+    """What a model is calibrated with: `samples` articles of a data set, of `length` tokens at most."""
+
+    dataset: dict[str, str] = field(default_factory=lambda: {"name": "trtbuild-news", "split": "calibration"})
+    samples: int = 64
+    length: int = 512
+    seed: int = 0
+
+    @property
+    def settings(self) -> dict:
+        """What `calibrate` takes."""
+        return asdict(self)
+
+    @property
+    def id(self) -> str:
+        """Name of a calibration file: `trtbuild-news-64x512-1f3a9c0d`."""
+        name = self.dataset["name"].replace("/", "--")
+        return f"{name}-{self.samples}x{self.length}-{identity(self.settings)}"
 
 
-def needs_ranges(quantization: dict | None) -> bool:
-    """Whether quantizing needs a calibration file: for static or smoothed activations."""
-    activations = quantization and quantization["activations"]
-    return bool(activations) and (activations["per"] == "tensor" or activations["smoothquant"] is not None)
+@dataclass(frozen=True)
+class Weights:
+    """How weights are rounded: 8 bits with a scale `per` channel or tensor, int4 with one a group of input channels.
+
+    Without a `group_size` a group is an output channel.
+    """
+
+    dtype: Literal["int8", "int4", "fp8"]
+    method: Literal["round", "gptq", "awq"]
+    per: Literal["channel", "tensor"] | None = None
+    group_size: int | None = None
+    symmetric: bool = True
 
 
-def calibration_of(recipe: dict) -> dict:
-    """A recipe's calibration settings with the defaults filled in."""
-    return DEFAULT_CALIBRATION | recipe.get("calibration", {})
+@dataclass(frozen=True)
+class Activations:
+    """How a product's input is rounded: by a calibrated scale `per` tensor, or one a token; smoothed before, or not."""
+
+    dtype: Literal["int8", "fp8"]
+    per: Literal["tensor", "token"] = "tensor"
+    smoothquant: float | None = None
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """An 8-bit KV cache with calibrated scales, one a layer or one a KV head."""
+
+    dtype: Literal["int8", "fp8"]
+    per: Literal["layer", "head"] = "layer"
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The part of a recipe that quantized weights depend on. `settings` is all of it as plain data."""
+
+    settings: dict
+    dtype: str
+    weights: Weights
+    activations: Activations | None
+    quantize_lm_head: bool
+    keep_16bit: tuple[str, ...]
+    text: Text | None
+
+    @classmethod
+    def parse(cls, settings: dict) -> "Quantization":
+        """From a recipe's mapping that has weights, or from the `settings` of another `Quantization`."""
+        weights = dict(settings["weights"])
+        weights.setdefault("method", "round")
+        if weights["dtype"] == "int4":
+            weights.setdefault("symmetric", weights["method"] == "round")
+            weights.setdefault("group_size", None)
+        else:
+            weights.setdefault("per", "tensor" if weights["dtype"] == "fp8" else "channel")
+        activations = Activations(**settings["activations"]) if settings.get("activations") else None
+        complete = {
+            "dtype": settings["dtype"],
+            "weights": weights,
+            "activations": activations and {"per": "tensor", "smoothquant": None} | settings["activations"],
+            "quantize_lm_head": settings.get("quantize_lm_head", False),
+            "keep_16bit": settings.get("keep_16bit", []),
+        }
+        text = None
+        if weights["method"] != "round" or _measured(activations):
+            text = Text(**settings.get("calibration", {}))
+            complete["calibration"] = text.settings
+        return cls(
+            complete,
+            complete["dtype"],
+            Weights(**weights),
+            activations,
+            complete["quantize_lm_head"],
+            tuple(complete["keep_16bit"]),
+            text,
+        )
+
+    @property
+    def id(self) -> str:
+        """Name of a folder of quantized weights: `gptq-int4-1f3a9c0d`."""
+        return f"{self.weights.method}-{self.weights.dtype}-{identity(self.settings)}"
+
+    @property
+    def needs_ranges(self) -> bool:
+        """Whether quantizing needs a calibration file: for static or smoothed activations."""
+        return _measured(self.activations)
+
+    @property
+    def rounding(self) -> Literal["16bit", "static", "token"]:
+        """What happens to a product's input: see `QuantizedWeight.activations`."""
+        if self.activations is None:
+            return "16bit"
+        return "static" if self.activations.per == "tensor" else "token"
+
+    def keeps(self, name: str) -> bool:
+        """Whether a projection, such as `model.layers.0.mlp.down_proj` or `lm_head`, is left in 16 bits."""
+        if name == "lm_head" and not self.quantize_lm_head:
+            return True
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.keep_16bit)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe with everything that it leaves out. `settings` is its mapping, as declared.
+
+    `text` is what its ranges, if it needs any, are measured with; `quant_checkpoint` the source of published weights.
+    """
+
+    settings: dict
+    dtype: str
+    quantization: Quantization | None
+    kv_cache: KVCache | None
+    quant_checkpoint: dict | None
+    text: Text
+    gate: Literal["fail", "warn"]
+
+    @classmethod
+    def parse(cls, settings: dict) -> "Recipe":
+        """From a mapping that the schema has accepted."""
+        return cls(
+            settings,
+            settings["dtype"],
+            Quantization.parse(settings) if "weights" in settings else None,
+            KVCache(**settings["kv_cache"]) if "kv_cache" in settings else None,
+            settings.get("quant_checkpoint"),
+            Text(**settings.get("calibration", {})),
+            settings.get("gate", "fail"),
+        )
+
+    @property
+    def needs_ranges(self) -> bool:
+        """Whether a stage reads a calibration file: for the weights' activations, or the KV cache."""
+        return self.kv_cache is not None or (self.quantization is not None and self.quantization.needs_ranges)
+
+    @property
+    def engine_settings(self) -> dict:
+        """The part that an engine depends on, given its weights: all but how it is judged."""
+        return {key: value for key, value in self.settings.items() if key not in ("max_perplexity_increase", "gate")}
+
+    @property
+    def max_perplexity_increase(self) -> float:
+        """In per cent: as declared, or by what is quantized."""
+        kinds = ["plain", *([self.kv_cache.dtype] if self.kv_cache else [])]
+        if self.quant_checkpoint:
+            kinds.append("int4-groups")
+        if self.quantization:
+            weights, activations = self.quantization.weights, self.quantization.activations
+            kinds.append("int4-groups" if weights.group_size else weights.dtype)
+            kinds += ["w8a8"] if activations and activations.dtype == "int8" else []
+        return self.settings.get("max_perplexity_increase", max(MAX_PERPLEXITY_INCREASE[kind] for kind in kinds))
+
+    @property
+    def gate_limits(self) -> dict:
+        """What `evaluation.gate` compares with: `max_increase` of perplexity in per cent, and `gate`."""
+        return {"max_increase": self.max_perplexity_increase, "gate": self.gate}
 
 
 def identity(settings: dict) -> str:
@@ -62,39 +198,5 @@ def identity(settings: dict) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def calibration_id(settings: dict) -> str:
-    """Name of a calibration file: `trtbuild-news-64x512-1f3a9c0d`."""
-    name = settings["dataset"]["name"].replace("/", "--")
-    return f"{name}-{settings['samples']}x{settings['length']}-{identity(settings)}"
-
-
-def quantization_id(quantization: dict) -> str:
-    """Name of a folder of quantized weights: `gptq-int4-1f3a9c0d`."""
-    weights = quantization["weights"]
-    return f"{weights['method']}-{weights['dtype']}-{identity(quantization)}"
-
-
-def kept_in_16bit(name: str, quantization: dict) -> bool:
-    """Whether a projection, such as `model.layers.0.mlp.down_proj` or `lm_head`, is left alone."""
-    if name == "lm_head" and not quantization["quantize_lm_head"]:
-        return True
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in quantization["keep_16bit"])
-
-
-def engine_recipe(recipe: dict) -> dict:
-    """The part of a recipe that its engine depends on, given its weights: all but how it is judged."""
-    return {key: value for key, value in recipe.items() if key not in ("max_perplexity_increase", "gate")}
-
-
-def gate_limits(recipe: dict) -> dict:
-    """`max_increase` of perplexity in per cent, declared or by kind, and `gate`."""
-    weights, activations = recipe.get("weights", {}), recipe.get("activations", {})
-    kinds = ["plain", *([recipe["kv_cache"]["dtype"]] if "kv_cache" in recipe else [])]
-    if activations.get("dtype") == "int8":
-        kinds.append("w8a8")
-    if "quant_checkpoint" in recipe or weights.get("group_size"):
-        kinds.append("int4-groups")
-    elif weights:
-        kinds.append(weights["dtype"])
-    limit = recipe.get("max_perplexity_increase", max(MAX_PERPLEXITY_INCREASE[kind] for kind in kinds))
-    return {"max_increase": limit, "gate": recipe.get("gate", "fail")}
+def _measured(activations: Activations | None) -> bool:
+    return activations is not None and (activations.per == "tensor" or activations.smoothquant is not None)

@@ -8,6 +8,8 @@ import torch
 
 from trtbuild.errors import UserError
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of weights as they are, and of scales
+
 
 @dataclass(frozen=True)
 class LazyTensor:

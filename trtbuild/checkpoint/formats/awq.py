@@ -8,10 +8,9 @@ from collections.abc import Mapping
 
 import torch
 
-from trtbuild.checkpoint.formats.gptq import FLOATS
 from trtbuild.checkpoint.formats.int32 import count_groups, expect, pack, unpack
 from trtbuild.errors import UserError
-from trtbuild.tensors.lazy import LazyTensor
+from trtbuild.tensors.lazy import FLOATS, LazyTensor
 from trtbuild.tensors.quantized_weight import QuantizedWeight
 
 EIGHTS = -0x77777778  # 0x88888888 as int32: zero points of 8

@@ -12,10 +12,9 @@ from collections.abc import Mapping
 
 import torch
 
-from trtbuild.checkpoint.formats.gptq import FLOATS
 from trtbuild.checkpoint.formats.int32 import count_groups, expect, group_order, pack, unpack
 from trtbuild.errors import UserError
-from trtbuild.tensors.lazy import LazyTensor
+from trtbuild.tensors.lazy import FLOATS, LazyTensor
 from trtbuild.tensors.quantized_weight import QuantizedWeight
 
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "input_scale")

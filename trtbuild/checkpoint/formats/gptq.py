@@ -14,12 +14,11 @@ import torch
 
 from trtbuild.checkpoint.formats.int32 import count_groups, expect, group_order, pack, unpack
 from trtbuild.errors import UserError
-from trtbuild.tensors.lazy import LazyTensor
+from trtbuild.tensors.lazy import FLOATS, LazyTensor
 from trtbuild.tensors.quantized_weight import QuantizedWeight
 
 ONES = 0x11111111
 SEVENS = 0x77777777  # a zero point of 8, less one
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def read(quantization: dict, tensors: Mapping[str, LazyTensor], where: str) -> dict[str, LazyTensor | QuantizedWeight]:
