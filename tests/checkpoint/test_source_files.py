@@ -19,6 +19,7 @@ LAYOUTS = {
     "Meta": ("params.json", "consolidated.00.pth", "consolidated.01.pth", "../tokenizer.model"),
 }  # fmt: skip
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "qwen.tiktoken", "chat_template.jinja")
+TOKENIZER += ("vocab.json", "merges.txt", "special_tokens_map.json", "generation_config.json")
 IGNORED = ("README.md", "training_args.bin", "optimizer.pt", "other.safetensors", ".git/config", "notes.json")
 
 

@@ -10,6 +10,7 @@ from outlier_models import CONFIG, SAMPLES, calibrated, outlier_weights, write_m
 from safetensors.torch import save_file
 
 from trtbuild.checkpoint.canonical import Checkpoint
+from trtbuild.checkpoint.sources import make_checkpoint
 from trtbuild.errors import UserError
 from trtbuild.evaluation.hugging_face import HuggingFaceModel
 from trtbuild.files import sha256
@@ -82,6 +83,25 @@ def test_bit_identical_with_any_number_of_threads(folder, ranges, tmp_path, name
     expected |= {"quantize_config.json"} if name == "gptq" else set()
     assert expected <= first.keys()
     assert {"smoothing.npz", "quantize_config.json"} & first.keys() <= expected
+
+
+def test_a_tokenizers_files_go_wherever_the_weights_go(folder, tmp_path):
+    """From a published folder into the checkpoint, and from there into quantized ones."""
+    source = shutil.copytree(folder, tmp_path / "published")
+    names = {
+        "tokenizer.model",
+        "vocab.json",
+        "merges.txt",
+        "special_tokens_map.json",
+        "generation_config.json",
+        "x.jinja",
+    }
+    for name in names:
+        (source / name).write_text("{}")
+    make_checkpoint({"local": {"path": str(source)}}, tmp_path / "checkpoint")
+    quantize(tmp_path / "checkpoint", tmp_path / "quantized", quantization("int8"))
+    for made in ("checkpoint", "quantized"):
+        assert names | {"tokenizer.json", "tokenizer_config.json"} <= contents(tmp_path / made).keys()
 
 
 @recipes

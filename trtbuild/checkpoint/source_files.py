@@ -8,7 +8,16 @@ from trtbuild.checkpoint.weight_files import SAFETENSORS, TORCH, has, weight_fil
 from trtbuild.errors import UserError
 from trtbuild.files import state_of, user_path
 
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "merges.txt", "*.jinja")
+# What belongs to a tokenizer wherever a checkpoint goes: `tokenizer.json` is what is read here, the others are what
+# other programs look for.
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "vocab.json",
+    "merges.txt",
+    "*.jinja",
+)
 BESIDE_WEIGHTS = ("quant*.json", "smoothing.npz")
 OTHERS = ("config.json", "params.json", "added_tokens.json", "*.tiktoken")
 

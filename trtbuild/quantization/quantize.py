@@ -11,6 +11,7 @@ import torch
 
 from trtbuild.checkpoint.canonical import ORIGIN_FILE, Checkpoint
 from trtbuild.checkpoint.formats import FORMATS
+from trtbuild.checkpoint.source_files import TOKENIZER_FILES
 from trtbuild.errors import UserError
 from trtbuild.files import atomic, read_json, refuse_output_over_input, sha256, write_json
 from trtbuild.models.config import PRODUCTS
@@ -25,8 +26,6 @@ from trtbuild.runtime.open import pick_device
 from trtbuild.tensors.lazy import LazyTensor
 from trtbuild.tensors.quantized_weight import QuantizedWeight
 from trtbuild.tensors.safetensors_stream import write_sharded
-
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "*.jinja", "merges.txt", "vocab*")
 
 
 def quantize(
