@@ -73,7 +73,10 @@ ModelVersion = Annotated[
     str | None, typer.Option(help="Which version it is, where config.json does not tell, such as v2_13b.")
 ]
 NumLayers = Annotated[int | None, typer.Option(help="Layers of the dummy model; default: as many as the real one has.")]
-Recipes = Annotated[Path, typer.Option(help="File that holds the recipe.")]
+Recipes = Annotated[
+    Path | None,
+    typer.Option(help="File of recipes beside the shipped ones; default: config/recipes.yaml, where there is one."),
+]
 Calibration = Annotated[
     Path | None, typer.Option(help="File of 'calibrate'; for recipes with quantized activations or KV cache.")
 ]
@@ -169,7 +172,7 @@ def quantize(
     checkpoint_dir: CheckpointDir,
     output_dir: Annotated[Path, typer.Option(help="Where the quantized checkpoint goes.", callback=_output)],
     recipe: Annotated[str, typer.Option(help="Name of a recipe with weights, such as int8wo, gptq, awq, fp8.")],
-    recipes: Recipes = Path("config/recipes.yaml"),
+    recipes: Recipes = None,
     calibration: Calibration = None,
     device: DeviceOption = Device.auto,
 ) -> None:
@@ -205,7 +208,7 @@ def build(
         Dtype | None, typer.Option(help="Dtype of what is not quantized; default: the recipe's, or float16.")
     ] = None,
     recipe: Annotated[str | None, typer.Option(help="Name of a recipe; its weights come from 'quantize'.")] = None,
-    recipes: Recipes = Path("config/recipes.yaml"),
+    recipes: Recipes = None,
     calibration: Calibration = None,
     engine: Annotated[
         list[Engine], typer.Option(help="Which engines; repeat for both. TensorRT needs the portable one.")
@@ -590,13 +593,20 @@ def _dummy(name: str, models: Path, model_version: str | None) -> tuple[str, dic
     return name, dummy_source(table[name]) | version
 
 
-def _recipe(name: str, path: Path) -> Recipe:
-    from trtbuild.workflow import load_recipes
+def _recipe(name: str, path: Path | None) -> Recipe:
+    """A recipe of the project, or else a shipped one."""
+    from trtbuild.workflow import RECIPES_SCHEMA, load_recipes, load_table
 
-    table = load_recipes(str(path))
-    if name not in table:
-        raise UserError(f"{path} has no recipe {name!r}; it has {', '.join(sorted(table))}")
-    return table[name]
+    if path is None and Path("config/recipes.yaml").exists():
+        path = Path("config/recipes.yaml")
+    recipes = load_recipes(path)
+    if name not in recipes:
+        shipped = ", ".join(sorted(load_recipes(None)))
+        if not path:
+            raise UserError(f"trtbuild has no recipe {name!r}; it has {shipped}")
+        own = ", ".join(sorted(load_table(path, RECIPES_SCHEMA))) or "none"
+        raise UserError(f"{path} has no recipe {name!r}; it has {own}; trtbuild has {shipped}")
+    return recipes[name]
 
 
 def _read_prompts(path: Path) -> list[str]:

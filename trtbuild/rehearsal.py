@@ -69,7 +69,7 @@ def dummy_source(model: dict) -> dict:
 
 
 def rehearsal_recipes(recipes: dict[str, Recipe]) -> dict[str, Recipe]:
-    """`config/recipes.yaml` without published weights, with a gate that never stops: random weights are no measure."""
+    """The recipes without published weights, with a gate that never stops: random weights are no measure."""
     kept = {name: small_calibration(recipe) for name, recipe in recipes.items() if not recipe.quant_checkpoint}
     return {name: Recipe.parse(recipe.settings | {"gate": "warn"}) for name, recipe in kept.items()}
 

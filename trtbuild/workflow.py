@@ -19,22 +19,18 @@ from trtbuild.quantization.recipe import Recipe, identity
 from trtbuild.tokenizer import chat_template
 from trtbuild.yaml_reader import read_yaml
 
-SCHEMAS = Path(__file__).parents[1] / "config" / "schemas"
+SCHEMAS = Path(__file__).parent / "schemas"
 MODELS_SCHEMA = SCHEMAS / "models.schema.yaml"
 RECIPES_SCHEMA = SCHEMAS / "recipes.schema.yaml"
+SHIPPED_RECIPES = Path(__file__).parent / "recipes.yaml"
 TABLE = "recipes.md"
 LIMITS = ("max_batch_size", "max_input_len", "max_output_len")  # of `build`
-RESERVED = ("calibration", "checkpoint", "hf", "logs", "quantized")  # folders of results/{model}/ that are no recipes
 
 
 def validate(value: object, schema_path: Path, where: str) -> None:
     """Checks a configuration against a JSON schema; the `UserError` names the key and what it expects."""
     import jsonschema
 
-    if not schema_path.exists():
-        raise UserError(
-            f"{schema_path} is missing; recipes are checked against it, so run trtbuild from its repository"
-        )
     schema = read_yaml(schema_path)
     errors = list(jsonschema.Draft202012Validator(schema).iter_errors(value))
     shapes = [error for error in errors if "allOf" not in error.absolute_schema_path]  # said before contradictions
@@ -53,16 +49,23 @@ def validate(value: object, schema_path: Path, where: str) -> None:
         raise UserError(f"{where}: {key}: {reason}")
 
 
-def load_table(path: str, schema_path: Path) -> dict:
+def load_table(path: Path | str, schema_path: Path) -> dict:
     """Reads and checks `models.yaml` or `recipes.yaml`."""
     table = read_yaml(user_path(path))
-    validate(table, schema_path, path)
-    return table
+    validate(table, schema_path, str(path))
+    return table or {}
 
 
-def load_recipes(path: str) -> dict[str, Recipe]:
-    """The recipes of `recipes.yaml`, by name."""
-    return {name: Recipe.parse(settings) for name, settings in load_table(path, RECIPES_SCHEMA).items()}
+def load_recipes(path: Path | str | None) -> dict[str, Recipe]:
+    """The shipped recipes and those of a project's `path`, which add to them or replace one of the same name."""
+    table = load_table(SHIPPED_RECIPES, RECIPES_SCHEMA) | (load_table(path, RECIPES_SCHEMA) if path else {})
+    return {name: Recipe.parse(settings) for name, settings in table.items()}
+
+
+@functools.cache
+def reserved_names() -> frozenset[str]:
+    """What lies in `results/{model}/` and is no recipe."""
+    return frozenset(read_yaml(RECIPES_SCHEMA)["propertyNames"]["not"]["enum"])
 
 
 def chat_templates(models: dict, where: str) -> dict[str, str | None]:
@@ -158,7 +161,7 @@ def check_targets(targets: Iterable[str], models: dict, recipes: dict, rehearse:
                 raise UserError(f"{target}: this is the place of rehearsals; add '--config rehearse=true' at the end")
             if model not in models:
                 raise UserError(f"{target}: {unknown('model', model, models)}")
-            if recipe not in recipes and recipe not in (*RESERVED, TABLE):
+            if recipe not in recipes and recipe not in reserved_names():
                 raise UserError(f"{target}: {unknown('recipe', recipe, recipes)}")
 
 

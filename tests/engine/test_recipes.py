@@ -23,7 +23,7 @@ from trtbuild.runtime.lowered_session import InterpretedSession
 from trtbuild.runtime.session import PortableSession
 from trtbuild.tensors.safetensors_stream import open_file
 
-RECIPES = yaml.safe_load((Path(__file__).parents[2] / "config/recipes.yaml").read_text())
+RECIPES = yaml.safe_load((Path(__file__).parents[2] / "trtbuild/recipes.yaml").read_text())
 # What the shipped recipes leave out, on a model with biases whose head is the embedding table.
 INT8 = {"dtype": "int8"}
 OPTIONS = {

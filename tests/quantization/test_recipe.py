@@ -8,7 +8,7 @@ import yaml
 
 from trtbuild.quantization.recipe import MAX_PERPLEXITY_INCREASE, Quantization, Recipe, Text
 
-RECIPES = yaml.safe_load((Path(__file__).parents[2] / "config/recipes.yaml").read_text())
+RECIPES = yaml.safe_load((Path(__file__).parents[2] / "trtbuild/recipes.yaml").read_text())
 AWQ = {"dtype": "float16", "weights": {"dtype": "int4", "method": "awq", "group_size": 64}}
 SMOOTH = {
     "dtype": "float16",

@@ -56,7 +56,7 @@ BAD_CONFIGURATION = {
     ),
     "unknown recipe in the matrix": (
         set_to("config", "matrix", [{"model": "tiny", "recipes": ["int9"]}]),
-        "unknown recipe 'int9'; known recipes: bf16, fp32",
+        "unknown recipe 'int9'; closest: int8wo, int8kv, int4wo; known recipes: awq, ",
     ),
     "baseline as a recipe in the matrix": (
         set_to("config", "matrix", [{"model": "tiny", "recipes": ["hf"]}]),
@@ -141,7 +141,10 @@ def test_bad_configuration(empty, name):
     ("target", "line"),
     [
         ("results/tinny/fp32/rouge.json", "unknown model 'tinny'; closest: tiny; known models: other, tiny"),
-        ("results/tiny/int9/rouge.json", "unknown recipe 'int9'; known recipes: bf16, fp32"),
+        (
+            "results/tiny/int9/rouge.json",
+            "unknown recipe 'int9'; closest: int8wo, int8kv, int4wo; known recipes: awq, ",
+        ),
         ("results/tiny/fp32/rogue.json", "results/tiny/fp32/rogue.json"),
     ],
 )

@@ -22,9 +22,13 @@ from trtbuild.rehearsal import (
     rehearsal_target,
 )
 from trtbuild.workflow import (
+    RECIPES_SCHEMA,
+    SCHEMAS,
+    SHIPPED_RECIPES,
     check_limits,
     check_positions_of_targets,
     check_targets,
+    load_recipes,
     load_table,
     matrix_targets,
     rehearses,
@@ -33,7 +37,6 @@ from trtbuild.workflow import (
 )
 
 REPOSITORY = Path(__file__).parents[2]
-SCHEMAS = REPOSITORY / "config" / "schemas"
 
 
 @pytest.fixture
@@ -59,7 +62,7 @@ def test_shipped_configuration_is_valid(shipped):
     validate(shipped, SCHEMAS / "config.schema.yaml", "config.yaml")
     check_limits(shipped)
     models = load_table(REPOSITORY / "config" / "models.yaml", SCHEMAS / "models.schema.yaml")
-    recipes = load_table(REPOSITORY / "config" / "recipes.yaml", SCHEMAS / "recipes.schema.yaml")
+    recipes = load_recipes(REPOSITORY / "config" / "recipes.yaml")
     check_targets(matrix_targets(shipped), models, recipes)
 
 
@@ -110,6 +113,20 @@ def test_load_table(tmp_path):
     assert "\n" not in str(caught.value)
     path.write_text("fp16: {dtype: float16}", encoding="utf-8")
     assert load_table(str(path), schema) == {"fp16": {"dtype": "float16"}}
+
+
+def test_recipes_of_a_project_add_to_the_shipped_ones_or_replace_them(tmp_path):
+    shipped, path = load_table(SHIPPED_RECIPES, RECIPES_SCHEMA), tmp_path / "recipes.yaml"
+    path.write_text("mine: {dtype: float32}\nfp16: {dtype: bfloat16}", encoding="utf-8")
+    recipes = {name: recipe.settings for name, recipe in load_recipes(path).items()}
+    assert recipes == shipped | {"mine": {"dtype": "float32"}, "fp16": {"dtype": "bfloat16"}}
+    assert shipped["fp16"] == {"dtype": "float16"}
+    for nothing in ("# comments alone", "{}"):
+        path.write_text(nothing, encoding="utf-8")
+        assert load_recipes(path) == load_recipes(None)
+        assert load_recipes(None).keys() == shipped.keys()
+    with pytest.raises(UserError, match=r"none\.yaml does not exist"):
+        load_recipes("none.yaml")
 
 
 def test_matrix_targets():
@@ -419,7 +436,7 @@ def test_check_limits(shipped, section, key, limit):
 )
 def test_positions_of_targets(shipped, model, target, length, fits):
     """The shipped models, with 128 tokens of output."""
-    models, recipes = (load_table(shipped[key], SCHEMAS / f"{key}.schema.yaml") for key in ("models", "recipes"))
+    models, recipes = load_table(shipped["models"], SCHEMAS / "models.schema.yaml"), load_recipes(shipped["recipes"])
     build = shipped["build"] | {"max_input_len": length}
     if fits:
         check_positions_of_targets([target], models, recipes, build)

@@ -7,12 +7,12 @@ from trtbuild.errors import UserError
 from trtbuild.quantization.recipe import Recipe
 from trtbuild.workflow import (
     RECIPES_SCHEMA,
-    RESERVED,
     calibration_name,
     calibrations,
     check_targets,
     load_table,
     quantizations,
+    reserved_names,
     weights_folder,
 )
 
@@ -205,7 +205,7 @@ def test_a_recipe_needs_a_dtype(refused):
     assert refused({"weights": INT8}) == "mine: 'dtype' is a required property"
 
 
-@pytest.mark.parametrize("name", RESERVED)
+@pytest.mark.parametrize("name", sorted(reserved_names()))
 def test_folders_of_a_model_are_no_recipe_names(tmp_path, name):
     (tmp_path / "recipes.yaml").write_text(f"{name}: {{dtype: float16}}")
     with pytest.raises(UserError, match=f"recipes.yaml: the file: '{name}'"):

@@ -1,8 +1,8 @@
 """Recipes: how weights, activations and KV cache are represented, composed of independent parts.
 
-`config/recipes.yaml` holds recipes as mappings, and `config/schemas/recipes.schema.yaml` says which are valid. Here
-they become types: what a mapping leaves out is filled in once, and each stage takes the part that it depends on. Parts
-that name an artifact, or go into one, keep their mapping, `settings`.
+`recipes.yaml` holds recipes as mappings, and `schemas/recipes.schema.yaml` says which are valid. Here they become
+types: what a mapping leaves out is filled in once, and each stage takes the part that it depends on. Parts that name an
+artifact, or go into one, keep their mapping, `settings`.
 """
 
 import fnmatch
