@@ -26,7 +26,7 @@ def run_reference(network: Network, inputs: dict[str, torch.Tensor]) -> dict[str
     """A network's outputs by its operations' `reference`."""
     values = inputs | {name: constant.load() for name, constant in network.constants.items()}
     for node in network.nodes:
-        result = node.op.reference(*(values[name] for name in node.inputs))
+        result = node.op.reference(**{parameter: values[name] for parameter, name in node.inputs.items()})
         values |= zip(node.outputs, result if isinstance(result, tuple) else (result,), strict=True)
     return {name: values[name] for name in network.outputs}
 

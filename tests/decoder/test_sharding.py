@@ -9,7 +9,7 @@ from published_models import LLAMA, QWEN
 from transformers import LlamaForCausalLM
 from transformers.models.llama.configuration_llama import LlamaConfig
 
-from trtbuild.decoder.decoder import QuantizedCache
+from trtbuild.decoder.decoder import CacheScales
 from trtbuild.decoder.mapping import Mapping
 from trtbuild.decoder.sharding import shard, tp_sizes
 from trtbuild.errors import UserError
@@ -40,7 +40,7 @@ def tensors_of(config: ModelConfig) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=draw) for name, shape in config.tensor_shapes().items()}
 
 
-def shares(config: ModelConfig, weights: Callable, tp_size: int, cache: QuantizedCache | None = None) -> list[tuple]:
+def shares(config: ModelConfig, weights: Callable, tp_size: int, cache: CacheScales | None = None) -> list[tuple]:
     return [shard(config, weights, cache, Mapping(tp_size, 1, rank)) for rank in range(tp_size)]
 
 
@@ -100,7 +100,7 @@ def test_heads_find_their_kv_heads(name, tp_size):
 def test_configuration_and_scales(tp_size):
     config = config_of("fewer KV heads than ranks")
     scales = torch.arange(6.0).view(3, 2), torch.arange(10.0, 16).view(3, 2)
-    for rank, (share, _, cache) in enumerate(shares(config, None, tp_size, QuantizedCache(torch.int8, *scales))):
+    for rank, (share, _, cache) in enumerate(shares(config, None, tp_size, CacheScales(torch.int8, *scales))):
         assert (share.num_attention_heads, share.intermediate_size) == (8 // tp_size, 96 // tp_size)
         assert (share.hidden_size, share.head_dim, share.vocab_size, share.num_hidden_layers) == (64, 8, 320, 3)
         heads = slice(0, 2) if tp_size == 1 else slice(rank * 2 // tp_size, rank * 2 // tp_size + 1)

@@ -33,7 +33,7 @@ from test_recipes import LIMITS as RECIPE_LIMITS
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.checkpoint.dummy import save_byte_tokenizer
 from trtbuild.checkpoint.sources import make_checkpoint
-from trtbuild.decoder.decoder import QuantizedCache
+from trtbuild.decoder.decoder import CacheScales
 from trtbuild.decoder.mapping import Mapping
 from trtbuild.engine.build import build_portable
 from trtbuild.engine.config import BuildLimits
@@ -348,7 +348,7 @@ class Quantized:
             quantize(self.model(family).checkpoint, folder, quantization, self.ranges(family), "cpu")
         return folder
 
-    def cache(self, family: str, recipe: dict) -> QuantizedCache | None:
+    def cache(self, family: str, recipe: dict) -> CacheScales | None:
         return cache_of(Recipe.parse(recipe), self.weights(family, recipe), self.ranges(family))
 
     def network(self, family: str, recipe: dict, file: Path) -> Network:
@@ -418,7 +418,7 @@ def test_builds(quantized, tmp_path, family, name):
 # What baselines that are our own engine rest on: the oracles, with the numbers that were written
 
 
-def rounding_caches(cache: QuantizedCache) -> Callable:
+def rounding_caches(cache: CacheScales) -> Callable:
     """The oracles' attention with the keys and values of each layer in turn rounded as a cache rounds them."""
     layers = iter(zip(cache.key_scales.double(), cache.value_scales.double(), strict=True))
     attend = reference_models.attend

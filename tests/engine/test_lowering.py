@@ -9,7 +9,7 @@ from numerics import run_reference, step_logits
 
 pytest.importorskip("tensorrt_rtx")
 
-from trtbuild.decoder.decoder import QuantizedCache, decoder
+from trtbuild.decoder.decoder import CacheScales, decoder
 from trtbuild.engine import tensorrt_api
 from trtbuild.engine.build import build_engine_dir
 from trtbuild.engine.config import BuildLimits
@@ -56,7 +56,7 @@ def weight(network: Network, *shape: int, dtype: torch.dtype):
 def dense(network, dtype, bias):
     b = network.constant("b", from_tensor(torch.randn(40).to(dtype))) if bias else None
     x, w = tokens_by(network, 48, dtype), weight(network, 40, 48, dtype=dtype)
-    return network.add(DenseLinear(), x, w, *(() if b is None else (b,)))
+    return network.add(DenseLinear(), x=x, weight=w, bias=b)
 
 
 def rotary(network, dtype, *dynamic):
@@ -74,19 +74,24 @@ def by_prompt(network):
 
 
 def attention(network, dtype, heads, kv_heads, dim, alibi=False, logn=False):
-    cache = [network.input(f"{x}_cache.0", dtype, ("batch", kv_heads, MAX_LENGTH, dim)) for x in ("key", "value")]
+    cache = {
+        f"{x}_cache": network.input(f"{x}_cache.0", dtype, ("batch", kv_heads, MAX_LENGTH, dim))
+        for x in ("key", "value")
+    }
     integers = [
         network.input(name, torch.int32, (size,))
         for name, size in (("position_ids", "tokens"), ("query_starts", "starts"), ("past_lengths", "batch"))
     ]
     frequencies = network.constant("f", from_tensor(1e3 ** (-torch.arange(0, dim, 2) / dim)))
-    if alibi:
-        positional = (network.constant("alibi.slopes", from_tensor(alibi_slopes(heads))),)
-    else:
-        positional = ops.rotary_embedding(integers[0], frequencies, dtype)
-    factors = ops.log_n(integers[0], 3, dtype) if logn else None
+    slopes = network.constant("alibi.slopes", from_tensor(alibi_slopes(heads))) if alibi else None
     x = tokens_by(network, (heads + 2 * kv_heads) * dim, dtype)
-    return ops.attention(x, positional, tuple(cache), *integers, heads, kv_heads, dim, factors)
+    if alibi:
+        q, k, v = ops.split_heads(x, heads, kv_heads, dim)
+    else:
+        q, k, v = ops.rotate(x, *ops.rotary_embedding(integers[0], frequencies, dtype), heads, kv_heads, dim)
+    if logn:
+        q = ops.scale_tokens(q, ops.log_n(integers[0], 3, dtype))
+    return ops.attention(q, k, v, *integers, **cache, slopes=slopes)
 
 
 CASES = {
@@ -199,7 +204,7 @@ def random_decoder(config: dict, dtype: torch.dtype, cache_dtype: torch.dtype | 
     cache = None
     if cache_dtype:
         scales = scale_for(torch.full((model.num_hidden_layers, model.num_key_value_heads), 6.0), cache_dtype)
-        cache = QuantizedCache(cache_dtype, scales, 0.5 * scales)
+        cache = CacheScales(cache_dtype, scales, 0.5 * scales)
     return decoder(model, lambda name: from_tensor(weights[name]), dtype, LIMITS.max_length, cache)
 
 

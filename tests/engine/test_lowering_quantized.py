@@ -8,7 +8,7 @@ from numerics import run_reference, step_logits
 
 pytest.importorskip("tensorrt_rtx")
 
-from trtbuild.decoder.decoder import QuantizedCache, decoder
+from trtbuild.decoder.decoder import CacheScales, decoder
 from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.interpreter import Interpreter
 from trtbuild.engine.portable import PortableEngine
@@ -121,10 +121,10 @@ def attention_network(dtype: torch.dtype, cache_dtype: torch.dtype) -> Network:
     network = Network()
     network.input("input_ids", torch.int32, ("tokens",))
     shape = ("batch", KV_HEADS, MAX_LENGTH, HEAD_DIM)
-    cache = [network.input(f"{kind}_cache.0", cache_dtype, shape) for kind in ("key", "value")]
+    cache = {f"{kind}_cache": network.input(f"{kind}_cache.0", cache_dtype, shape) for kind in ("key", "value")}
     for kind, largest in (("key", 4.0), ("value", 3.0)):  # some keys and values saturate
         scales = scale_for(largest * torch.tensor([0.5, 1.0]), cache_dtype)
-        cache.append(network.constant(f"{kind}_scale", from_tensor(scales)))
+        cache[f"{kind}_scale"] = network.constant(f"{kind}_scale", from_tensor(scales))
     integers = [
         network.input(name, torch.int32, (size,))
         for name, size in (("position_ids", "tokens"), ("query_starts", "starts"), ("past_lengths", "batch"))
@@ -132,7 +132,7 @@ def attention_network(dtype: torch.dtype, cache_dtype: torch.dtype) -> Network:
     frequencies = network.constant("f", from_tensor(1e3 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)))
     angles = ops.rotary_embedding(integers[0], frequencies, dtype)
     x = network.input("x", dtype, ("tokens", (HEADS + 2 * KV_HEADS) * HEAD_DIM))
-    results = ops.attention(x, angles, cache, *integers, HEADS, KV_HEADS, HEAD_DIM)
+    results = ops.attention(*ops.rotate(x, *angles, HEADS, KV_HEADS, HEAD_DIM), *integers, **cache)
     for name, result in zip(("result", "present_key.0", "present_value.0"), results, strict=True):
         network.mark_output(result, name)
     return network
@@ -200,7 +200,7 @@ def quantized_decoder(config: dict, dtype: torch.dtype, kind: str, cache_dtype: 
     cache = None
     if cache_dtype:
         scales = scale_for(torch.full((model.num_hidden_layers, model.num_key_value_heads), 6.0), cache_dtype)
-        cache = QuantizedCache(cache_dtype, scales, 0.5 * scales)
+        cache = CacheScales(cache_dtype, scales, 0.5 * scales)
     return decoder(model, weight, dtype, LIMITS.max_length, cache)
 
 

@@ -60,7 +60,7 @@ def test_file_is_safetensors_in_the_recipes_dtype(tiny_checkpoint, tmp_path, dty
         expected = Checkpoint(tiny_checkpoint)[name].load().to(getattr(torch, dtype))
         assert torch.equal(file.get_tensor(name), expected)
         metadata = json.loads(file.metadata()[METADATA_KEY])
-    assert metadata["format_version"] == 2
+    assert metadata["format_version"] == 3
     assert metadata["limits"] == dataclasses.asdict(limits)
     assert read_config(tmp_path / "engine")["outputs"][FILE]["bytes"] == (tmp_path / "engine" / FILE).stat().st_size
 
@@ -102,7 +102,7 @@ def other_version(path):
         (lambda path: path.write_bytes(b"no engine"), "is truncated or not a safetensors file"),
         (lambda path: path.unlink(), "missing weights file"),
         (lambda path: save_file({"x": torch.ones(2)}, path), "is a safetensors file but not an engine"),
-        (other_version, "has engine format 99, this version reads 2; build it again"),
+        (other_version, "has engine format 99, this version reads 3; build it again"),
     ],
     ids=["truncated", "text", "missing", "plain safetensors", "other version"],
 )

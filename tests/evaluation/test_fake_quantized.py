@@ -6,7 +6,7 @@ from outlier_models import SAMPLES, calibrated, write_model
 from transformers import AutoModelForCausalLM
 
 from trtbuild.checkpoint.canonical import Checkpoint
-from trtbuild.decoder.decoder import QuantizedCache
+from trtbuild.decoder.decoder import CacheScales
 from trtbuild.evaluation.fake_quantized import fake_quantized_cache, load_model
 from trtbuild.evaluation.hugging_face import HuggingFaceModel
 from trtbuild.quantization.quantize import quantize
@@ -138,7 +138,7 @@ def test_static_activations_saturate(quantized):
 def test_cache_rounds_what_it_is_given(dtype):
     """By layer and head, keys and values apart, over several steps; and returns all that it holds."""
     key_scales, value_scales = (torch.tensor([[0.01, 0.02], [0.03, 0.5]]) * x for x in (1, 7))
-    cache = fake_quantized_cache(QuantizedCache(dtype, key_scales, value_scales))
+    cache = fake_quantized_cache(CacheScales(dtype, key_scales, value_scales))
     for layer in range(2):
         keys, values = torch.randn(2, 3, 2, 6, 8).unbind()  # [batch, kv_heads, tokens, head_dim]
         for start, stop in ((0, 4), (4, 5), (5, 6)):
@@ -152,7 +152,7 @@ def test_cache_rounds_what_it_is_given(dtype):
 
 def test_cache_keeps_the_models_dtype():
     scales = torch.ones(1, 2) / 16
-    cache = fake_quantized_cache(QuantizedCache(torch.int8, scales, scales))
+    cache = fake_quantized_cache(CacheScales(torch.int8, scales, scales))
     keys, _ = cache.update(torch.randn(1, 2, 3, 8).bfloat16(), torch.randn(1, 2, 3, 8).bfloat16(), 0)
     assert keys.dtype == torch.bfloat16
 
@@ -163,7 +163,7 @@ def test_logits_with_a_cache(folder):
     errors = []
     for step in (2.0**-4, 2.0**-1):
         scales = torch.full((2, 2), step)
-        model = HuggingFaceModel(folder, device="cpu", cache=QuantizedCache(torch.int8, scales, scales))
+        model = HuggingFaceModel(folder, device="cpu", cache=CacheScales(torch.int8, scales, scales))
         logits = model.logits(IDS)
         assert logits.equal(model.logits(IDS))
         errors.append(((logits - plain).norm() / plain.norm()).item())
@@ -174,6 +174,6 @@ def test_logits_with_a_cache(folder):
 def test_a_prompt_is_treated_alike_in_one_step_or_many(folder):
     """Logits of a token do not depend on what comes after it."""
     scales = torch.full((2, 2), 0.1)
-    model = HuggingFaceModel(folder, device="cpu", cache=QuantizedCache(torch.int8, scales, scales))
+    model = HuggingFaceModel(folder, device="cpu", cache=CacheScales(torch.int8, scales, scales))
     long, short = model.logits(IDS), model.logits(IDS[:17])
     assert (long[:17] - short).norm() / short.norm() < 1e-5

@@ -98,21 +98,21 @@ def linear_formats(out: int, width: int) -> dict[str, tuple]:
     def int8() -> torch.Tensor:
         return torch.randint(-128, 128, (out, width), dtype=torch.int8, device="cuda")
 
-    def int4() -> list[torch.Tensor]:
+    def int4() -> dict[str, torch.Tensor]:
         groups = out, width // 128
         values = torch.randint(0, 256, (out, width // 2), dtype=torch.uint8, device="cuda")
-        return [values, (torch.rand(groups, device="cuda") * 0.1).half()]
+        return {"weight": values, "scales": (torch.rand(groups, device="cuda") * 0.1).half()}
 
     zeros = torch.randint(-8, 8, (out, width // 128), dtype=torch.int8, device="cuda")
     scale, input_scale = torch.rand(out, device="cuda") * 0.01, torch.full((1,), 0.02, device="cuda")
     narrow = quantize(torch.randn(out, width, device="cuda"), input_scale, FP8)
     return {
-        "int8": (Int8Linear(), [int8(), scale]),
-        "int4": (Int4Linear(symmetric=True), int4()),
-        "int4 zeros": (Int4Linear(symmetric=False), [*int4(), zeros]),
-        "w8a8 token": (W8A8Linear(per_token=True), [int8(), scale]),
-        "w8a8 static": (W8A8Linear(per_token=False), [int8(), scale, input_scale]),
-        "fp8": (Fp8Linear(), [narrow, scale, input_scale]),
+        "int8": (Int8Linear(), {"weight": int8(), "scale": scale}),
+        "int4": (Int4Linear(), int4()),
+        "int4 zeros": (Int4Linear(), int4() | {"zeros": zeros}),
+        "w8a8 token": (W8A8Linear(per_token=True), {"weight": int8(), "scale": scale}),
+        "w8a8 static": (W8A8Linear(per_token=False), {"weight": int8(), "scale": scale, "input_scale": input_scale}),
+        "fp8": (Fp8Linear(), {"weight": narrow, "scale": scale, "input_scale": input_scale}),
     }
 
 
@@ -125,14 +125,18 @@ def linears(table: Table, only: str) -> None:
         for kernel, (op, constants) in linear_formats(out, width).items():
             if only not in kernel:
                 continue
-            prepared = op.prepare(torch.device("cuda"), *constants)
-            nbytes = sum(c.nbytes for c in prepared)
-            many = [tuple(c.clone() for c in prepared) for _ in range(copies(nbytes))]
-            wide = [c.double() if c.dtype == torch.float16 else c for c in constants]
+            prepared = op.prepare(torch.device("cuda"), **constants)
+            nbytes = sum(c.nbytes for c in prepared.values())
+            many = [{name: c.clone() for name, c in prepared.items()} for _ in range(copies(nbytes))]
+            wide = {name: c.double() if c.dtype == torch.float16 else c for name, c in constants.items()}
+
+            def call(x: torch.Tensor, some: dict[str, torch.Tensor], op=op) -> torch.Tensor:
+                return op.portable(None, x, **some)
+
             for rows, x in inputs.items():
-                expected = op.reference(x.double(), *wide)
-                wrong = error(op.portable(None, x, *prepared), expected)
-                us = microseconds(op.portable, [(None, x, *some) for some in many])
+                expected = op.reference(x.double(), **wide)
+                wrong = error(call(x, prepared), expected)
+                us = microseconds(call, [(x, some) for some in many])
                 moved = nbytes + x.nbytes + 2 * rows * out
                 table.add(kernel, f"{name} {out}x{width}", rows, us, moved, fp16[rows], wrong)
 

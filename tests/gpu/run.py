@@ -30,7 +30,7 @@ import yaml
 import trtbuild
 from trtbuild.checkpoint.dummy import dummy_tensors
 from trtbuild.checkpoint.sources import make_checkpoint
-from trtbuild.decoder.decoder import QuantizedCache, decoder
+from trtbuild.decoder.decoder import CacheScales, decoder
 from trtbuild.decoder.mapping import Mapping
 from trtbuild.engine.build import build_portable
 from trtbuild.engine.config import BuildLimits
@@ -130,7 +130,7 @@ def recipe_session(config: ModelConfig, recipe: str, limits: BuildLimits, device
         return round_to_nearest(tensors[name], format, activations) if quantized else tensors[name]
 
     scales = torch.full((config.num_hidden_layers, config.num_key_value_heads), 0.02)
-    cache = QuantizedCache(cache_dtype, scales, scales) if cache_dtype else None
+    cache = CacheScales(cache_dtype, scales, scales) if cache_dtype else None
     network = decoder(config, weights, torch.float16, limits.max_length, cache)
     return PortableSession(PortableEngine(network, limits, torch.device(device)))
 

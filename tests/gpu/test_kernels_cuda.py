@@ -11,6 +11,8 @@ from trtbuild.linear.int8 import Int8Linear
 from trtbuild.linear.w8a8 import W8A8Linear
 from trtbuild.models.alibi import alibi_slopes
 from trtbuild.network.ops.attention import Attention
+from trtbuild.network.ops.rotate import Rotate
+from trtbuild.network.ops.split_heads import SplitHeads
 from trtbuild.tensors.rounding import quantize
 
 pytestmark = pytest.mark.gpu
@@ -26,13 +28,14 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=s
 shapes = pytest.mark.parametrize(("out", "width"), SHAPES)
 
 
-def check(op, tolerance: float, x: torch.Tensor, *constants: torch.Tensor) -> None:
+def check(op, tolerance: float, x: torch.Tensor, **constants: torch.Tensor) -> None:
     """`portable` on prepared constants against `reference` in float64 (as far as it goes there), output poisoned."""
-    wide = [c.double() if c.dtype in (torch.float16, torch.bfloat16) else c for c in constants]
-    expected = op.reference(x.double(), *wide)
+    narrow = (torch.float16, torch.bfloat16)
+    wide = {name: c.double() if c.dtype in narrow else c for name, c in constants.items()}
+    expected = op.reference(x.double(), **wide)
     poison = torch.full_like(expected, float("nan"), dtype=x.dtype)  # freed, so likely the memory of the result
     del poison
-    actual = op.portable(None, x, *op.prepare(x.device, *constants))
+    actual = op.portable(None, x, **op.prepare(x.device, **constants))
     assert actual.dtype == x.dtype
     assert (actual.double() - expected).norm() / expected.norm() < tolerance
 
@@ -45,8 +48,8 @@ def test_int8(rows, out, width, dtype):
     weight = torch.randint(-128, 128, (out, width), dtype=torch.int8, device="cuda")
     scale = torch.rand(out, device="cuda") * 0.01
     tolerance = LINEAR_TOLERANCE[dtype] * 1.5  # the weight is rounded for many rows
-    check(Int8Linear(), tolerance, x, weight, scale)
-    check(Int8Linear(), tolerance, x, weight, scale, bias)
+    check(Int8Linear(), tolerance, x, weight=weight, scale=scale)
+    check(Int8Linear(), tolerance, x, weight=weight, scale=scale, bias=bias)
 
 
 @dtypes
@@ -60,8 +63,10 @@ def test_int4(rows, out, width, group_size, symmetric, dtype):
     x, bias = torch.randn(rows, width, device="cuda").to(dtype), torch.randn(out, device="cuda").to(dtype)
     weight = pack(torch.randint(-8, 8, (out, width), dtype=torch.int8, device="cuda"))
     scales = (torch.rand(out, width // group_size, device="cuda") * 0.1).to(dtype)
-    zeros = [] if symmetric else [torch.randint(-8, 8, scales.shape, dtype=torch.int8, device="cuda")]
-    check(Int4Linear(symmetric), LINEAR_TOLERANCE[dtype] * 1.5, x, weight, scales, *zeros, bias)
+    constants = {"weight": weight, "scales": scales, "bias": bias}
+    if not symmetric:
+        constants["zeros"] = torch.randint(-8, 8, scales.shape, dtype=torch.int8, device="cuda")
+    check(Int4Linear(), LINEAR_TOLERANCE[dtype] * 1.5, x, **constants)
 
 
 @dtypes
@@ -86,10 +91,13 @@ def test_w8a8_and_fp8(rows, out, width, dtype):
     weight = torch.randn(out, width, device="cuda") * 0.02
     scale, input_scale = torch.full((out,), 0.001, device="cuda"), torch.full((1,), 0.02, device="cuda")
     integers, narrow = quantize(weight, scale[:, None], torch.int8), quantize(weight, scale[:, None], FP8)
-    for constants in ([], [bias]):
-        check(W8A8Linear(per_token=True), LINEAR_TOLERANCE[dtype], x, integers, scale, *constants)
-        check(W8A8Linear(per_token=False), LINEAR_TOLERANCE[dtype], x, integers, scale, input_scale, *constants)
-        check(Fp8Linear(), 2 * LINEAR_TOLERANCE[dtype], x, narrow, scale, input_scale, *constants)
+    tolerance = LINEAR_TOLERANCE[dtype]
+    for constants in ({}, {"bias": bias}):
+        constants |= {"scale": scale}
+        static = constants | {"input_scale": input_scale}
+        check(W8A8Linear(per_token=True), tolerance, x, weight=integers, **constants)
+        check(W8A8Linear(per_token=False), tolerance, x, weight=integers, **static)
+        check(Fp8Linear(), 2 * tolerance, x, weight=narrow, **static)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
@@ -121,12 +129,12 @@ def test_quantized_rows_equal_the_cpus(width, dtype):
 )
 def test_attention(heads, kv_heads, head_dim, positions, bound, cache_dtype, position, dtype):
     """A generation step, caches included; what lies beyond a sequence's end is poisoned where NaN exists."""
-    op, batch = Attention(heads, kv_heads, head_dim, position), len(positions)
-    qkv = torch.randn(batch, sum(op.sizes), device="cuda").to(dtype)
+    op, batch = Attention(), len(positions)
+    qkv = torch.randn(batch, (heads + 2 * kv_heads) * head_dim, device="cuda").to(dtype)
     angles = torch.rand(batch, head_dim, device="cuda")
-    positional = [angles.cos().to(dtype), angles.sin().to(dtype)]
+    split, rotary, slopes = Rotate(heads, kv_heads, head_dim), [angles.cos().to(dtype), angles.sin().to(dtype)], None
     if position == "alibi":
-        positional = [alibi_slopes(heads).cuda()]
+        split, rotary, slopes = SplitHeads(heads, kv_heads, head_dim), [], alibi_slopes(heads).cuda()
     caches = list(torch.randn(2, batch, kv_heads, bound + 8, head_dim, device="cuda").to(dtype))
     scales = ()
     if cache_dtype:
@@ -138,11 +146,13 @@ def test_attention(heads, kv_heads, head_dim, positions, bound, cache_dtype, pos
                 cache[b, :, end:] = float("nan")
     position_ids = torch.tensor(positions, dtype=torch.int32, device="cuda")
     starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
-    wide = [qkv.double(), *(c if scales else c.double() for c in caches)]
-    extra = [x.double() for x in positional]
-    expected, *_ = op.reference(*wide, position_ids, starts, position_ids, *extra, *scales)
+    sequences = position_ids, starts, position_ids
+    wide = [c if scales else c.double() for c in caches]
+    wide_slopes = None if slopes is None else slopes.double()
+    heads_of = split.reference(*(x.double() for x in (qkv, *rotary)))
+    expected, *_ = op.reference(*heads_of, *sequences, *wide, wide_slopes, *scales)
     step = StepContext(torch.arange(batch, device="cuda"), None, bound)
-    actual, *_ = op.portable(step, qkv, *caches, position_ids, starts, position_ids, *positional, *scales)
+    actual, *_ = op.portable(step, *split.portable(step, qkv, *rotary), *sequences, *caches, slopes, *scales)
     tolerance = ATTENTION_TOLERANCE[dtype] * (10 if scales else 1)  # q, k, v are rounded before they are quantized
     assert (actual.double() - expected).norm() / expected.norm() < tolerance
 
@@ -151,16 +161,18 @@ def test_attention(heads, kv_heads, head_dim, positions, bound, cache_dtype, pos
 @pytest.mark.parametrize(("heads", "kv_heads"), [(40, 40), (12, 4), (5, 1)])
 @pytest.mark.parametrize("lengths", [[100, 100], [301, 1, 77]], ids=str)
 def test_biased_attention_of_the_context_phase(lengths, heads, kv_heads, dtype, tolerance):
-    op, batch, tokens = Attention(heads, kv_heads, 64, "alibi"), len(lengths), sum(lengths)
-    qkv = torch.randn(tokens, sum(op.sizes), device="cuda").to(dtype)
+    op, batch, tokens = Attention(), len(lengths), sum(lengths)
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * 64, device="cuda").to(dtype)
+    q, k, v = SplitHeads(heads, kv_heads, 64).reference(qkv)
     caches = list(torch.zeros(2, batch, kv_heads, 310, 64, device="cuda", dtype=dtype))
     slopes, past = alibi_slopes(heads).cuda(), torch.zeros(batch, dtype=torch.int32, device="cuda")
     positions = torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths]).cuda()
     starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).int().cuda()
-    wide = [qkv.double(), *(cache.double() for cache in caches)]
-    expected, *_ = op.reference(*wide, positions, starts, past, slopes.double())
+    sequences = positions, starts, past
+    wide = [x.double() for x in (*caches, slopes)]
+    expected, *_ = op.reference(q.double(), k.double(), v.double(), *sequences, *wide)
     step = StepContext(torch.arange(batch, device="cuda"), lengths, max(lengths))
-    actual, *_ = op.portable(step, qkv, *caches, positions, starts, past, slopes)
+    actual, *_ = op.portable(step, q, k, v, *sequences, *caches, slopes)
     assert (actual.double() - expected).norm() / expected.norm() < tolerance
 
 
@@ -191,14 +203,14 @@ def test_fused_norm_and_swiglu(width, rows, dtype, tolerance):
 
 def test_results_do_not_vary():
     """The same inputs give the same bits, also in a captured graph."""
-    op = Int4Linear(symmetric=True)
+    op = Int4Linear()
     x = torch.randn(4, 11008, device="cuda").half()
     weight = pack(torch.randint(-8, 8, (4096, 11008), dtype=torch.int8, device="cuda"))  # split sums
-    constants = op.prepare(x.device, weight, torch.rand(4096, 86, device="cuda").half())
-    expected = op.portable(None, x, *constants)
+    constants = op.prepare(x.device, weight=weight, scales=torch.rand(4096, 86, device="cuda").half())
+    expected = op.portable(None, x, **constants)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = op.portable(None, x, *constants)
+        captured = op.portable(None, x, **constants)
     for _ in range(20):
         graph.replay()
         assert torch.equal(captured, expected)

@@ -23,9 +23,9 @@ def case(
 ):
     """Arguments of the kernel, and what `Attention.reference` makes of them in float64."""
     torch.manual_seed(heads)
-    op = Attention(heads, kv_heads, head_dim, "alibi" if alibi else "rope")
     batch = len(positions)
-    qkv = torch.randn(batch, sum(op.sizes)).half()
+    qkv = torch.randn(batch, heads + 2 * kv_heads, head_dim).half()
+    q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)
     caches, scales = torch.randn(2, batch, kv_heads, max_length, head_dim).half(), ()
     if cache_dtype.itemsize == 1:
         scales = tuple(torch.rand(2, kv_heads) * 0.02 + 0.01)
@@ -34,13 +34,11 @@ def case(
         for cache, scale in zip(caches, scales or (None, None), strict=True)
     )
     position_ids, starts = torch.tensor(positions, dtype=torch.int32), torch.arange(batch + 1, dtype=torch.int32)
-    positional = (alibi_slopes(heads),) if alibi else (torch.ones(batch, head_dim), torch.zeros(batch, head_dim))
+    slopes = alibi_slopes(heads) if alibi else None
     wide = [cache if scales else cache.double() for cache in (keys, values)]
-    output, *present = op.reference(
-        qkv.double(), *wide, position_ids, starts, position_ids, *(x.double() for x in positional), *scales
+    output, *present = Attention().reference(
+        *(x.double() for x in (q, k, v)), position_ids, starts, position_ids, *wide, slopes, *scales
     )
-    q = op.heads(qkv)[0]  # not rotated: by an angle of 0
-    slopes = positional[0] if alibi else None
     caches = (p.to(cache_dtype) for p in present)
     return (q, *caches, *(scales or (None, None)), position_ids, max_length, slopes), output
 

@@ -64,9 +64,7 @@ def test_int4(rows, out, width, group_size, symmetric):
     assert (
         relative_error(
             weight_only_linear(x, *prepared, bias),
-            Int4Linear(symmetric).reference(
-                x.double(), constants[0], constants[1].double(), *constants[2:], bias.double()
-            ),
+            Int4Linear().reference(x.double(), constants[0], constants[1].double(), *constants[2:], bias=bias.double()),
         )
         < TOLERANCE
     )
@@ -89,9 +87,11 @@ def test_nothing_beyond_the_activations_counts(width):
 def test_prepare_gives_cuda_the_kernels_layout():
     weight, scales, zeros = int4(16, 64, 32, symmetric=False)
     bias = torch.zeros(16)
-    prepared = Int4Linear(symmetric=False).prepare(torch.device("cuda"), weight, scales, zeros, bias)
+    constants, cuda = {"weight": weight, "scales": scales, "bias": bias}, torch.device("cuda")
+    prepared = Int4Linear().prepare(cuda, **constants, zeros=zeros)
     expected = (*interleave_int4(weight, scales, zeros), bias)
-    assert all(torch.equal(a, b) for a, b in zip(prepared, expected, strict=True))
-    low, high = prepared[0][:, :16] & 15, prepared[0][:, :16] >> 4  # the first group's block
+    names = ("weight", "scales", "zeros", "bias")
+    assert all(torch.equal(prepared[name], x) for name, x in zip(names, expected, strict=True))
+    low, high = prepared["weight"][:, :16] & 15, prepared["weight"][:, :16] >> 4  # the first group's block
     assert torch.equal(dequantize(weight, torch.ones_like(scales))[:, :32] + 8, torch.cat((low, high), 1).half())
-    assert len(Int4Linear(symmetric=True).prepare(torch.device("cuda"), weight, scales, bias)) == 3
+    assert len(Int4Linear().prepare(cuda, **constants)) == 3

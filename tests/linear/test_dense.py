@@ -49,7 +49,7 @@ def test_inferred_shape():
     network = Network()
     x = network.input("x", torch.float16, ("tokens", 8))
     w, b = network.input("w", torch.float16, (5, 8)), network.input("b", torch.float16, (5,))
-    y = network.add(DenseLinear(), x, w, b)
+    y = network.add(DenseLinear(), x=x, weight=w, bias=b)
     assert (y.dtype, y.shape) == (torch.float16, ("tokens", 5))
 
 
@@ -60,7 +60,7 @@ def test_inferred_shape():
 def test_refuses_another_width_dtype_or_bias(weight, bias):
     network = Network()
     x = network.input("x", torch.float16, ("tokens", 8))
-    biases = [network.input("b", torch.float16, bias)] if bias else []
+    b = network.input("b", torch.float16, bias) if bias else None
     w = network.input("w", weight[1], weight[0])
     with pytest.raises(ValueError, match="linear of"):
-        network.add(DenseLinear(), x, w, *biases)
+        network.add(DenseLinear(), x=x, weight=w, bias=b)

@@ -80,8 +80,8 @@ def test_inferred_shape(dtype):
     s, i, b = (
         network.input(*spec) for spec in (("s", torch.float32, (5,)), ("i", torch.float32, (1,)), ("b", dtype, (5,)))
     )
-    for bias in ([], [b]):
-        y = network.add(Fp8Linear(), x, w, s, i, *bias)
+    for bias in (None, b):
+        y = network.add(Fp8Linear(), x=x, weight=w, scale=s, input_scale=i, bias=bias)
         assert (y.dtype, y.shape) == (dtype, ("tokens", 5))
 
 
@@ -109,6 +109,6 @@ def test_refuses_another_width_dtype_scale_or_bias(change):
         "b": (torch.float16, (5,)),
     }
     network = Network()
-    inputs = [network.input(name, *spec) for name, spec in (right | change).items()]
+    x, w, s, i, b = (network.input(name, *spec) for name, spec in (right | change).items())
     with pytest.raises(ValueError, match=r"Fp8Linear\(\) (of|with)"):
-        network.add(Fp8Linear(), *inputs)
+        network.add(Fp8Linear(), x=x, weight=w, scale=s, input_scale=i, bias=b)

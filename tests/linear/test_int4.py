@@ -17,6 +17,15 @@ dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 symmetries = pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 
 
+PARAMETERS = ("x", "weight", "scales", "zeros", "bias")
+
+
+def prepare(inputs: list[torch.Tensor | None]) -> dict[str, torch.Tensor]:
+    """The constants among the operation's inputs, as a CPU wants them."""
+    constants = dict(zip(PARAMETERS[1:], inputs[1:], strict=True))
+    return Int4Linear().prepare(CPU, **{name: x for name, x in constants.items() if x is not None})
+
+
 def case(rows: int, groups: int, group_size: int, outer: int, symmetric: bool, bias: bool, dtype: torch.dtype):
     """Random inputs of the operation; what it means in float64; the same of magnitudes, where nothing cancels."""
     inner = groups * group_size
@@ -26,7 +35,7 @@ def case(rows: int, groups: int, group_size: int, outer: int, symmetric: bool, b
     if not symmetric:
         zeros = torch.randint(-8, 8, (outer, groups), dtype=torch.int8)
     b = torch.randn(outer).to(dtype) if bias else torch.zeros(outer)
-    inputs = [x, pack(values), scales, *([] if symmetric else [zeros]), *([b] if bias else [])]
+    inputs = [x, pack(values), scales, None if symmetric else zeros, b if bias else None]
     x, values, scales, zeros, b = (t.double().numpy() for t in (x, values, scales, zeros, b))
     scales, zeros = (np.repeat(t, group_size, 1) for t in (scales, zeros))
     weight = (values - zeros) * scales
@@ -41,15 +50,16 @@ def case(rows: int, groups: int, group_size: int, outer: int, symmetric: bool, b
 @pytest.mark.parametrize("rows", [1, 2, 3, 16, 100])
 def test_reference_and_portable(rows, groups, bias, symmetric, dtype):
     inputs, expected, _ = case(rows, groups, 96 // groups, 64, symmetric, bias, dtype)
-    before = [t.clone() for t in inputs]
-    op = Int4Linear(symmetric)
+    given = [t for t in inputs if t is not None]
+    before = [t.clone() for t in given]
+    op = Int4Linear()
     reference, portable = op.reference(*inputs), op.portable(None, *inputs)
-    prepared = op.portable(None, inputs[0], *op.prepare(CPU, *inputs[1:]))
+    prepared = op.portable(None, inputs[0], **prepare(inputs))
     for result in (reference, portable, prepared):
         assert result.dtype == dtype
         assert error(result, expected) < TOLERANCE[dtype]
         assert error(result, reference.double().numpy()) < TOLERANCE[dtype]
-    assert all(t.equal(b) for t, b in zip(inputs, before, strict=True))
+    assert all(t.equal(b) for t, b in zip(given, before, strict=True))
 
 
 @given(
@@ -66,9 +76,8 @@ def test_any_shape(rows, groups, group_size, outer, symmetric, bias, dtype):
     """Odd group sizes too, of an even number of channels. The bound is absolute: a product may cancel."""
     groups += groups * group_size % 2
     inputs, expected, magnitude = case(rows, groups, group_size, outer, symmetric, bias, dtype)
-    op = Int4Linear(symmetric)
-    prepared = op.prepare(CPU, *inputs[1:])
-    for result in (op.reference(*inputs), op.portable(None, *inputs), op.portable(None, inputs[0], *prepared)):
+    op, prepared = Int4Linear(), prepare(inputs)
+    for result in (op.reference(*inputs), op.portable(None, *inputs), op.portable(None, inputs[0], **prepared)):
         assert (np.abs(result.double().numpy() - expected) <= TOLERANCE[dtype] * magnitude + 1e-6).all()
 
 
@@ -77,7 +86,7 @@ def test_weights_wider_than_a_block(symmetric, monkeypatch):
     """The weight is widened a few rows at a time, the last time fewer."""
     monkeypatch.setattr("trtbuild.linear.blockwise.BLOCK_ELEMENTS", 96 * 9)
     inputs, expected, _ = case(5, 3, 32, 64, symmetric, True, torch.float32)
-    assert error(Int4Linear(symmetric).portable(None, *inputs), expected) < 1e-6
+    assert error(Int4Linear().portable(None, *inputs), expected) < 1e-6
 
 
 @symmetries
@@ -88,14 +97,15 @@ def test_weights_wider_than_a_block(symmetric, monkeypatch):
 @pytest.mark.parametrize("outer", [16, 48, 128])
 def test_prepared_for_a_cpu_in_bfloat16_keeps_four_bits(outer, groups, group_size, kernel_size, symmetric):
     """Half a byte a weight, and a scale and an offset in bfloat16 for every group that the kernel knows."""
-    op, width = Int4Linear(symmetric), groups * group_size
+    width = groups * group_size
     for rows in (1, 2, 3, 16, 100):
         inputs, expected, _ = case(rows, groups, group_size, outer, symmetric, True, torch.bfloat16)
-        weight, scales, *rest = op.prepare(CPU, *inputs[1:])
-        assert weight.nbytes == outer * width // 2
+        prepared = prepare(inputs)
+        scales = prepared["scales"]
+        assert prepared["weight"].nbytes == outer * width // 2
         assert (scales.dtype, scales.shape) == (torch.bfloat16, (width // kernel_size, outer, 2))
-        assert len(rest) == len(inputs) - 3
-        assert error(op.portable(None, inputs[0], weight, scales, *rest), expected) < TOLERANCE[torch.bfloat16]
+        assert len(prepared) == 3 if symmetric else 4
+        assert error(Int4Linear().portable(None, inputs[0], **prepared), expected) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.parametrize(
@@ -110,8 +120,8 @@ def test_prepared_for_a_cpu_in_bfloat16_keeps_four_bits(outer, groups, group_siz
 )
 def test_left_as_it_is_where_the_kernel_does_not_serve(group_size, outer, dtype):
     inputs, _, _ = case(1, 2, group_size, outer, False, True, dtype)
-    prepared = Int4Linear(symmetric=False).prepare(CPU, *inputs[1:])
-    assert all(a is b for a, b in zip(prepared, inputs[1:], strict=True))
+    prepared = prepare(inputs)
+    assert all(prepared[name] is x for name, x in zip(PARAMETERS[1:], inputs[1:], strict=True))
 
 
 def test_the_even_channel_is_in_the_low_nibble():
@@ -150,9 +160,9 @@ def test_inferred_shape(dtype, symmetric):
     network = Network()
     x, w = network.input("x", dtype, ("tokens", 8)), network.input("w", torch.uint8, (5, 4))
     s, b = network.input("s", dtype, (5, 2)), network.input("b", dtype, (5,))
-    zeros = [] if symmetric else [network.input("z", torch.int8, (5, 2))]
-    for bias in ([], [b]):
-        y = network.add(Int4Linear(symmetric), x, w, s, *zeros, *bias)
+    zeros = None if symmetric else network.input("z", torch.int8, (5, 2))
+    for bias in (None, b):
+        y = network.add(Int4Linear(), x=x, weight=w, scales=s, zeros=zeros, bias=bias)
         assert (y.dtype, y.shape) == (dtype, ("tokens", 5))
 
 
@@ -182,6 +192,6 @@ def test_refuses_another_width_dtype_scale_zero_or_bias(change):
         "b": (torch.float16, (5,)),
     }
     network = Network()
-    inputs = [network.input(name, *spec) for name, spec in (right | change).items()]
-    with pytest.raises(ValueError, match=r"Int4Linear\(symmetric=False\) of Tensor\(name='x'"):
-        network.add(Int4Linear(symmetric=False), *inputs)
+    x, w, s, z, b = (network.input(name, *spec) for name, spec in (right | change).items())
+    with pytest.raises(ValueError, match=r"Int4Linear\(\) of Tensor\(name='x'"):
+        network.add(Int4Linear(), x=x, weight=w, scales=s, zeros=z, bias=b)

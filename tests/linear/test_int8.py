@@ -65,7 +65,7 @@ def test_inferred_shape(dtype):
     network = Network()
     x, w = network.input("x", dtype, ("tokens", 8)), network.input("w", torch.int8, (5, 8))
     s, b = network.input("s", torch.float32, (5,)), network.input("b", dtype, (5,))
-    for y in (network.add(Int8Linear(), x, w, s), network.add(Int8Linear(), x, w, s, b)):
+    for y in (network.add(Int8Linear(), x=x, weight=w, scale=s, bias=bias) for bias in (None, b)):
         assert (y.dtype, y.shape) == (dtype, ("tokens", 5))
 
 
@@ -86,6 +86,6 @@ def test_inferred_shape(dtype):
 def test_refuses_another_width_dtype_scale_or_bias(change):
     right = {"x": (torch.float16, ("tokens", 8)), "w": (torch.int8, (5, 8)), "s": (torch.float32, (5,))}
     network = Network()
-    inputs = [network.input(name, *spec) for name, spec in (right | {"b": (torch.float16, (5,))} | change).items()]
+    x, w, s, b = (network.input(name, *spec) for name, spec in (right | {"b": (torch.float16, (5,))} | change).items())
     with pytest.raises(ValueError, match=r"Int8Linear\(\) of Tensor\(name='x'"):
-        network.add(Int8Linear(), *inputs)
+        network.add(Int8Linear(), x=x, weight=w, scale=s, bias=b)

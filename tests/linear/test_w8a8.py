@@ -16,28 +16,26 @@ dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 ways = pytest.mark.parametrize("per_token", [False, True], ids=["static", "token"])
 
 
-def exact(per_token: bool, x, weight, scale, *rest) -> np.ndarray:
+def exact(x, weight, scale, input_scale=None, bias=None) -> np.ndarray:
     """The operation in numpy: quotients in float32 as they are defined, the product of integers in int64."""
-    x, weight, scale, *rest = (
-        t.float().numpy() if t.is_floating_point() else t.numpy() for t in (x, weight, scale, *rest)
-    )
-    if per_token:
+    x, weight, scale = x.float().numpy(), weight.numpy(), scale.numpy()
+    if input_scale is None:
         s = np.abs(x).max(1, keepdims=True) / np.float32(127)
         s[s == 0] = 1
     else:
-        s, rest = rest[0], rest[1:]
+        s = input_scale.numpy()
     integers = np.clip(np.rint(x / s), -128, 127).astype(np.int64)
     product = (
         (integers @ weight.T.astype(np.int64)).astype(np.float64) * s.astype(np.float64) * scale.astype(np.float64)
     )
-    return product + rest[0].astype(np.float64) if rest else product
+    return product if bias is None else product + bias.double().numpy()
 
 
-def case(rows: int, inner: int, outer: int, bias: bool, per_token: bool, dtype: torch.dtype) -> list[torch.Tensor]:
+def case(rows: int, inner: int, outer: int, bias: bool, per_token: bool, dtype: torch.dtype) -> list:
     """Random inputs of the operation; a static scale saturates the largest activations."""
     inputs = [torch.randn(rows, inner).to(dtype), torch.randint(-128, 128, (outer, inner), dtype=torch.int8)]
     inputs.append(10 ** (torch.rand(outer) * 2 - 4))
-    inputs += [] if per_token else [torch.rand(1) * 0.01 + 0.01]
+    inputs.append(None if per_token else torch.rand(1) * 0.01 + 0.01)
     return inputs + ([torch.randn(outer).to(dtype)] if bias else [])
 
 
@@ -47,12 +45,13 @@ def case(rows: int, inner: int, outer: int, bias: bool, per_token: bool, dtype: 
 @pytest.mark.parametrize("rows", [1, 2, 3, 16, 100])
 def test_reference_and_portable(rows, bias, per_token, dtype):
     inputs = case(rows, 96, 64, bias, per_token, dtype)
-    before = [t.clone() for t in inputs]
-    op, expected = W8A8Linear(per_token), exact(per_token, *inputs)
+    given = [t for t in inputs if t is not None]
+    before = [t.clone() for t in given]
+    op, expected = W8A8Linear(per_token), exact(*inputs)
     for result in (op.reference(*inputs), op.portable(None, *inputs)):
         assert result.dtype == dtype
         assert error(result, expected) < TOLERANCE[dtype]
-    assert all(t.equal(b) for t, b in zip(inputs, before, strict=True))
+    assert all(t.equal(b) for t, b in zip(given, before, strict=True))
 
 
 @given(
@@ -66,7 +65,7 @@ def test_reference_and_portable(rows, bias, per_token, dtype):
 @settings(max_examples=60, deadline=None)
 def test_any_shape(rows, inner, outer, bias, per_token, dtype):
     inputs = case(rows, inner, outer, bias, per_token, dtype)
-    op, expected = W8A8Linear(per_token), exact(per_token, *inputs)
+    op, expected = W8A8Linear(per_token), exact(*inputs)
     bound = TOLERANCE[dtype] * (np.abs(expected) + (np.abs(inputs[-1].double().numpy()) if bias else 0)) + 1e-7
     for result in (op.reference(*inputs), op.portable(None, *inputs)):
         assert (np.abs(result.double().numpy() - expected) <= 2 * bound).all()
@@ -96,11 +95,11 @@ def test_static_saturates_at_both_ends():
 
 @dtypes
 def test_a_row_of_zeros_gives_the_bias(dtype):
-    x, weight, scale, bias = case(4, 32, 8, True, True, dtype)
+    x, weight, scale, _, bias = case(4, 32, 8, True, True, dtype)
     x[2] = 0
     for result in (
-        W8A8Linear(True).reference(x, weight, scale, bias),
-        W8A8Linear(True).portable(None, x, weight, scale, bias),
+        W8A8Linear(True).reference(x, weight, scale, bias=bias),
+        W8A8Linear(True).portable(None, x, weight, scale, bias=bias),
     ):
         assert result[2].equal(bias)
         assert result.isfinite().all()
@@ -109,7 +108,7 @@ def test_a_row_of_zeros_gives_the_bias(dtype):
 @dtypes
 def test_tokens_have_scales_of_their_own(dtype):
     """An outlier in one row changes no other, and a power of two in front of a row comes out of it."""
-    x, weight, scale = case(5, 64, 16, False, True, dtype)
+    x, weight, scale, _ = case(5, 64, 16, False, True, dtype)
     for run in (W8A8Linear(True).reference, lambda *inputs: W8A8Linear(True).portable(None, *inputs)):
         before = run(x, weight, scale)
         changed = x.clone()
@@ -127,9 +126,9 @@ def test_inferred_shape(per_token, dtype):
     network = Network()
     x, w = network.input("x", dtype, ("tokens", 8)), network.input("w", torch.int8, (5, 8))
     s, b = network.input("s", torch.float32, (5,)), network.input("b", dtype, (5,))
-    static = [] if per_token else [network.input("i", torch.float32, (1,))]
-    for bias in ([], [b]):
-        y = network.add(W8A8Linear(per_token), x, w, s, *static, *bias)
+    i = None if per_token else network.input("i", torch.float32, (1,))
+    for bias in (None, b):
+        y = network.add(W8A8Linear(per_token), x=x, weight=w, scale=s, input_scale=i, bias=bias)
         assert (y.dtype, y.shape) == (dtype, ("tokens", 5))
 
 
@@ -157,6 +156,6 @@ def test_refuses_another_width_dtype_scale_or_bias(change):
         "b": (torch.float16, (5,)),
     }
     network = Network()
-    inputs = [network.input(name, *spec) for name, spec in (right | change).items()]
+    x, w, s, i, b = (network.input(name, *spec) for name, spec in (right | change).items())
     with pytest.raises(ValueError, match=r"W8A8Linear\(per_token=False\) (of|with)"):
-        network.add(W8A8Linear(per_token=False), *inputs)
+        network.add(W8A8Linear(per_token=False), x=x, weight=w, scale=s, input_scale=i, bias=b)

@@ -196,7 +196,7 @@ def test_what_short_sequences_do_not_need_is_left_out(made, length, parts):
 def test_slopes_are_one_constant_of_all_layers(made):
     config, weights = made("alibi")
     network = decoder(config, lambda name: from_tensor(weights[name]), torch.float16, 32)
-    readers = [node for node in network.nodes if "alibi.slopes" in node.inputs]
+    readers = [node for node in network.nodes if "alibi.slopes" in node.inputs.values()]
     assert [type(node.op).__name__ for node in readers] == ["Attention"] * config.num_hidden_layers
     assert network.tensors["alibi.slopes"].dtype == torch.float32
     assert "RotaryEmbedding" not in {type(node.op).__name__ for node in network.nodes}

@@ -18,8 +18,11 @@ from trtbuild.network.ops.log_n import LogN
 from trtbuild.network.ops.prompt_ntk import PromptNtk
 from trtbuild.network.ops.rms_norm import RmsNorm
 from trtbuild.network.ops.rotary_embedding import RotaryEmbedding
+from trtbuild.network.ops.rotate import Rotate
+from trtbuild.network.ops.scale_tokens import ScaleTokens
 from trtbuild.network.ops.select_columns import SelectColumns
 from trtbuild.network.ops.select_rows import SelectRows
+from trtbuild.network.ops.split_heads import SplitHeads
 from trtbuild.network.ops.swiglu import SwiGlu
 from trtbuild.tensors.rounding import quantize
 
@@ -232,7 +235,7 @@ def test_log_n(dtype, length):
 
 
 def attention_inputs(dtype, lengths, past, heads, kv_heads, dim, max_length, options=None):
-    """Random inputs in the operation's order; what the caches hold beyond `past` is noise.
+    """Random inputs by name; what the caches hold beyond `past` is noise.
 
     With scales, which are powers of two, new keys and values are such that the cache holds them exactly.
     """
@@ -242,42 +245,53 @@ def attention_inputs(dtype, lengths, past, heads, kv_heads, dim, max_length, opt
     cos, sin = angles.cos(), angles.sin()
     cache = [torch.randn(batch, kv_heads, max_length, dim).to(dtype) for _ in range(2)]
     qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim)
-    extra = [torch.cat((cos, cos), 1).to(dtype), torch.cat((-sin, sin), 1).to(dtype)]
+    extra = {"cos": torch.cat((cos, cos), 1).to(dtype), "sin": torch.cat((-sin, sin), 1).to(dtype)}
     if position == "alibi":
-        extra = [alibi_slopes(heads).to(torch.float64 if dtype == torch.float64 else torch.float32)]
+        extra = {"slopes": alibi_slopes(heads).to(torch.float64 if dtype == torch.float64 else torch.float32)}
     if logn:
-        extra.append((1 + torch.rand(tokens)).to(dtype))
+        extra["logn"] = (1 + torch.rand(tokens)).to(dtype)
     if cache_dtype:
         largest = torch.tensor(2.0**-5 if cache_dtype == torch.int8 else 1.0)
         scales = largest, largest / 2
         cache = [quantize(x.float(), scale, cache_dtype) for x, scale in zip(cache, scales, strict=True)]
         for new, scale in zip(qkv[:, heads * dim :].chunk(2, 1), scales, strict=True):
             new.copy_(quantize(new, scale, cache_dtype).float() * scale)
-        extra += [scale.expand(kv_heads) for scale in scales]
+        extra |= zip(("key_scale", "value_scale"), (scale.expand(kv_heads) for scale in scales), strict=True)
     positions = torch.cat([torch.arange(p, p + n, dtype=torch.int32) for n, p in zip(lengths, past, strict=True)])
-    return [
-        qkv.to(dtype),
-        *cache,
-        positions,
-        torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
-        torch.tensor(past, dtype=torch.int32),
-        *extra,
-    ]
+    return {
+        "qkv": qkv.to(dtype),
+        "key_cache": cache[0],
+        "value_cache": cache[1],
+        "position_ids": positions,
+        "query_starts": torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
+        "past_lengths": torch.tensor(past, dtype=torch.int32),
+    } | extra
+
+
+def attend(inputs, heads, kv_heads, dim, run=lambda op, **inputs: op.reference(**inputs)):
+    """From the fused projection to attention's outputs, every operation by `run`."""
+    inputs = dict(inputs)
+    positional = {name: inputs.pop(name) for name in ("cos", "sin") if name in inputs}
+    op = (Rotate if positional else SplitHeads)(heads, kv_heads, dim)
+    q, k, v = run(op, qkv=inputs.pop("qkv"), **positional)
+    if "logn" in inputs:
+        q = run(ScaleTokens(), x=q, factors=inputs.pop("logn"))
+    return run(Attention(), q=q, k=k, v=v, **inputs)
 
 
 def attention_formula(inputs, lengths, past, heads, kv_heads, dim, options=None):
     """One token, one head at a time: rotate, append to the cache, softmax over what is there."""
     position, logn, cache_dtype = (options or PLAIN).values()
-    qkv, keys, values = (wide(x).copy() for x in inputs[:3])
+    qkv, keys, values = (wide(inputs[name]).copy() for name in ("qkv", "key_cache", "value_cache"))
     if cache_dtype:
-        keys, values = keys * inputs[-2][0].item(), values * inputs[-1][0].item()
-    extra = [wide(x) for x in inputs[6:]]
+        keys, values = keys * inputs["key_scale"][0].item(), values * inputs["value_scale"][0].item()
+    extra = {name: wide(inputs[name]) for name in ("cos", "sin", "slopes", "logn") if name in inputs}
     half, group, output, row = dim // 2, heads // kv_heads, np.zeros((len(qkv), heads * dim)), 0
 
     def rotate(x):
         if position == "alibi":
             return x
-        c, s = (x[row] for x in extra[:2])
+        c, s = extra["cos"][row], extra["sin"][row]
         return np.concatenate((x[:half] * c[:half] - x[half:] * s[half:], x[half:] * c[half:] + x[:half] * s[half:]))
 
     for b, (n, p) in enumerate(zip(lengths, past, strict=True)):
@@ -289,9 +303,9 @@ def attention_formula(inputs, lengths, past, heads, kv_heads, dim, options=None)
             for h in range(heads):
                 scores = keys[b, h // group, : i + 1] @ rotate(vectors[h]) / np.sqrt(dim)
                 if logn:
-                    scores *= extra[1 if position == "alibi" else 2][row]
+                    scores *= extra["logn"][row]
                 if position == "alibi":
-                    scores += extra[0][h] * (np.arange(i + 1) - i)
+                    scores += extra["slopes"][h] * (np.arange(i + 1) - i)
                 weights = np.exp(scores - scores.max())
                 mixed = weights @ values[b, h // group, : i + 1] / weights.sum()
                 output[row, h * dim : (h + 1) * dim] = mixed
@@ -315,10 +329,6 @@ QUANTIZED = {
 }
 
 
-def attention_op(heads: int, kv_heads: int, options: dict) -> Attention:
-    return Attention(heads, kv_heads, 8, options["position"], options["logn"])
-
-
 @dtypes
 @options
 @HEADS
@@ -328,7 +338,7 @@ def attention_op(heads: int, kv_heads: int, options: dict) -> Attention:
 )
 def test_attention(dtype, options, heads, kv_heads, lengths, past):
     inputs = attention_inputs(dtype, lengths, past, heads, kv_heads, 8, 14, options)
-    results = attention_op(heads, kv_heads, options).reference(*inputs)
+    results = attend(inputs, heads, kv_heads, 8)
     formula = attention_formula(inputs, lengths, past, heads, kv_heads, 8, options)
     for result, expected in zip(results, formula, strict=True):
         assert result.dtype == dtype
@@ -340,25 +350,40 @@ def test_attention(dtype, options, heads, kv_heads, lengths, past):
 def test_attention_with_a_cache_of_8_bits(dtype, options):
     lengths, past = (5, 1, 3), (2, 10, 0)
     inputs = attention_inputs(dtype, lengths, past, 6, 2, 8, 14, options)
-    result, keys, values = attention_op(6, 2, options).reference(*inputs)
+    result, keys, values = attend(inputs, 6, 2, 8)
     expected, *caches = attention_formula(inputs, lengths, past, 6, 2, 8, options)
     assert error(result, expected) < TOLERANCE[dtype]
-    for cache, scale, wanted in zip((keys, values), inputs[-2:], caches, strict=True):
+    for cache, scale, wanted in zip((keys, values), (inputs["key_scale"], inputs["value_scale"]), caches, strict=True):
         assert error(cache.double() * scale[0], wanted) == 0
 
 
 def check_portable_attention(dtype, step, lengths, past, heads, kv_heads, options):
     inputs = attention_inputs(dtype, lengths, past, heads, kv_heads, 8, 24, options)
-    op = attention_op(heads, kv_heads, options)
-    expected, *expected_caches = op.reference(*inputs)
-    result, *caches = op.portable(step, *inputs)
+    expected, *expected_caches = attend(inputs, heads, kv_heads, 8)
+    result, *caches = attend(inputs, heads, kv_heads, 8, lambda op, **inputs: op.portable(step, **inputs))
     assert result.dtype == dtype
     assert error(result, expected) < TOLERANCE[dtype]
     formula, *_ = attention_formula(inputs, lengths, past, heads, kv_heads, 8, options)
     assert error(result, formula) < TOLERANCE[dtype]
-    for cache, given, wanted in zip(caches, inputs[1:3], expected_caches, strict=True):
+    both = inputs["key_cache"], inputs["value_cache"]
+    for cache, given, wanted in zip(caches, both, expected_caches, strict=True):
         assert cache.data_ptr() == given.data_ptr()  # updated in place
         assert torch.equal(cache.float(), wanted.float())
+
+
+@working_dtypes
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("lengths", [(9,), (6, 6, 6), (5, 1, 8)])
+def test_attention_without_caches(dtype, options, lengths):
+    """What a step's tokens see of each other: as with caches that were empty."""
+    inputs = attention_inputs(dtype, lengths, (0,) * len(lengths), 6, 2, 8, 24, options)
+    expected, *_ = attention_formula(inputs, lengths, (0,) * len(lengths), 6, 2, 8, options)
+    alone = {name: x for name, x in inputs.items() if "cache" not in name}
+    step = StepContext(torch.arange(len(lengths)), list(lengths), max(lengths))
+    for run in (lambda op, **inputs: op.reference(**inputs), lambda op, **inputs: op.portable(step, **inputs)):
+        assert error(attend(alone, 6, 2, 8, run), expected) < TOLERANCE[dtype]
+    together, *_ = attend(inputs, 6, 2, 8, lambda op, **inputs: op.portable(step, **inputs))
+    assert torch.equal(attend(alone, 6, 2, 8, run), together)
 
 
 every_option = pytest.mark.parametrize("options", (OPTIONS | QUANTIZED).values(), ids=OPTIONS | QUANTIZED)
@@ -405,10 +430,30 @@ def attention_of(
     network = Network()
     x = network.input("x", dtype, ("tokens", width))
     positional = [network.input(f"positional{i}", torch.float32, shape) for i, shape in enumerate(positional)]
-    logn = logn and network.input("logn", *logn)
     cache = [network.input(name, dtype, shape) for name, shape in (("key", key), ("value", value))]
     integers = [network.input(name, torch.int32, (dim,)) for name, dim in (("p", "tokens"), ("s", "s"), ("l", "batch"))]
-    return ops.attention(x, tuple(positional), tuple(cache), *integers, 2, 2, 8, logn)
+    slopes = positional[0] if len(positional) == 1 else None
+    q, k, v = ops.split_heads(x, 2, 2, 8) if slopes else ops.rotate(x, *positional, 2, 2, 8)
+    if logn:
+        q = ops.scale_tokens(q, network.input("logn", *logn))
+    return ops.attention(q, k, v, *integers, *cache, slopes=slopes)
+
+
+def test_attention_without_caches_has_one_output():
+    network = Network()
+    x = network.input("x", torch.float16, ("tokens", 48))
+    integers = [network.input(name, torch.int32, (dim,)) for name, dim in (("p", "tokens"), ("s", "s"), ("l", "batch"))]
+    q, k, v = ops.split_heads(x, 4, 1, 8)
+    assert [x.shape for x in (q, k, v)] == [("tokens", 4, 8), ("tokens", 1, 8), ("tokens", 1, 8)]
+    output = ops.attention(q, k, v, *integers)
+    assert (output.dtype, output.shape) == (torch.float16, ("tokens", 32))
+    cache, scale = network.input("c", torch.int8, ("batch", 1, 32, 8)), network.input("scale", torch.float32, (1,))
+    for wrong in ({"key_cache": cache}, {"key_scale": scale, "value_scale": scale}):
+        with pytest.raises(ValueError, match="attention"):
+            ops.attention(q, k, v, *integers, **wrong)
+    for scales in ({}, {"key_scale": scale}):
+        with pytest.raises(ValueError, match="attention"):
+            ops.attention(q, k, v, *integers, cache, cache, **scales)
 
 
 def test_attention_infers_its_outputs():
@@ -431,7 +476,7 @@ def test_attention_infers_its_outputs():
     ],
 )
 def test_attention_refuses_shapes_that_do_not_fit(arguments):
-    with pytest.raises(ValueError, match="attention"):
+    with pytest.raises(ValueError, match=r"attention|SplitHeads|Rotate|factors"):
         attention_of(**arguments)
 
 

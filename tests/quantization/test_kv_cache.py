@@ -6,7 +6,7 @@ import torch
 from outlier_models import CONFIG, calibrated, outlier_weights, write_model
 
 from trtbuild.checkpoint.canonical import Checkpoint
-from trtbuild.decoder.decoder import QuantizedCache
+from trtbuild.decoder.decoder import CacheScales
 from trtbuild.errors import UserError
 from trtbuild.evaluation.hugging_face import HuggingFaceModel
 from trtbuild.quantization.calibration import Calibration, read_calibration
@@ -34,7 +34,7 @@ def opened(folder) -> tuple[Checkpoint, Calibration]:
     return checkpoint, read_calibration(folder.with_name(f"{folder.name}.npz"), checkpoint)
 
 
-def error(folder, cache: QuantizedCache) -> float:
+def error(folder, cache: CacheScales) -> float:
     """Of the logits, for rounding keys and values alone."""
     expected, actual = (HuggingFaceModel(folder, device="cpu", cache=x).logits(IDS) for x in (None, cache))
     return ((actual - expected).norm() / expected.norm()).item()
@@ -85,10 +85,10 @@ def large_keys(folder, rows: slice, factor: float = 60.0):
     return folder
 
 
-def merged(cache: QuantizedCache) -> QuantizedCache:
+def merged(cache: CacheScales) -> CacheScales:
     """One scale for keys and values, the larger, as TensorRT-LLM 0.7 had."""
     scales = torch.maximum(cache.key_scales, cache.value_scales)
-    return QuantizedCache(cache.dtype, scales, scales)
+    return CacheScales(cache.dtype, scales, scales)
 
 
 def test_values_keep_their_own_scale(folder, file, tmp_path):

@@ -127,9 +127,9 @@ def test_observe_keeps_the_largest(folder):
     """Over all samples, by name; asked for every operation of every layer."""
     kinds = []
 
-    def observe(node, inputs, outputs):
+    def observe(layer, node, inputs, outputs):
         kinds.append(type(node.op).__name__)
-        return {node.outputs[0]: outputs[0].amax(0)}
+        return {node.outputs[0]: outputs[0].flatten(1).amax(0)}
 
     traversal = Traversal(Checkpoint(folder), SAMPLES, CPU, map, observe)
     stops = [stop for i in range(2) for stop in traversal.layer(i)]

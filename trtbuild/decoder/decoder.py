@@ -17,8 +17,8 @@ KINDS = ("key", "value")
 
 
 @dataclass(frozen=True)
-class QuantizedCache:
-    """A KV cache in int8 or float8_e4m3fn; keys and values have scales of their own, float32 `[layers, kv_heads]`."""
+class CacheScales:
+    """Of a cache in int8 or float8_e4m3fn: keys and values have scales of their own, float32 `[layers, kv_heads]`."""
 
     dtype: torch.dtype
     key_scales: torch.Tensor
@@ -26,17 +26,19 @@ class QuantizedCache:
 
 
 @dataclass(frozen=True)
-class Step:
+class LayerInputs:
     """What every layer of a network reads besides the hidden states.
 
-    `positional`: RoPE's cos and sin, or ALiBi's slopes; `logn`: the queries' factors, where there are such.
+    RoPE's `cos` and `sin`, or ALiBi's `slopes`; `logn`: the queries' factors, where there are such.
     """
 
-    positional: tuple[Tensor, ...]
-    logn: Tensor | None
     position_ids: Tensor
     query_starts: Tensor
     past_lengths: Tensor
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    slopes: Tensor | None = None
+    logn: Tensor | None = None
 
 
 def decoder(
@@ -44,7 +46,7 @@ def decoder(
     weights: Weights,
     dtype: torch.dtype,
     max_length: int,
-    cache: QuantizedCache | None = None,
+    cache: CacheScales | None = None,
     mapping: Mapping = Mapping(),
 ) -> Network:
     """One rank's network: packed token ids and KV caches in, float32 logits of the chosen rows and new caches out.
@@ -56,11 +58,12 @@ def decoder(
     Outputs: `logits` `[rows, vocab]`, `present_key.i`, `present_value.i`.
     """
     network = Network()
-    hidden, step = embedding(network, config, weights, dtype, max_length)
+    hidden, inputs = embedding(network, config, weights, dtype, max_length)
     logits_indices = network.input("logits_indices", torch.int32, ("rows",))
     presents = []
     for i in range(config.num_hidden_layers):
-        hidden, present = decoder_layer(config, weights, i, hidden, step, max_length, cache)
+        kv_cache = layer_cache(network, config, i, dtype, max_length, cache)
+        hidden, present = decoder_layer(config, weights, i, hidden, inputs, kv_cache)
         presents.append(present)
     x = ops.rms_norm(
         ops.select_rows(hidden, logits_indices), _norm(network, weights, "model.norm", dtype), config.rms_norm_eps
@@ -75,7 +78,7 @@ def decoder(
 
 def embedding(
     network: Network, config: ModelConfig, weights: Weights, dtype: torch.dtype, max_length: int
-) -> tuple[Tensor, Step]:
+) -> tuple[Tensor, LayerInputs]:
     """Declares a step's inputs; the first layer's hidden states, `[tokens, hidden]`, and what all layers share.
 
     What a model does to sequences longer than `max_length` alone is left out.
@@ -84,13 +87,27 @@ def embedding(
     position_ids = network.input("position_ids", torch.int32, ("tokens",))
     query_starts = network.input("query_starts", torch.int32, ("starts",))
     past_lengths = network.input("past_lengths", torch.int32, ("batch",))
-    positional = _positional(network, config, position_ids, dtype, max_length)
-    logn = None
+    shared = _positional(network, config, position_ids, dtype, max_length)
     if 0 < config.logn_length < max_length:
-        logn = ops.log_n(position_ids, config.logn_length, dtype)
-    step = Step(positional, logn, position_ids, query_starts, past_lengths)
+        shared["logn"] = ops.log_n(position_ids, config.logn_length, dtype)
+    inputs = LayerInputs(position_ids, query_starts, past_lengths, **shared)
     table = network.constant("model.embed_tokens.weight", weights("model.embed_tokens.weight").to(dtype))
-    return ops.embedding(input_ids, table), step
+    return ops.embedding(input_ids, table), inputs
+
+
+def layer_cache(
+    network: Network, config: ModelConfig, i: int, dtype: torch.dtype, max_length: int, cache: CacheScales | None
+) -> dict[str, Tensor]:
+    """Declares layer `i`'s caches, in `dtype` where they have no scales; attention's inputs by name."""
+    shape = ("batch", config.num_key_value_heads, max_length, config.head_dim)
+    inputs = {
+        f"{kind}_cache": network.input(f"{kind}_cache.{i}", cache.dtype if cache else dtype, shape) for kind in KINDS
+    }
+    if cache:
+        for kind, scales in zip(KINDS, (cache.key_scales, cache.value_scales), strict=True):
+            name = f"model.layers.{i}.self_attn.{kind}_scale"
+            inputs[f"{kind}_scale"] = network.constant(name, from_tensor(scales[i]))
+    return inputs
 
 
 def decoder_layer(
@@ -98,11 +115,13 @@ def decoder_layer(
     weights: Weights,
     i: int,
     hidden: Tensor,
-    step: Step,
-    max_length: int,
-    cache: QuantizedCache | None = None,
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Layer `i`: hidden states `[tokens, hidden]` in and out, and the layer's new caches. Declares its cache inputs."""
+    inputs: LayerInputs,
+    cache: dict[str, Tensor] | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Layer `i`: hidden states `[tokens, hidden]` in and out, and the layer's new caches.
+
+    `cache` is what `layer_cache` gives; without one the tokens of a step see each other alone.
+    """
     network, dtype = hidden.network, hidden.dtype
     layer = f"model.layers.{i}"
 
@@ -111,43 +130,30 @@ def decoder_layer(
         biases = [weights(f"{part}.bias") for part in parts] if bias else []
         return linear(x, f"{layer}.{product}", [weights(f"{part}.weight") for part in parts], biases)
 
-    cache_shape = ("batch", config.num_key_value_heads, max_length, config.head_dim)
-    kv_cache = [network.input(f"{kind}_cache.{i}", cache.dtype if cache else dtype, cache_shape) for kind in KINDS]
-    if cache:
-        scales = (cache.key_scales[i], cache.value_scales[i])
-        kv_cache += [
-            network.constant(f"{layer}.self_attn.{kind}_scale", from_tensor(s))
-            for kind, s in zip(KINDS, scales, strict=True)
-        ]
-
     x = ops.rms_norm(hidden, _norm(network, weights, f"{layer}.input_layernorm", dtype), config.rms_norm_eps)
-    x, *present = ops.attention(
-        project(x, "self_attn.qkv_proj", config.attention_bias),
-        step.positional,
-        kv_cache,
-        step.position_ids,
-        step.query_starts,
-        step.past_lengths,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.head_dim,
-        step.logn,
-    )
+    qkv = project(x, "self_attn.qkv_proj", config.attention_bias)
+    sizes = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    q, k, v = ops.rotate(qkv, inputs.cos, inputs.sin, *sizes) if inputs.cos else ops.split_heads(qkv, *sizes)
+    if inputs.logn:
+        q = ops.scale_tokens(q, inputs.logn)
+    sequences = inputs.position_ids, inputs.query_starts, inputs.past_lengths
+    attended = ops.attention(q, k, v, *sequences, slopes=inputs.slopes, **(cache or {}))
+    x, *present = attended if cache else (attended,)
     hidden = ops.add(hidden, project(x, "self_attn.o_proj", config.attention_out_bias))
 
     x = ops.rms_norm(hidden, _norm(network, weights, f"{layer}.post_attention_layernorm", dtype), config.rms_norm_eps)
     x = ops.swiglu(project(x, "mlp.gate_up_proj", config.mlp_bias))
-    return ops.add(hidden, project(x, "mlp.down_proj", config.mlp_bias)), tuple(present)
+    return ops.add(hidden, project(x, "mlp.down_proj", config.mlp_bias)), present
 
 
-def cache_of_network(network: Network) -> QuantizedCache | None:
+def cache_of_network(network: Network) -> CacheScales | None:
     """The scales of a network's KV cache, where it is quantized."""
     layers = sum(name.startswith("key_cache.") for name in network.inputs)
     names = [[f"model.layers.{i}.self_attn.{kind}_scale" for i in range(layers)] for kind in KINDS]
     if names[0][0] not in network.constants:
         return None
     scales = (torch.stack([network.constants[name].load() for name in kind]) for kind in names)
-    return QuantizedCache(network.tensors["key_cache.0"].dtype, *scales)
+    return CacheScales(network.tensors["key_cache.0"].dtype, *scales)
 
 
 def _norm(network: Network, weights: Weights, name: str, dtype: torch.dtype) -> Tensor:
@@ -156,11 +162,11 @@ def _norm(network: Network, weights: Weights, name: str, dtype: torch.dtype) -> 
 
 def _positional(
     network: Network, config: ModelConfig, position_ids: Tensor, dtype: torch.dtype, max_length: int
-) -> tuple[Tensor, ...]:
-    """RoPE's cos and sin, or ALiBi's slopes."""
+) -> dict[str, Tensor]:
+    """RoPE's cos and sin, or ALiBi's slopes, by name."""
     rope = config.rope
     if rope is None:
-        return (network.constant("alibi.slopes", from_tensor(alibi_slopes(config.num_attention_heads))),)
+        return {"slopes": network.constant("alibi.slopes", from_tensor(alibi_slopes(config.num_attention_heads)))}
 
     def frequencies(values: torch.Tensor) -> Tensor:
         return network.constant("rotary.inverse_frequencies", from_tensor(values))
@@ -168,11 +174,12 @@ def _positional(
     def lengths(of: str) -> Tensor:
         return network.input(f"{of}_lengths", torch.int32, ("tokens",))
 
-    limit = rope.original_max_position_embeddings
+    limit, dynamic = rope.original_max_position_embeddings, ()
     if rope.type == "qwen" and max_length > limit:
         table = frequencies(rope.qwen_frequencies(config.head_dim, max_length))
-        return ops.rotary_embedding(position_ids, ops.prompt_ntk(table, lengths("prompt"), limit), dtype)
-    inverse_frequencies = frequencies(rope.inverse_frequencies(config.head_dim))
-    if rope.type != "dynamic":
-        return ops.rotary_embedding(position_ids, inverse_frequencies, dtype)
-    return ops.rotary_embedding(position_ids, inverse_frequencies, dtype, lengths("sequence"), rope.factor, limit)
+        inverse_frequencies = ops.prompt_ntk(table, lengths("prompt"), limit)
+    else:
+        inverse_frequencies = frequencies(rope.inverse_frequencies(config.head_dim))
+        dynamic = (lengths("sequence"), rope.factor, limit) if rope.type == "dynamic" else ()
+    cos, sin = ops.rotary_embedding(position_ids, inverse_frequencies, dtype, *dynamic)
+    return {"cos": cos, "sin": sin}

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from trtbuild.decoder.decoder import QuantizedCache, Weights
+from trtbuild.decoder.decoder import CacheScales, Weights
 from trtbuild.decoder.mapping import Mapping
 from trtbuild.errors import UserError
 from trtbuild.linear.linear import Weight
@@ -14,8 +14,8 @@ from trtbuild.tensors.quantized_weight import QuantizedWeight
 
 
 def shard(
-    config: ModelConfig, weights: Weights, cache: QuantizedCache | None, mapping: Mapping
-) -> tuple[ModelConfig, Weights, QuantizedCache | None]:
+    config: ModelConfig, weights: Weights, cache: CacheScales | None, mapping: Mapping
+) -> tuple[ModelConfig, Weights, CacheScales | None]:
     """What `decoder` takes for one rank of `mapping`, from what it takes for the whole model.
 
     Heads, and the channels within the MLP, are dealt out in order; KV heads fewer than ranks are had by several. The

@@ -7,7 +7,7 @@ import torch
 
 import trtbuild
 from trtbuild.checkpoint.canonical import Checkpoint
-from trtbuild.decoder.decoder import QuantizedCache, decoder
+from trtbuild.decoder.decoder import CacheScales, decoder
 from trtbuild.decoder.mapping import Mapping
 from trtbuild.engine.config import BuildLimits, marker, rank_file, write_config
 from trtbuild.engine.portable import read_portable, write_portable
@@ -33,7 +33,7 @@ def build_portable(
     dtype: torch.dtype,
     limits: BuildLimits,
     mapping: Mapping,
-    cache: QuantizedCache | None = None,
+    cache: CacheScales | None = None,
     extrapolate_positions: bool = False,
 ) -> None:
     """Writes one rank's portable engine: its network and its share of the weights.
@@ -123,7 +123,7 @@ def build_engine_dir(
     engines: list[str],
     remove_input_padding: bool = True,
     compute_capabilities: list[str] | None = None,
-    cache: QuantizedCache | None = None,
+    cache: CacheScales | None = None,
     calibration: Path | None = None,
     extrapolate_positions: bool = False,
 ) -> None:

@@ -101,11 +101,11 @@ class Lowering:
     def cast_like(self, x, like):
         return x if x.dtype == like.dtype else self.definition.add_cast(x, like.dtype).get_output(0)
 
-    def add_bias(self, product, *bias):
+    def add_bias(self, product, bias=None):
         """`[tokens, out]` plus an `[out]` bias, if there is one, in the product's dtype."""
-        for b in bias:
-            product = self.elementwise("SUM", product, self.cast_like(self.reshape(b, (1, -1)), product))
-        return product
+        if bias is None:
+            return product
+        return self.elementwise("SUM", product, self.cast_like(self.reshape(bias, (1, -1)), product))
 
     # Quantization. A scale is one number (`[]` or `[1]`), `[n]` for the n indices of `axis`, or, to dequantize alone,
     # of the rank of what it scales: one number a block, in the dtype of the result.

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,11 +12,11 @@ from trtbuild.engine.config import BuildLimits
 from trtbuild.errors import UserError
 from trtbuild.files import atomic
 from trtbuild.linear import linear  # noqa: F401 (makes the weight formats' operations known)
-from trtbuild.network import Network, ops  # noqa: F401 (makes the operations known)
+from trtbuild.network import Network, Node, Op, ops  # noqa: F401 (makes the operations known)
 from trtbuild.tensors.safetensors_stream import open_file, write_file
 
 METADATA_KEY = "trtbuild"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 WEIGHTS = ("model.", "lm_head.")  # how names of a model's own constants begin; ALiBi's slopes are computed
 
 
@@ -118,28 +118,20 @@ class PortableEngine:
 
     def __init__(self, network: Network, limits: BuildLimits, device: torch.device) -> None:
         self.network, self.limits, self.device = network, limits, device
-        slots = {name: i for i, name in enumerate(network.tensors)}
-        last_use = {name: i for i, node in enumerate(network.nodes) for name in node.inputs}
-        keep = {*network.constants, *network.inputs, *network.outputs}
+        names = [name for name in network.tensors if name not in network.constants]
+        slots = {name: i for i, name in enumerate(names)}
         self._values: list[torch.Tensor | None] = [None] * len(slots)
-        for name, constant in network.constants.items():
-            self._values[slots[name]] = constant.load().to(device)
-        for node in network.nodes:
-            constants = [slots[name] for name in node.inputs if name in network.constants]
-            prepared = node.op.prepare(device, *(self._values[i] for i in constants))
-            for i, value in zip(constants, prepared, strict=True):
-                self._values[i] = value
         self._inputs = {name: slots[name] for name in network.inputs}
         self._logits = slots["logits"]
-        self._plan = [
-            (
-                node.op.portable,
-                tuple(slots[name] for name in node.inputs),
-                tuple(slots[name] for name in node.outputs),
-                tuple({slots[name] for name in node.inputs if last_use[name] == i and name not in keep}),
-            )
-            for i, node in enumerate(network.nodes)
-        ]
+        last_uses, constants = network.last_uses(), _Constants(network, device, self._values)
+        self._plan = []
+        for i, node in enumerate(network.nodes):
+            sources = {parameter: slots[x] for parameter, x in node.inputs.items() if x in slots} | constants.of(node)
+            read = {x for x in node.inputs.values() if x in slots and x not in self._inputs}
+            dead = tuple(slots[x] for x in read if last_uses[x] == i)
+            self._plan.append((*_bound(node.op, sources), tuple(slots[x] for x in node.outputs), dead))
+            constants.forget(x for x in node.inputs.values() if last_uses[x] == i)
+        self._values.append(None)  # `ABSENT`
 
     @classmethod
     def load(cls, path: Path, device: torch.device | str = "cpu") -> "PortableEngine":
@@ -169,13 +161,69 @@ class PortableEngine:
         plan, last = self._plan, ""
         self._plan = []
         for node, (run, *slots) in zip(self.network.nodes, plan, strict=True):
-            weights = [name for name in node.inputs if name in self.network.constants and name.startswith(WEIGHTS)]
+            constants = [name for name in node.inputs.values() if name in self.network.constants]
+            weights = [name for name in constants if name.startswith(WEIGHTS)]
             last = weights[0].rpartition(".")[0] if weights else last
             self._plan.append((_checked(run, last), *slots))
         try:
             yield
         finally:
             self._plan = plan
+
+
+ABSENT = -1  # the last slot, which stays empty: of an input that a node does not have
+
+
+def _bound(op: Op, sources: dict[str, int]) -> tuple[Callable, tuple[int, ...]]:
+    """What a step calls, and the slots of its arguments in order; absent ones at the end are left out."""
+    order = [sources.pop(parameter, ABSENT) for parameter in op.parameters]
+    if sources:
+        raise TypeError(f"{op} has no input {min(sources)}")
+    while order and order[-1] == ABSENT:
+        order.pop()
+    return op.portable, tuple(order)
+
+
+class _Constants:
+    """Puts a network's constants into slots of `values`, as each operation's `prepare` wants them.
+
+    Operations that want one layout share it; the original stays only where somebody reads it as it is.
+    """
+
+    def __init__(self, network: Network, device: torch.device, values: list[torch.Tensor | None]) -> None:
+        self.constants, self.device, self.values = network.constants, device, values
+        self._loaded: dict[str, torch.Tensor] = {}
+        self._slots: dict[str, int] = {}  # of constants as they are
+        self._prepared: dict[tuple, dict[str, int]] = {}
+
+    def of(self, node: Node) -> dict[str, int]:
+        """Slots of a node's constants by parameter."""
+        names = {parameter: name for parameter, name in node.inputs.items() if name in self.constants}
+        key = node.op, *sorted(names.items())
+        if key not in self._prepared:
+            for name in names.values():
+                if name not in self._loaded:
+                    self._loaded[name] = self.constants[name].load().to(self.device)
+            given = {parameter: self._loaded[name] for parameter, name in names.items()}
+            prepared = node.op.prepare(self.device, **given)
+            self._prepared[key] = {
+                parameter: self._slot(value, names[parameter] if value is given[parameter] else None)
+                for parameter, value in prepared.items()
+            }
+        return dict(self._prepared[key])
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Of constants that no later node reads, drops what is in no slot."""
+        for name in names:
+            self._loaded.pop(name, None)
+
+    def _slot(self, value: torch.Tensor, name: str | None) -> int:
+        if name in self._slots:
+            return self._slots[name]
+        self.values.append(value)
+        if name:
+            self._slots[name] = len(self.values) - 1
+        return len(self.values) - 1
 
 
 def _checked(run: Callable, name: str) -> Callable:

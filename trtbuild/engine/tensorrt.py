@@ -26,7 +26,8 @@ class LoweredNetwork:
         for name, constant in network.constants.items():
             tensors[name] = self.lowering.constant(constant.load(), name)
         for node in network.nodes:
-            outputs = node.op.to_tensorrt(self.lowering, *(tensors.get(name) for name in node.inputs))
+            inputs = {parameter: tensors.get(name) for parameter, name in node.inputs.items()}
+            outputs = node.op.to_tensorrt(self.lowering, **inputs)
             tensors |= zip(node.outputs, outputs if isinstance(outputs, tuple) else (outputs,), strict=True)
         for name in network.outputs:
             tensors[name].name = name

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from trtbuild.checkpoint.canonical import Checkpoint
-from trtbuild.decoder.decoder import QuantizedCache, decoder
+from trtbuild.decoder.decoder import CacheScales, decoder
 from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.portable import PortableEngine
 from trtbuild.evaluation.hugging_face import HuggingFaceModel
@@ -33,7 +33,7 @@ def open_baseline(
     folder: Path | str,
     dtype: str = "float32",
     device: str = "auto",
-    cache: QuantizedCache | None = None,
+    cache: CacheScales | None = None,
     max_input_len: int = 1024,
     max_output_len: int = 0,
 ) -> "Baseline":
@@ -58,7 +58,7 @@ class PortableBaseline:
         folder: Path | str,
         dtype: str,
         device: str,
-        cache: QuantizedCache | None,
+        cache: CacheScales | None,
         limits: BuildLimits,
         reason: str,
     ) -> None:

@@ -30,7 +30,8 @@ def describe_engine(folder: Path, nodes: bool = False, check: bool = False) -> s
         if nodes:
             for node in network.nodes:
                 outputs = ", ".join(f"{name} {list(network.tensors[name].shape)}" for name in node.outputs)
-                lines.append(f"  {outputs} = {node.op}({', '.join(node.inputs)})")
+                inputs = ", ".join(f"{parameter}={name}" for parameter, name in node.inputs.items())
+                lines.append(f"  {outputs} = {node.op}({inputs})")
     return "\n".join(lines)
 
 

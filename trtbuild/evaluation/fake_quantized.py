@@ -3,7 +3,7 @@
 import torch
 
 from trtbuild.checkpoint.canonical import Checkpoint
-from trtbuild.decoder.decoder import QuantizedCache
+from trtbuild.decoder.decoder import CacheScales
 from trtbuild.tensors.quantized_weight import QuantizedWeight
 from trtbuild.tensors.rounding import DTYPES, quantize, scale_for
 from trtbuild.tokenizer.damage import refusing
@@ -45,7 +45,7 @@ def _rounding(weight: QuantizedWeight, model: torch.nn.Module):
     return hook
 
 
-def fake_quantized_cache(cache: QuantizedCache):
+def fake_quantized_cache(cache: CacheScales):
     """A `transformers` cache that rounds the keys and values it is given, `[batch, kv_heads, tokens, head_dim]`."""
     from transformers import DynamicCache
 

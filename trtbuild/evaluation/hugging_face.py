@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from trtbuild.checkpoint.canonical import Checkpoint
-from trtbuild.decoder.decoder import QuantizedCache
+from trtbuild.decoder.decoder import CacheScales
 from trtbuild.errors import UserError
 from trtbuild.evaluation.fake_quantized import fake_quantized_cache, load_model
 from trtbuild.evaluation.provenance import environment
@@ -24,7 +24,7 @@ class HuggingFaceModel:
     name = "Hugging Face"
 
     def __init__(
-        self, folder: Path | str, dtype: str = "float32", device: str = "auto", cache: QuantizedCache | None = None
+        self, folder: Path | str, dtype: str = "float32", device: str = "auto", cache: CacheScales | None = None
     ) -> None:
         from transformers import GenerationConfig
         from transformers.utils import logging

@@ -17,28 +17,28 @@ WIDEN_MIN_ROWS = 3
 class DenseLinear(Op):
     """`x @ weight.T + bias`."""
 
-    def infer(self, x: Tensor, weight: Tensor, *bias: Tensor):
-        if x.shape[1] != weight.shape[1] or x.dtype != weight.dtype or any(b.shape != weight.shape[:1] for b in bias):
+    def infer(self, x: Tensor, weight: Tensor, bias: Tensor | None = None):
+        if x.shape[1] != weight.shape[1] or x.dtype != weight.dtype or (bias and bias.shape != weight.shape[:1]):
             raise ValueError(f"linear of {x} with {weight} {bias}")
         return [(x.dtype, (x.shape[0], weight.shape[0]))]
 
-    def reference(self, x: torch.Tensor, weight: torch.Tensor, *bias: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, weight, *bias)
+    def reference(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return F.linear(x, weight, bias)
 
-    def portable(self, step, x: torch.Tensor, weight: torch.Tensor, *bias: torch.Tensor) -> torch.Tensor:
+    def portable(self, step, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if x.is_cuda or not torch.backends.mkldnn.is_available():
-            return F.linear(x, weight, *bias)
+            return F.linear(x, weight, bias)
         rows = x.shape[0]
         if x.dtype == torch.float32:
-            return _onednn(x, weight, *bias) if rows <= ONEDNN_MAX_ROWS else F.linear(x, weight, *bias)
+            return _onednn(x, weight, bias) if rows <= ONEDNN_MAX_ROWS else F.linear(x, weight, bias)
         if rows < WIDEN_MIN_ROWS:
-            return F.linear(x, weight, *bias)
-        wide = self.portable(step, x.float(), weight.float(), *(b.float() for b in bias))
+            return F.linear(x, weight, bias)
+        wide = self.portable(step, x.float(), weight.float(), None if bias is None else bias.float())
         return wide.to(x.dtype)
 
-    def to_tensorrt(self, lowering, x, weight, *bias):
-        return lowering.add_bias(lowering.matmul(x, weight, transpose_b=True), *bias)
+    def to_tensorrt(self, lowering, x, weight, bias=None):
+        return lowering.add_bias(lowering.matmul(x, weight, transpose_b=True), bias)
 
 
-def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

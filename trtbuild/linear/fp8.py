@@ -18,34 +18,34 @@ class Fp8Linear(Op):
     fused), `input_scale` float32 `[1]`.
     """
 
-    def infer(self, x: Tensor, weight: Tensor, scale: Tensor, input_scale: Tensor, *bias: Tensor):
-        check(self, x, weight, scale, *bias, dtype=torch.float8_e4m3fn)
+    def infer(self, x: Tensor, weight: Tensor, scale: Tensor, input_scale: Tensor, bias: Tensor | None = None):
+        check(self, x, weight, scale, bias, dtype=torch.float8_e4m3fn)
         if (input_scale.shape, input_scale.dtype) != ((1,), torch.float32):
             raise ValueError(f"{self} with the input scale {input_scale}")
         return [(x.dtype, (x.shape[0], weight.shape[0]))]
 
-    def reference(self, x, weight, scale, input_scale, *bias):
+    def reference(self, x, weight, scale, input_scale, bias=None):
         narrow = quantize(x.float(), input_scale, torch.float8_e4m3fn)
         product = narrow.double() @ weight.double().T * input_scale * scale
-        return (product + bias[0] if bias else product).to(x.dtype)
+        return (product if bias is None else product + bias).to(x.dtype)
 
-    def portable(self, step, x, weight, scale, input_scale, *bias):
+    def portable(self, step, x, weight, scale, input_scale, bias=None):
         if x.is_cuda and _has_kernel(weight):
             from trtbuild.kernels.quantize_rows import quantize_rows, scale_product
 
             narrow, _ = quantize_rows(x, input_scale, torch.float8_e4m3fn)
             one = torch.ones_like(input_scale)  # the scales come after, so that the product stays in float32
             product = torch._scaled_mm(narrow, weight.T, one, one, out_dtype=torch.float32)
-            return scale_product(product, input_scale, scale, *(bias or (None,)), x.dtype)
+            return scale_product(product, input_scale, scale, bias, x.dtype)
         narrow = quantize(x.float(), input_scale, torch.float8_e4m3fn)
         product = blockwise_linear(narrow, weight.shape, lambda rows: weight[rows].float())
         product = product.mul_(input_scale * scale)
-        return (product.add_(bias[0]) if bias else product).to(x.dtype)
+        return (product if bias is None else product.add_(bias)).to(x.dtype)
 
-    def to_tensorrt(self, lowering, x, weight, scale, input_scale, *bias):
+    def to_tensorrt(self, lowering, x, weight, scale, input_scale, bias=None):
         wide = lowering.cast(x, torch.float32)
         product = lowering.quantized_matmul(wide, input_scale, weight, scale)
-        return lowering.cast_like(lowering.add_bias(product, *bias), x)
+        return lowering.cast_like(lowering.add_bias(product, bias), x)
 
 
 def _has_kernel(weight: torch.Tensor) -> bool:

@@ -16,90 +16,87 @@ class Int4Linear(Op):
     """`x @ ((q - zeros) * scales).T + bias`.
 
     `x` `[tokens, in]`; `weight` uint8 `[out, in / 2]` holds q, -8 .. 7 in two's complement, two a byte, the even input
-    channel in the low nibble; `scales` `[out, groups]` in the dtype of `x`; the next input, unless `symmetric`, is
-    `zeros`, int8 `[out, groups]`.
+    channel in the low nibble; `scales` `[out, groups]` in the dtype of `x`; `zeros` int8 `[out, groups]`, 0 where they
+    are absent.
     """
 
-    symmetric: bool
-
-    def infer(self, x: Tensor, weight: Tensor, scales: Tensor, *rest: Tensor):
-        zeros, bias = self._split(rest)
+    def infer(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None = None,
+        bias: Tensor | None = None,
+    ):
         out, groups = scales.shape
         if (
             weight.dtype != torch.uint8
             or (weight.shape[0], 2 * weight.shape[1]) != (out, x.shape[1])
             or groups == 0
             or x.shape[1] % groups
-            or any(z.shape != scales.shape or z.dtype != torch.int8 for z in zeros)
-            or any(t.dtype != x.dtype for t in (scales, *bias))
-            or any(b.shape != (out,) for b in bias)
+            or scales.dtype != x.dtype
+            or (zeros and (zeros.dtype, zeros.shape) != (torch.int8, scales.shape))
+            or (bias and (bias.dtype, bias.shape) != (x.dtype, (out,)))
         ):
-            raise ValueError(f"{self} of {x} with {weight}, {scales} {rest}")
+            raise ValueError(f"{self} of {x} with {weight}, {scales}, {zeros}, {bias}")
         return [(x.dtype, (x.shape[0], out))]
 
-    def reference(self, x, weight, scales, *rest):
-        zeros, bias = self._split(rest)
-        return F.linear(x, dequantize(weight, scales, *zeros).to(x.dtype), *bias)
+    def reference(self, x, weight, scales, zeros=None, bias=None):
+        return F.linear(x, dequantize(weight, scales, zeros).to(x.dtype), bias)
 
-    def prepare(self, device, weight, scales, *rest):
+    def prepare(self, device, weight, scales, **others):
         """On CUDA: the order of nibbles that the kernel reads, and scales and zeros transposed.
 
         On a CPU in bfloat16: torch's kernel wants its own order of nibbles, and scales beside offsets. Its groups have
         at most 256 channels; larger ones are repeated.
         """
-        zeros, bias = self._split(rest)
+        zeros = others.get("zeros")
         if device.type == "cuda":
             from trtbuild.kernels.weight_only import interleave_int4
 
-            weight, scales, *zeros = interleave_int4(weight, scales, *zeros)
-            return weight, scales, *(() if self.symmetric else zeros), *bias
+            weight, scales, interleaved = interleave_int4(weight, scales, zeros)
+            return others | {"weight": weight, "scales": scales} | ({} if zeros is None else {"zeros": interleaved})
         out, groups = scales.shape
         group_size = 2 * weight.shape[1] // groups
         kernel_size = next((size for size in KERNEL_GROUP_SIZES if group_size % size == 0), None)
         if device.type != "cpu" or scales.dtype != torch.bfloat16 or kernel_size is None or out % 16:
-            return weight, scales, *rest
+            return others | {"weight": weight, "scales": scales}
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpack(weight).int() + 8, 1)
-        offsets = -zeros[0] * scales if zeros else torch.zeros_like(scales)
+        offsets = torch.zeros_like(scales) if zeros is None else -zeros * scales
         both = torch.stack((scales, offsets), -1).repeat_interleave(group_size // kernel_size, 1)
-        return packed, both.transpose(0, 1).contiguous(), *rest
+        return others | {"weight": packed, "scales": both.transpose(0, 1).contiguous()}
 
-    def portable(self, step, x, weight, scales, *rest):
-        zeros, bias = self._split(rest)
+    def portable(self, step, x, weight, scales, zeros=None, bias=None):
         if x.is_cuda:
             from trtbuild.kernels.weight_only import weight_only_linear
 
-            return weight_only_linear(x, weight, scales, *(zeros or (None,)), *bias)
+            return weight_only_linear(x, weight, scales, zeros, bias)
         if scales.ndim == 3:  # prepared
             product = torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, x.shape[1] // len(scales), scales)
-            return product.add_(bias[0]) if bias else product
+            return product if bias is None else product.add_(bias)
         product = blockwise_linear(
             x,
             (weight.shape[0], x.shape[1]),
-            lambda rows: dequantize(weight[rows], scales[rows].float(), *(z[rows] for z in zeros)),
+            lambda rows: dequantize(weight[rows], scales[rows].float(), None if zeros is None else zeros[rows]),
         )
-        return (product.add_(bias[0]) if bias else product).to(x.dtype)
+        return (product if bias is None else product.add_(bias)).to(x.dtype)
 
-    def to_tensorrt(self, lowering, x, weight, scales, *rest):
+    def to_tensorrt(self, lowering, x, weight, scales, zeros=None, bias=None):
         """Without zero points, which TensorRT lacks: `x @ (q * s).T - (sums of x over the groups) @ (zeros * s).T`.
 
         To subtract them from the weight would have it widened in memory in every step, and so would one group a row:
         that becomes two.
         """
-        zeros, bias = self._split(rest)
         if scales.shape[1] == 1:
             ones = lowering.cast_like(lowering.constant(torch.ones(1, 2)), scales)
             scales = lowering.elementwise("PROD", scales, ones)
         product = lowering.matmul(x, lowering.dequantize(weight, scales, like=x), transpose_b=True)
-        for z in zeros:
+        if zeros is not None:
             sums = lowering.reduce("SUM", lowering.reshape(x, (0, scales.shape[1], -1)), 2, keep=False)
-            offsets = lowering.dequantize(z, lowering.scalar(1, torch.float32, rank=0), like=scales)
+            offsets = lowering.dequantize(zeros, lowering.scalar(1, torch.float32, rank=0), like=scales)
             offsets = lowering.elementwise("PROD", offsets, scales)
             product = lowering.elementwise("SUB", product, lowering.matmul(sums, offsets, transpose_b=True))
-        return lowering.add_bias(product, *bias)
-
-    def _split(self, rest: tuple) -> tuple[tuple, tuple]:
-        """The zeros, if any, and the bias, if any."""
-        return ((), rest) if self.symmetric else (rest[:1], rest[1:])
+        return lowering.add_bias(product, bias)
 
 
 def pack(values: torch.Tensor) -> torch.Tensor:
@@ -114,9 +111,9 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
     return torch.stack((signed << 4 >> 4, signed >> 4), -1).flatten(-2)
 
 
-def dequantize(weight: torch.Tensor, scales: torch.Tensor, *zeros: torch.Tensor) -> torch.Tensor:
+def dequantize(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None = None) -> torch.Tensor:
     """`[out, in / 2]` packed values to `[out, in]` in the scales' dtype."""
     values = unpack(weight).to(scales.dtype).unflatten(1, (scales.shape[1], -1))
-    if zeros:
-        values -= zeros[0][..., None]
+    if zeros is not None:
+        values -= zeros[..., None]
     return (values * scales[..., None]).flatten(1)

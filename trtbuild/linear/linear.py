@@ -27,28 +27,28 @@ def linear(x: Tensor, name: str, parts: Sequence[Weight], biases: Sequence[LazyT
     def constant(suffix: str, value: LazyTensor) -> Tensor:
         return network.constant(f"{name}.{suffix}", value)
 
-    bias = [constant("bias", concatenate(list(biases)).to(x.dtype))] if biases else []
+    bias = constant("bias", concatenate(list(biases)).to(x.dtype)) if biases else None
     if isinstance(parts[0], LazyTensor):
         weight = parts[0] if len(parts) == 1 else concatenate(parts)
-        return network.add(DenseLinear(), x, constant("weight", weight.to(x.dtype)), *bias)
+        return network.add(DenseLinear(), x=x, weight=constant("weight", weight.to(x.dtype)), bias=bias)
     fused = fuse(parts)
     if fused.order is not None:
         x = ops.select_columns(x, constant("order", fused.order))
     if fused.format == "int4":
         out, width = fused.values.shape
         packed = LazyTensor(torch.uint8, (out, width // 2), lambda: pack(fused.values.load()))
-        constants = [constant("weight", packed), constant("scales", fused.scales.to(x.dtype))]
+        constants = {"weight": constant("weight", packed), "scales": constant("scales", fused.scales.to(x.dtype))}
         if fused.zeros is not None:
-            constants.append(constant("zeros", fused.zeros))
-        return network.add(Int4Linear(symmetric=fused.zeros is None), x, *constants, *bias)
+            constants["zeros"] = constant("zeros", fused.zeros)
+        return network.add(Int4Linear(), x=x, bias=bias, **constants)
     scales = LazyTensor(torch.float32, fused.scales.shape[:1], lambda: fused.scales.load()[:, 0].float())
-    constants = [constant("weight", fused.values), constant("scales", scales)]
+    constants = {"weight": constant("weight", fused.values), "scale": constant("scales", scales)}
     if fused.input_scale is not None:
-        constants.append(constant("input_scale", fused.input_scale))
+        constants["input_scale"] = constant("input_scale", fused.input_scale)
     op = {
         ("int8", "16bit"): Int8Linear(),
         ("int8", "static"): W8A8Linear(per_token=False),
         ("int8", "token"): W8A8Linear(per_token=True),
         ("fp8", "static"): Fp8Linear(),
     }[fused.format, fused.activations]
-    return network.add(op, x, *constants, *bias)
+    return network.add(op, x=x, bias=bias, **constants)

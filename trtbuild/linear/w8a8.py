@@ -17,42 +17,46 @@ INT_MM_MIN_ROWS = 32  # of torch's product of integers on CUDA: cuBLAS wants mor
 class W8A8Linear(Op):
     """`(round(x / s) @ weight.T) * s * scale + bias`, the product of integers being exact.
 
-    `x` `[tokens, in]`, `weight` int8 `[out, in]`, `scale` float32 `[out]`. The activations' scale `s` is the next input
+    `x` `[tokens, in]`, `weight` int8 `[out, in]`, `scale` float32 `[out]`. The activations' scale `s` is `input_scale`
     (float32 `[1]`), or with `per_token` the largest magnitude of each row, over 127.
     """
 
     per_token: bool
 
-    def infer(self, x: Tensor, weight: Tensor, scale: Tensor, *rest: Tensor):
-        input_scale, bias = self._split(rest)
-        check(self, x, weight, scale, *bias, dtype=torch.int8)
-        if input_scale and (input_scale[0].shape, input_scale[0].dtype) != ((1,), torch.float32):
-            raise ValueError(f"{self} with the input scale {input_scale[0]}")
+    def infer(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        input_scale: Tensor | None = None,
+        bias: Tensor | None = None,
+    ):
+        check(self, x, weight, scale, bias, dtype=torch.int8)
+        wanted = None if self.per_token else ((1,), torch.float32)
+        if wanted != (input_scale and (input_scale.shape, input_scale.dtype)):
+            raise ValueError(f"{self} with the input scale {input_scale}")
         return [(x.dtype, (x.shape[0], weight.shape[0]))]
 
-    def reference(self, x, weight, scale, *rest):
-        input_scale, bias = self._split(rest)
-        integers, s = self._quantized(x, *input_scale)
+    def reference(self, x, weight, scale, input_scale=None, bias=None):
+        integers, s = self._quantized(x, input_scale)
         product = integers.double() @ weight.double().T * s * scale
-        return (product + bias[0] if bias else product).to(x.dtype)
+        return (product if bias is None else product + bias).to(x.dtype)
 
-    def portable(self, step, x, weight, scale, *rest):
+    def portable(self, step, x, weight, scale, input_scale=None, bias=None):
         """Float32 sums of products of integers: exact for up to 1032 terms, within 1e-7 of exact beyond."""
-        input_scale, bias = self._split(rest)
         if x.is_cuda and not any(size % INT_MM_MULTIPLE for size in weight.shape):
             from trtbuild.kernels.quantize_rows import quantize_rows, scale_product
 
-            integers, s = quantize_rows(x, *(input_scale or (None,)), torch.int8, INT_MM_MIN_ROWS)
+            integers, s = quantize_rows(x, input_scale, torch.int8, INT_MM_MIN_ROWS)
             product = torch._int_mm(integers, weight.T)[: len(x)]
-            return scale_product(product, s, scale, *(bias or (None,)), x.dtype)
-        integers, s = self._quantized(x, *input_scale)
+            return scale_product(product, s, scale, bias, x.dtype)
+        integers, s = self._quantized(x, input_scale)
         product = blockwise_linear(integers, weight.shape, lambda rows: weight[rows].float())
         product = product.mul_(s).mul_(scale)
-        return (product.add_(bias[0]) if bias else product).to(x.dtype)
+        return (product if bias is None else product.add_(bias)).to(x.dtype)
 
-    def to_tensorrt(self, lowering, x, weight, scale, *rest):
+    def to_tensorrt(self, lowering, x, weight, scale, input_scale=None, bias=None):
         """In float32 around the product of integers; a scale a token cannot be TensorRT's, so it is applied outside."""
-        input_scale, bias = self._split(rest)
         wide = lowering.cast(x, torch.float32)
         if self.per_token:
             one, limit, tiny = (
@@ -64,14 +68,10 @@ class W8A8Linear(Op):
             wide = lowering.elementwise("DIV", wide, s)
             product = lowering.elementwise("PROD", lowering.quantized_matmul(wide, one, weight, scale), s)
         else:
-            product = lowering.quantized_matmul(wide, *input_scale, weight, scale)
-        return lowering.cast_like(lowering.add_bias(product, *bias), x)
+            product = lowering.quantized_matmul(wide, input_scale, weight, scale)
+        return lowering.cast_like(lowering.add_bias(product, bias), x)
 
-    def _split(self, rest: tuple) -> tuple[tuple, tuple]:
-        """The static input scale, if any, and the bias, if any."""
-        return ((), rest) if self.per_token else (rest[:1], rest[1:])
-
-    def _quantized(self, x, *input_scale):
+    def _quantized(self, x, input_scale=None):
         wide = x.float()
-        s = scale_for(wide.abs().amax(-1, keepdim=True), torch.int8) if self.per_token else input_scale[0]
+        s = scale_for(wide.abs().amax(-1, keepdim=True), torch.int8) if self.per_token else input_scale
         return quantize(wide, s, torch.int8), s

@@ -1,6 +1,7 @@
 """Tensors, operations and the network that lists them; everything but the weights' values serializes to JSON."""
 
 import dataclasses
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -24,7 +25,8 @@ class Op:
     """An operation: its attributes (the fields of a frozen dataclass) and all that is known of it.
 
     A subclass defines `infer`, `reference` and `to_tensorrt`, and `portable` where a faster equal of `reference`
-    is worth having. Defining the class makes its name known to `Network.from_json`.
+    is worth having. Its inputs are the parameters of these methods, with the same names and in the same order; one that
+    may be absent has the default None. Defining the class makes its name known to `Network.from_json`.
     """
 
     kinds: ClassVar[dict[str, type["Op"]]] = {}
@@ -32,33 +34,41 @@ class Op:
     def __init_subclass__(cls) -> None:
         Op.kinds[cls.__name__] = cls
 
-    def infer(self, *inputs: Tensor) -> list[tuple[torch.dtype, tuple[int | str, ...]]]:
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of all inputs, in order."""
+        return tuple(inspect.signature(self.infer).parameters)
+
+    def infer(self, **inputs: Tensor) -> list[tuple[torch.dtype, tuple[int | str, ...]]]:
         """Dtype and shape of every output. Raises `ValueError` where the inputs do not fit together."""
         raise NotImplementedError
 
-    def reference(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    def reference(self, **inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """The definition of right, in plain torch on any device, in whatever dtype the inputs have."""
         raise NotImplementedError
 
-    def portable(self, step: Any, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    def portable(self, step: Any, *inputs: torch.Tensor, **named: torch.Tensor):
         """What the portable engine runs; `step` is its `StepContext`."""
-        return self.reference(*inputs)
+        return self.reference(*inputs, **named)
 
-    def prepare(self, device: torch.device, *constants: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The inputs that are constants, as `portable` wants them on a device; called when an engine is loaded."""
+    def prepare(self, device: torch.device, **constants: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The inputs that are constants, as `portable` wants them on a device; called when an engine is loaded.
+
+        What needs no change must be returned as it came, so that its readers share it.
+        """
         return constants
 
-    def to_tensorrt(self, lowering: Any, *inputs: Any) -> Any:
+    def to_tensorrt(self, lowering: Any, **inputs: Any) -> Any:
         """Adds TensorRT layers through `lowering` (see `engine/lowering.py`); returns the output tensor, or a tuple."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Node:
-    """One application of an operation; inputs and outputs are names of tensors."""
+    """One application of an operation: its inputs' tensors by parameter, those that are there; its outputs' names."""
 
     op: Op
-    inputs: tuple[str, ...]
+    inputs: dict[str, str]
     outputs: tuple[str, ...]
 
 
@@ -71,6 +81,7 @@ class Network:
         self.inputs: list[str] = []
         self.outputs: list[str] = []
         self.nodes: list[Node] = []
+        self._nodes_of: dict[str, list[int]] = {}  # by tensor: the nodes that make or read it
 
     def input(self, name: str, dtype: torch.dtype, shape: Iterable[int | str]) -> Tensor:
         """Declares an input."""
@@ -78,40 +89,49 @@ class Network:
         return self._tensor(name, dtype, shape)
 
     def constant(self, name: str, value: LazyTensor) -> Tensor:
-        """Declares a constant; a name declared before gives that same constant (tied weights are stored once)."""
-        if name in self.constants:
-            return self.tensors[name]
-        self.constants[name] = value
-        return self._tensor(name, value.dtype, value.shape)
+        """Declares a constant; a name declared before gives that same constant (tied weights are stored once).
 
-    def add(self, op: Op, *inputs: Tensor) -> Any:
-        """Appends a node; returns its output tensor, or the tuple of them."""
+        Raises `ValueError` for a name declared before with another value.
+        """
+        if name not in self.constants:
+            self.constants[name] = value
+            return self._tensor(name, value.dtype, value.shape)
+        if not _same(self.constants[name], value):
+            raise ValueError(f"two values of the constant {name}")
+        return self.tensors[name]
+
+    def add(self, op: Op, /, **inputs: Tensor | None) -> Any:
+        """Appends a node; returns its output tensor, or the tuple of them. An input that is None is absent."""
+        given = {parameter: x for parameter, x in inputs.items() if x is not None}
         names = [f"{type(op).__name__}.{len(self.nodes)}"]
-        specs = op.infer(*inputs)
+        specs = op.infer(**given)
         names += [f"{names[0]}.{i}" for i in range(1, len(specs))]
         outputs = tuple(self._tensor(name, *spec) for name, spec in zip(names, specs, strict=True))
-        self.nodes.append(Node(op, tuple(t.name for t in inputs), tuple(names)))
+        self._append(Node(op, {parameter: x.name for parameter, x in given.items()}, tuple(names)))
         return outputs[0] if len(outputs) == 1 else outputs
 
     def mark_output(self, tensor: Tensor, name: str) -> None:
-        """Makes the last-added producer's output a network output called `name`, which no other tensor may have."""
-        if name in self.tensors and name != tensor.name:
+        """Makes a tensor a network output called `name`, which no other tensor may have."""
+        old = tensor.name
+        if name in self.tensors and name != old:
             raise ValueError(f"two tensors are called {name}")
-        self.tensors[name] = dataclasses.replace(self.tensors.pop(tensor.name), name=name)
-        self.nodes = [
-            dataclasses.replace(
-                node,
-                inputs=tuple(name if n == tensor.name else n for n in node.inputs),
-                outputs=tuple(name if n == tensor.name else n for n in node.outputs),
-            )
-            for node in self.nodes
-        ]
+        self.tensors[name] = dataclasses.replace(self.tensors.pop(old), name=name)
+        self._nodes_of[name] = self._nodes_of.pop(old, [])
+        for i in self._nodes_of[name]:
+            node = self.nodes[i]
+            inputs = {parameter: name if x == old else x for parameter, x in node.inputs.items()}
+            self.nodes[i] = Node(node.op, inputs, tuple(name if x == old else x for x in node.outputs))
         self.outputs.append(name)
+
+    def last_uses(self) -> dict[str, int]:
+        """By tensor that is read, the index of the last node that reads it; of an output, the number of nodes."""
+        uses = {name: i for i, node in enumerate(self.nodes) for name in node.inputs.values()}
+        return uses | dict.fromkeys(self.outputs, len(self.nodes))
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of weights that one generation step reads: everything but an embedding table that is only indexed."""
-        read = {name for node in self.nodes for name in node.inputs if type(node.op).__name__ != "Embedding"}
+        read = {name for node in self.nodes if type(node.op).__name__ != "Embedding" for name in node.inputs.values()}
         return sum(constant.nbytes for name, constant in self.constants.items() if name in read)
 
     def holds(self, dtype: torch.dtype) -> bool:
@@ -131,7 +151,7 @@ class Network:
                 {
                     "op": type(node.op).__name__,
                     **({"attributes": attributes} if (attributes := dataclasses.asdict(node.op)) else {}),
-                    "inputs": list(node.inputs),
+                    "inputs": node.inputs,
                     "outputs": list(node.outputs),
                 }
                 for node in self.nodes
@@ -149,10 +169,11 @@ class Network:
             network.constant(name, constant)
         for entry in value["nodes"]:
             op = Op.kinds[entry["op"]](**entry.get("attributes", {}))
-            node = Node(op, tuple(entry["inputs"]), tuple(entry["outputs"]))
-            for name, output in zip(node.outputs, op.infer(*(network.tensors[n] for n in node.inputs)), strict=True):
-                network._tensor(name, *output)
-            network.nodes.append(node)
+            node = Node(op, dict(entry["inputs"]), tuple(entry["outputs"]))
+            specs = op.infer(**{parameter: network.tensors[name] for parameter, name in node.inputs.items()})
+            for name, spec in zip(node.outputs, specs, strict=True):
+                network._tensor(name, *spec)
+            network._append(node)
         network.outputs = value["outputs"]
         return network
 
@@ -161,3 +182,15 @@ class Network:
             raise ValueError(f"two tensors are called {name}")
         tensor = self.tensors[name] = Tensor(name, dtype, tuple(shape), self)
         return tensor
+
+    def _append(self, node: Node) -> None:
+        for name in {*node.inputs.values(), *node.outputs}:
+            self._nodes_of.setdefault(name, []).append(len(self.nodes))
+        self.nodes.append(node)
+
+
+def _same(a: LazyTensor, b: LazyTensor) -> bool:
+    """Whether two tensors hold the same bits; only those that do not come from one source are loaded to see."""
+    if a == b or (a.dtype, tuple(a.shape)) != (b.dtype, tuple(b.shape)):
+        return a == b
+    return torch.equal(*(x.load().flatten().view(torch.uint8) for x in (a, b)))

@@ -100,17 +100,18 @@ def activation_ranges(
     return {name: traversal.observed[name].float().cpu() for name in sorted(traversal.observed)}
 
 
-def _observe(node: Node, inputs: list[torch.Tensor], outputs: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+def _observe(
+    layer: str, node: Node, inputs: dict[str, torch.Tensor], outputs: tuple[torch.Tensor, ...]
+) -> dict[str, torch.Tensor]:
     """Largest magnitudes by channel, for one batch."""
     if isinstance(node.op, DenseLinear):
-        name = node.inputs[1].removesuffix(".weight")
-        return {f"{name}.input": _absmax(inputs[0]), f"{name}.output": _absmax(outputs[0])}
+        name = node.inputs["weight"].removesuffix(".weight")
+        return {f"{name}.input": _absmax(inputs["x"]), f"{name}.output": _absmax(outputs[0])}
     if isinstance(node.op, Attention):
-        rotary, *_ = node.op.options(inputs[6:])
-        _, keys, values = node.op.heads(inputs[0], rotary)
-        layer = node.inputs[1].rpartition(".")[2]  # of the key cache
-        names = (f"model.layers.{layer}.self_attn.{kind}" for kind in ("key", "value"))
-        return {name: _absmax(x.flatten(1)) for name, x in zip(names, (keys, values), strict=True)}
+        return {
+            f"{layer}.self_attn.key": _absmax(inputs["k"].flatten(1)),
+            f"{layer}.self_attn.value": _absmax(inputs["v"].flatten(1)),
+        }
     return {}
 
 

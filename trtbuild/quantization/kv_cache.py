@@ -5,14 +5,14 @@ from pathlib import Path
 import torch
 
 from trtbuild.checkpoint.canonical import Checkpoint
-from trtbuild.decoder.decoder import QuantizedCache
+from trtbuild.decoder.decoder import CacheScales
 from trtbuild.errors import UserError
 from trtbuild.quantization.calibration import Calibration, read_calibration, read_smoothing, smoothing_of
 from trtbuild.quantization.recipe import KVCache, Recipe
 from trtbuild.tensors.rounding import DTYPES, scale_for
 
 
-def cache_of(recipe: Recipe, checkpoint_dir: Path, calibration: Path | None) -> QuantizedCache | None:
+def cache_of(recipe: Recipe, checkpoint_dir: Path, calibration: Path | None) -> CacheScales | None:
     """The cache of a recipe's engines: None where it is in the recipe's own dtype.
 
     Raises `UserError` where the calibration file is missing or of another model.
@@ -25,7 +25,7 @@ def cache_of(recipe: Recipe, checkpoint_dir: Path, calibration: Path | None) -> 
     return quantized_cache(checkpoint, read_calibration(calibration, checkpoint), recipe.kv_cache)
 
 
-def quantized_cache(checkpoint: Checkpoint, calibration: Calibration, kv_cache: KVCache) -> QuantizedCache:
+def quantized_cache(checkpoint: Checkpoint, calibration: Calibration, kv_cache: KVCache) -> CacheScales:
     """Keys and values have scales of their own.
 
     A quantized checkpoint whose output projection was smoothed has smaller values than the original model, by the
@@ -47,4 +47,4 @@ def quantized_cache(checkpoint: Checkpoint, calibration: Calibration, kv_cache: 
             known.append(heads if kv_cache.per == "head" else heads.amax().expand(len(heads)))
     dtype = DTYPES[kv_cache.dtype]
     keys, values = (scale_for(torch.stack(known), dtype) for known in scales.values())
-    return QuantizedCache(dtype, keys, values)
+    return CacheScales(dtype, keys, values)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from trtbuild.checkpoint.canonical import Checkpoint
-from trtbuild.decoder.decoder import Step, decoder_layer, embedding
+from trtbuild.decoder.decoder import LayerInputs, decoder_layer, embedding
 from trtbuild.engine.portable import StepContext
 from trtbuild.linear.dense import DenseLinear
 from trtbuild.linear.linear import linear
@@ -30,8 +30,9 @@ class Stop:
 class Traversal:
     """Samples, token ids each, on their way through a checkpoint's decoder. `map_` shares out the work.
 
-    `observe(node, inputs, outputs)`, if given, is called in a worker for every operation of a layer and returns what
-    to keep of it; for equal names the larger values are kept, in `observed`.
+    `observe(layer, node, inputs, outputs)`, if given, is called in a worker for every operation, with the name of its
+    layer and its inputs by parameter, and returns what to keep of it; for equal names the larger values are kept, in
+    `observed`.
 
     Computes in float32 on a CPU, in the checkpoint's own dtype on a GPU. Quantized weights are widened.
     """
@@ -42,7 +43,7 @@ class Traversal:
         samples: list[list[int]],
         device: torch.device,
         map_: Callable,
-        observe: Callable[[Node, list[torch.Tensor], tuple[torch.Tensor, ...]], Values] | None = None,
+        observe: Callable[[str, Node, Values, tuple[torch.Tensor, ...]], Values] | None = None,
     ) -> None:
         self.config, self.device, self.map, self.observe = checkpoint.config, device, map_, observe
         self.weights = checkpoint.dequantized
@@ -51,20 +52,20 @@ class Traversal:
         self.observed: Values = {}
         self._batches = [_Batch(batch, device) for batch in _batches(samples, device)]
         network = Network()
-        hidden, self._step = embedding(network, self.config, self.weights, self.dtype, self.max_length)
+        hidden, self._shared = embedding(network, self.config, self.weights, self.dtype, self.max_length)
         self._constants = network.constants
-        shared = (*self._step.positional, self._step.logn)
-        outputs = {x.name: x.name for x in shared if x and x.name not in network.constants}
+        made = {name for node in network.nodes for name in node.outputs}
+        outputs = {x.name: x.name for x in vars(self._shared).values() if x and x.name in made}
         outputs["hidden"] = hidden.name
-        for _ in self._run(network, outputs):
+        for _ in self._run("model", network, outputs):
             raise AssertionError("an embedding has no products")
 
     def layer(self, i: int) -> Iterator[Stop]:
         """Runs layer `i`, yielding at each of its products in order."""
         network = Network()
-        hidden, step = self._inputs(network)
-        hidden, _ = decoder_layer(self.config, self.weights, i, hidden, step, self.max_length)
-        yield from self._run(network, {"hidden": hidden.name})
+        hidden, inputs = self._inputs(network)
+        hidden, _ = decoder_layer(self.config, self.weights, i, hidden, inputs)
+        yield from self._run(f"model.layers.{i}", network, {"hidden": hidden.name})
 
     def head(self) -> Iterator[Stop]:
         """Runs the final normalization, yielding at the output product."""
@@ -73,9 +74,9 @@ class Traversal:
         norm = network.constant("model.norm.weight", self.weights("model.norm.weight").to(self.dtype))
         x = ops.rms_norm(hidden, norm, self.config.rms_norm_eps)
         linear(x, "lm_head", [self.weights(f"{self.config.output_product}.weight")])
-        yield from self._run(network, {})
+        yield from self._run("model", network, {})
 
-    def _inputs(self, network: Network) -> tuple[Tensor, Step]:
+    def _inputs(self, network: Network) -> tuple[Tensor, LayerInputs]:
         """What a layer's network reads, with the names that `_Batch.values` has."""
 
         def known(x: Tensor) -> Tensor:
@@ -84,32 +85,26 @@ class Traversal:
             return network.input(x.name, x.dtype, x.shape)
 
         hidden = network.input("hidden", self.dtype, ("tokens", self.config.hidden_size))
-        step = self._step
-        logn = known(step.logn) if step.logn else None
-        integers = map(known, (step.position_ids, step.query_starts, step.past_lengths))
-        return hidden, Step(tuple(map(known, step.positional)), logn, *integers)
+        return hidden, LayerInputs(**{name: x and known(x) for name, x in vars(self._shared).items()})
 
-    def _run(self, network: Network, outputs: dict[str, str]) -> Iterator[Stop]:
+    def _run(self, layer: str, network: Network, outputs: dict[str, str]) -> Iterator[Stop]:
         """Runs all batches through a network, one stretch between products at a time; keeps `outputs` in them."""
         constants = {name: constant.load().to(self.device) for name, constant in network.constants.items()}
-        caches = [network.tensors[name] for name in network.inputs if name not in self._batches[0].values]
-        last_use = {name: i for i, node in enumerate(network.nodes) for name in node.inputs}
-        last_use |= dict.fromkeys(outputs.values(), len(network.nodes))
+        last_uses = network.last_uses() | dict.fromkeys(outputs.values(), len(network.nodes))
 
         def stretch(batch: "_Batch", nodes: range) -> Values:
             """Runs `nodes` for one batch, forgetting what no later one reads; returns what was observed."""
             observed, step = {}, batch.step()
             for i in nodes:
                 node = network.nodes[i]
-                made = {c.name: batch.empty_cache(c) for c in caches if c.name in node.inputs}
-                known = constants | batch.values | batch.live | made
-                inputs = [known[name] for name in node.inputs]
-                result = node.op.portable(step, *inputs)
+                known = constants | batch.values | batch.live
+                inputs = {parameter: known[name] for parameter, name in node.inputs.items()}
+                result = node.op.portable(step, **inputs)
                 result = result if isinstance(result, tuple) else (result,)
                 if self.observe:
-                    observed |= self.observe(node, inputs, result)
+                    observed |= self.observe(layer, node, inputs, result)
                 batch.live |= zip(node.outputs, result, strict=True)
-                batch.live = {name: value for name, value in batch.live.items() if last_use.get(name, -1) > i}
+                batch.live = {name: value for name, value in batch.live.items() if last_uses.get(name, -1) > i}
             return observed
 
         def run(nodes: range) -> None:
@@ -123,7 +118,7 @@ class Traversal:
             if isinstance(node.op, DenseLinear):
                 run(range(start, i))
                 start = i
-                x, weight = node.inputs[:2]
+                x, weight = node.inputs["x"], node.inputs["weight"]
                 inputs = [batch.live.get(x, batch.values.get(x)) for batch in self._batches]
                 stop = Stop(weight.removesuffix(".weight"), constants[weight], inputs)
                 yield stop
@@ -148,12 +143,6 @@ class _Batch:
         """A new one for every stretch: what it makes once, such as ALiBi's biases, is not kept for all batches."""
         index = torch.arange(len(self.lengths), device=self.device)
         return StepContext(index, self.lengths, max(self.lengths))
-
-    def empty_cache(self, cache: Tensor) -> torch.Tensor:
-        """Memory for a layer's keys or values of these samples."""
-        _, heads, _, head_dim = cache.shape
-        shape = len(self.lengths), heads, max(self.lengths), head_dim
-        return torch.empty(shape, dtype=cache.dtype, device=self.device)
 
 
 def _batches(samples: list[list[int]], device: torch.device) -> Iterator[list[list[int]]]:

@@ -8,8 +8,11 @@ from trtbuild.network.ops.log_n import log_n
 from trtbuild.network.ops.prompt_ntk import prompt_ntk
 from trtbuild.network.ops.rms_norm import rms_norm
 from trtbuild.network.ops.rotary_embedding import rotary_embedding
+from trtbuild.network.ops.rotate import rotate
+from trtbuild.network.ops.scale_tokens import scale_tokens
 from trtbuild.network.ops.select_columns import select_columns
 from trtbuild.network.ops.select_rows import select_rows
+from trtbuild.network.ops.split_heads import split_heads
 from trtbuild.network.ops.swiglu import swiglu
 
 __all__ = [
@@ -21,7 +24,10 @@ __all__ = [
     "prompt_ntk",
     "rms_norm",
     "rotary_embedding",
+    "rotate",
+    "scale_tokens",
     "select_columns",
     "select_rows",
+    "split_heads",
     "swiglu",
 ]

@@ -25,4 +25,4 @@ class Add(Op):
 
 def add(a: Tensor, b: Tensor) -> Tensor:
     """`[tokens, hidden]` + `[tokens, hidden]`."""
-    return a.network.add(Add(), a, b)
+    return a.network.add(Add(), a=a, b=b)

@@ -25,4 +25,4 @@ class Cast(Op):
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x` in `dtype`; `x` itself where it already is."""
-    return x if x.dtype == dtype else x.network.add(Cast(str(dtype).removeprefix("torch.")), x)
+    return x if x.dtype == dtype else x.network.add(Cast(str(dtype).removeprefix("torch.")), x=x)

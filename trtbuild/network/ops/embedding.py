@@ -23,4 +23,4 @@ class Embedding(Op):
 
 def embedding(input_ids: Tensor, weight: Tensor) -> Tensor:
     """`[tokens]` int32 ids and a `[vocab, hidden]` table to `[tokens, hidden]`."""
-    return input_ids.network.add(Embedding(), input_ids, weight)
+    return input_ids.network.add(Embedding(), input_ids=input_ids, weight=weight)

@@ -34,4 +34,4 @@ class LogN(Op):
 
 def log_n(position_ids: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     """`[tokens]` int32 positions to the factors of their queries, `[tokens]`; `length` is above 1."""
-    return position_ids.network.add(LogN(str(dtype).removeprefix("torch."), length), position_ids)
+    return position_ids.network.add(LogN(str(dtype).removeprefix("torch."), length), position_ids=position_ids)

@@ -37,4 +37,4 @@ def prompt_ntk(table: Tensor, prompt_lengths: Tensor, limit: int) -> Tensor:
 
     Row c of `table` `[n, head_dim / 2]` is for prompts of up to `limit * 2**c` tokens; none is longer than the last's.
     """
-    return table.network.add(PromptNtk(limit), table, prompt_lengths)
+    return table.network.add(PromptNtk(limit), table=table, prompt_lengths=prompt_lengths)

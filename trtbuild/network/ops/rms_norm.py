@@ -40,4 +40,4 @@ class RmsNorm(Op):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`[tokens, hidden]` normalized over `hidden` and scaled by `weight` `[hidden]`."""
-    return x.network.add(RmsNorm(eps), x, weight)
+    return x.network.add(RmsNorm(eps), x=x, weight=weight)

@@ -20,14 +20,19 @@ class RotaryEmbedding(Op):
     ntk_factor: float = 0.0
     max_positions: int = 0
 
-    def infer(self, position_ids: Tensor, inverse_frequencies: Tensor, *sequence_lengths: Tensor):
+    def infer(self, position_ids: Tensor, inverse_frequencies: Tensor, sequence_lengths: Tensor | None = None):
         head_dim = 2 * inverse_frequencies.shape[-1]
         return [(getattr(torch, self.dtype), (*position_ids.shape, head_dim))] * 2
 
-    def reference(self, position_ids: torch.Tensor, inverse_frequencies: torch.Tensor, *sequence_lengths: torch.Tensor):
+    def reference(
+        self,
+        position_ids: torch.Tensor,
+        inverse_frequencies: torch.Tensor,
+        sequence_lengths: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         frequencies = inverse_frequencies
-        if sequence_lengths:
-            lengths = sequence_lengths[0].clamp_min(self.max_positions).to(frequencies.dtype)
+        if sequence_lengths is not None:
+            lengths = sequence_lengths.clamp_min(self.max_positions).to(frequencies.dtype)
             growth = self.ntk_factor * lengths / self.max_positions - (self.ntk_factor - 1)
             frequencies = frequencies * growth[:, None] ** self._exponents(frequencies)
         angles = position_ids[:, None].to(frequencies.dtype) * frequencies
@@ -41,12 +46,12 @@ class RotaryEmbedding(Op):
         half = frequencies.shape[-1]
         return torch.arange(half, device=frequencies.device, dtype=frequencies.dtype) / (1 - half)
 
-    def to_tensorrt(self, lowering, position_ids, inverse_frequencies, *sequence_lengths):
+    def to_tensorrt(self, lowering, position_ids, inverse_frequencies, sequence_lengths=None):
         half = inverse_frequencies.shape[-1]
         frequencies = lowering.reshape(inverse_frequencies, (-1, half))
-        if sequence_lengths:
+        if sequence_lengths is not None:
             limit = lowering.scalar(self.max_positions, torch.int32, rank=1)
-            lengths = lowering.cast(lowering.elementwise("MAX", sequence_lengths[0], limit), torch.float32)
+            lengths = lowering.cast(lowering.elementwise("MAX", sequence_lengths, limit), torch.float32)
             slope = lowering.scalar(self.ntk_factor / self.max_positions, torch.float32, rank=1)
             offset = lowering.scalar(1 - self.ntk_factor, torch.float32, rank=1)
             growth = lowering.elementwise("SUM", lowering.elementwise("PROD", lengths, slope), offset)
@@ -78,5 +83,6 @@ def rotary_embedding(
     Dynamic NTK also takes `sequence_lengths`, `[tokens]` int32: the length of each token's sequence after this step.
     """
     op = RotaryEmbedding(str(dtype).removeprefix("torch."), ntk_factor, max_positions)
-    lengths = () if sequence_lengths is None else (sequence_lengths,)
-    return position_ids.network.add(op, position_ids, inverse_frequencies, *lengths)
+    return position_ids.network.add(
+        op, position_ids=position_ids, inverse_frequencies=inverse_frequencies, sequence_lengths=sequence_lengths
+    )

@@ -23,4 +23,4 @@ class SelectColumns(Op):
 
 def select_columns(x: Tensor, indices: Tensor) -> Tensor:
     """`[tokens, in]` and `[n]` int32 to `[tokens, n]`."""
-    return x.network.add(SelectColumns(), x, indices)
+    return x.network.add(SelectColumns(), x=x, indices=indices)

@@ -23,4 +23,4 @@ class SelectRows(Op):
 
 def select_rows(x: Tensor, indices: Tensor) -> Tensor:
     """`[tokens, hidden]` and `[rows]` int32 to `[rows, hidden]`."""
-    return x.network.add(SelectRows(), x, indices)
+    return x.network.add(SelectRows(), x=x, indices=indices)

@@ -30,4 +30,4 @@ class SwiGlu(Op):
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """`[tokens, 2 * intermediate]`, gate first, to `[tokens, intermediate]`."""
-    return gate_up.network.add(SwiGlu(), gate_up)
+    return gate_up.network.add(SwiGlu(), gate_up=gate_up)
