@@ -15,15 +15,16 @@ from trtbuild.engine.build import build_engine_dir
 from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.interpreter import Interpreter
 from trtbuild.engine.portable import PortableEngine, read_portable
-from trtbuild.engine.tensorrt import LoweredNetwork, profile_shapes
+from trtbuild.engine.tensorrt import LoweredNetwork, lowered_shapes, profile_shapes
 from trtbuild.errors import UserError
 from trtbuild.linear.dense import DenseLinear
 from trtbuild.models.alibi import alibi_slopes
 from trtbuild.models.families import config_from_hugging_face
 from trtbuild.network import Network, ops
-from trtbuild.runtime.lowered_session import InterpretedSession, context_inputs
+from trtbuild.network.step import STEP_INPUTS, step_tensors, whole_prompts
+from trtbuild.runtime.lowered_session import InterpretedSession, lowered_inputs
 from trtbuild.runtime.open import open_engine
-from trtbuild.runtime.session import PortableSession, packed_inputs
+from trtbuild.runtime.session import PortableSession
 from trtbuild.tensors.lazy import from_tensor
 from trtbuild.tensors.rounding import scale_for
 
@@ -130,7 +131,7 @@ BATCHES = [
 def random_inputs(network: Network, lengths, past) -> dict[str, torch.Tensor]:
     """The network's inputs, packed: the step's own, noise for the rest."""
     shift = torch.tensor(past, dtype=torch.int32).repeat_interleave(torch.tensor(lengths))
-    inputs = packed_inputs([torch.randint(50, (n,)).tolist() for n in lengths], False, torch.device("cpu"))
+    inputs = step_tensors(whole_prompts([torch.randint(50, (n,)).tolist() for n in lengths]), STEP_INPUTS)
     inputs |= {name: inputs[name] + shift for name in ("position_ids", "sequence_lengths")}
     inputs["past_lengths"] = torch.tensor(past, dtype=torch.int32)
     sizes = {"tokens": sum(lengths), "batch": len(lengths)}
@@ -143,7 +144,7 @@ def random_inputs(network: Network, lengths, past) -> dict[str, torch.Tensor]:
 
 def run_lowered(interpreter, network, inputs, lengths, packed) -> dict[str, torch.Tensor]:
     """The interpreter's outputs, packed again where the layout is padded."""
-    layout = context_inputs([[0] * n for n in lengths], False, packed)
+    layout = lowered_inputs(whole_prompts([[0] * n for n in lengths]), packed)
     given = {name: layout[name] for name in ("pad_index", "unpad_index", "logits_indices")}
     given |= {"kv_lengths": inputs["past_lengths"] + torch.tensor(lengths, dtype=torch.int32)}
     for name in network.inputs:
@@ -327,6 +328,16 @@ def test_an_unknown_compute_capability_is_refused(tiny_engine, capability):
         LoweredNetwork(network, True).build(limits, ["8.6", capability])
 
 
+def step_shapes(packed):
+    """The shapes of all that a step may read, by name."""
+    network = Network()
+    for name, known in STEP_INPUTS.items():
+        if name not in ("kv_lengths", "pad_index", "unpad_index"):  # those are the lowering's own
+            network.input(name, torch.int32, known.shape)
+    network.input("key_cache.0", torch.float16, ("batch", 2, 120, 16))
+    return lowered_shapes(network, packed)
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "packed", "context", "generation"),
     [
@@ -349,20 +360,18 @@ def test_profile_shapes(name, shape, packed, context, generation):
     limits = BuildLimits(max_batch_size=8, max_input_len=100, max_output_len=20)
     for expected, phase in ((context, False), (generation, True)):
         shapes = [(n,) if isinstance(n, int) else n for n in expected]
-        assert profile_shapes(name, shape, limits, packed, phase) == shapes
+        named = step_shapes(packed)[name]
+        assert tuple(-1 if isinstance(n, str) else n for n in named) == shape
+        assert profile_shapes(named, limits, phase) == shapes
 
 
 @pytest.mark.parametrize("limits", [(1, 1, 1), (1, 7, 3), (5, 1, 9), (8, 1024, 128)], ids=str)
 @layouts
 def test_profiles_are_ordered(limits, packed):
     """TensorRT refuses a profile whose smallest, typical and largest shapes are not in that order."""
-    for name, shape in (
-        ("input_ids", (-1,) if packed else (-1, -1)),
-        ("logits_indices", (-1,)),
-        ("pad_index", (-1, -1)),
-    ):
+    for shape in step_shapes(packed).values():
         for generation in (False, True):
-            shapes = profile_shapes(name, shape, BuildLimits(*limits), packed, generation)
+            shapes = profile_shapes(shape, BuildLimits(*limits), generation)
             for sizes in zip(*shapes, strict=True):
                 assert 1 <= sizes[0] <= sizes[1] <= sizes[2]
 
@@ -428,10 +437,10 @@ def test_description_of_the_chosen_builder(choose, given, targets):
 
 
 @pytest.mark.parametrize("all_logits", [False, True])
-def test_context_inputs_padded_and_packed_are_one_batch(all_logits):
+def test_lowered_inputs_padded_and_packed_are_one_batch(all_logits):
     """Padding and back is the identity on rows, and both layouts choose the same tokens' logits."""
     prompts = [[11, 12, 13], [21], [31, 32]]
-    packed, padded = (context_inputs(prompts, all_logits, layout) for layout in (True, False))
+    packed, padded = (lowered_inputs(whole_prompts(prompts, all_logits), layout) for layout in (True, False))
     flat = packed["input_ids"]
     assert flat.tolist() == [11, 12, 13, 21, 31, 32]
     assert flat[packed["pad_index"]].tolist() == [[11, 12, 13], [21, 21, 21], [31, 32, 32]]

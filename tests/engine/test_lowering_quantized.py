@@ -18,8 +18,9 @@ from trtbuild.errors import UserError
 from trtbuild.linear.linear import linear
 from trtbuild.models.families import config_from_hugging_face
 from trtbuild.network import Network, ops
-from trtbuild.runtime.lowered_session import InterpretedSession, context_inputs, write_rows
-from trtbuild.runtime.session import PortableSession, packed_inputs
+from trtbuild.network.step import STEP_INPUTS, step_tensors, whole_prompts
+from trtbuild.runtime.lowered_session import InterpretedSession, lowered_inputs, write_rows
+from trtbuild.runtime.session import PortableSession
 from trtbuild.tensors.lazy import from_tensor
 from trtbuild.tensors.quantized_weight import QuantizedWeight
 from trtbuild.tensors.rounding import quantize, scale_for
@@ -150,7 +151,7 @@ def test_attention(cache_dtype, dtype, packed):
     interpreter = Interpreter(LoweredNetwork(network, packed))
     pairs = []
     for lengths, past in BATCHES:
-        inputs = packed_inputs([[0] * n for n in lengths], False, torch.device("cpu"))
+        inputs = step_tensors(whole_prompts([[0] * n for n in lengths]), STEP_INPUTS)
         inputs["past_lengths"] = torch.tensor(past, dtype=torch.int32)
         inputs["position_ids"] += inputs["past_lengths"].repeat_interleave(torch.tensor(lengths))
         inputs["x"] = torch.randn(sum(lengths), network.tensors["x"].shape[1]).to(dtype)
@@ -159,7 +160,7 @@ def test_attention(cache_dtype, dtype, packed):
             inputs[name] = quantize(noise, torch.tensor(3 / 127), cache_dtype)
         expected = run_reference(network, inputs)
 
-        layout = context_inputs([[0] * n for n in lengths], False, packed)
+        layout = lowered_inputs(whole_prompts([[0] * n for n in lengths]), packed)
         given = inputs | {name: layout[name] for name in ("pad_index", "unpad_index")}
         given["kv_lengths"] = inputs["past_lengths"] + torch.tensor(lengths, dtype=torch.int32)
         if not packed:

@@ -12,6 +12,7 @@ from trtbuild.engine.config import BuildLimits
 from trtbuild.errors import UserError
 from trtbuild.evaluation.hugging_face import HuggingFaceModel
 from trtbuild.evaluation.stages import measure_perplexity
+from trtbuild.network.step import whole_prompts
 from trtbuild.quantization.quantize import quantize
 from trtbuild.quantization.recipe import Quantization
 from trtbuild.runtime.generation import generate
@@ -123,8 +124,7 @@ def test_keys_that_leave_finite_logits(tmp_path):
     session = open_engine(
         build(write_model(tmp_path / "checkpoint", weights), tmp_path / "engine", dtype="float16"), "portable", "cpu"
     ).session
-    session.lengths = [len(prompt) for prompt in PROMPTS]
-    assert session._prefill(PROMPTS, False).isfinite().all()
+    assert session.step(whole_prompts(PROMPTS)).isfinite().all()
     assert not session.cache.buffers["key_cache.1"].isfinite().all()
     with pytest.raises(UserError, match=r"in layer 1, from model\.layers\.1\.self_attn\.qkv_proj on; float16"):
         generate(session, PROMPTS, SamplingParams(4))

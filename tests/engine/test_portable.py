@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.engine.build import build_engine_dir
 from trtbuild.engine.config import BuildLimits, rank_file, read_config
-from trtbuild.engine.portable import METADATA_KEY, PortableEngine, StepContext, read_portable
+from trtbuild.engine.portable import METADATA_KEY, PortableEngine, read_portable
 from trtbuild.errors import UserError
+from trtbuild.network.step import Step, whole_prompts
 from trtbuild.runtime.session import PortableSession
 
 FILE = "rank0.safetensors"
@@ -170,7 +171,7 @@ def test_limits_are_at_least_one(field):
 
 def test_mask_opens_each_sequences_own_positions():
     positions = torch.tensor([0, 3, 4], dtype=torch.int32)  # of the new tokens
-    mask = StepContext(torch.arange(3), None, 5).mask(positions, torch.float16)
+    mask = Step.generation(torch.arange(3), 5).mask(positions, torch.float16)
     no = float("-inf")
     assert (mask.dtype, mask.shape) == (torch.float16, (3, 1, 1, 5))
     assert mask[:, 0, 0].tolist() == [[0, no, no, no, no], [0, 0, 0, 0, no], [0, 0, 0, 0, 0]]
@@ -178,9 +179,9 @@ def test_mask_opens_each_sequences_own_positions():
 
 def test_mask_is_made_once_a_step_and_not_where_lengths_are_exact():
     positions = torch.tensor([4, 4], dtype=torch.int32)
-    step = StepContext(torch.arange(2), None, 5)
+    step = Step.generation(torch.arange(2), 5)
     assert step.mask(positions, torch.float32) is step.mask(positions, torch.float32)
-    assert StepContext(torch.arange(2), None, 5, exact=True).mask(positions, torch.float32) is None
+    assert Step.generation(torch.arange(2), 5, exact=True).mask(positions, torch.float32) is None
 
 
 SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625])
@@ -188,7 +189,7 @@ SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625])
 
 def test_biases_of_the_context_phase():
     """Of every head, slope * (key - query), minus infinity in the future; a shorter prompt's are their corner."""
-    step = StepContext(torch.arange(2), [3, 1], 3)
+    step = Step.of_chunks(whole_prompts([[0] * n for n in [3, 1]]))
     biases = step.alibi(torch.tensor([0, 1, 2, 0], dtype=torch.int32), SLOPES, 2, torch.float32)
     no = float("-inf")
     expected = torch.tensor([[0, no, no], [-1, 0, no], [-2, -1, 0]])
@@ -197,7 +198,7 @@ def test_biases_of_the_context_phase():
 
 def test_biases_of_the_generation_phase():
     """Of every sequence; head 3 is the second of KV head 1."""
-    step = StepContext(torch.arange(2), None, 4)
+    step = Step.generation(torch.arange(2), 4)
     biases = step.alibi(torch.tensor([3, 1], dtype=torch.int32), SLOPES, 2, torch.float32)
     no = float("-inf")
     assert biases.shape == (2, 2, 2, 4)
@@ -207,7 +208,7 @@ def test_biases_of_the_generation_phase():
 
 @pytest.mark.parametrize("lengths", [[3, 1], None])
 def test_biases_are_made_once_a_step(lengths):
-    step, positions = StepContext(torch.arange(2), lengths, 3), torch.tensor([2, 0], dtype=torch.int32)
+    step, positions = Step.of_chunks(whole_prompts([[0] * n for n in lengths])), torch.tensor([2, 0], dtype=torch.int32)
     first = step.alibi(positions, SLOPES, 2, torch.float16)
     assert step.alibi(positions, SLOPES, 2, torch.float16) is first
     assert all(stride % 8 == 0 for stride in first.stride()[:-1])

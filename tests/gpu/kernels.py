@@ -19,13 +19,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 import torch.nn.functional as F
 
-from trtbuild.engine.portable import StepContext
 from trtbuild.kernels.decode_attention import decode_attention
 from trtbuild.kernels.quantize_rows import quantize_rows, scale_product
 from trtbuild.linear.fp8 import Fp8Linear
 from trtbuild.linear.int4 import Int4Linear
 from trtbuild.linear.int8 import Int8Linear
 from trtbuild.linear.w8a8 import W8A8Linear
+from trtbuild.network.step import Step
 from trtbuild.tensors.rounding import quantize
 
 SHAPES = {"qkv": (12288, 4096), "o": (4096, 4096), "gate_up": (22016, 4096), "down": (4096, 11008)}
@@ -150,7 +150,7 @@ def attention(table: Table) -> None:
             dense = [tuple(torch.randn(2, *shape, device="cuda").half()) for _ in range(count)]
             q = torch.randn(batch, heads, head_dim, device="cuda").half()
             position_ids = torch.full((batch,), length - 1, dtype=torch.int32, device="cuda")
-            step = StepContext(torch.arange(batch, device="cuda"), None, length)
+            step = Step.generation(torch.arange(batch, device="cuda"), length)
 
             def plain(keys, values, q=q, step=step, position_ids=position_ids, kv_heads=kv_heads):
                 grouped, mask = q.unflatten(1, (kv_heads, -1)), step.mask(position_ids, q.dtype)

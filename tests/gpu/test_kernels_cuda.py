@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from trtbuild.engine.portable import StepContext
 from trtbuild.linear.fp8 import Fp8Linear
 from trtbuild.linear.int4 import Int4Linear, dequantize, pack
 from trtbuild.linear.int8 import Int8Linear
@@ -13,6 +12,7 @@ from trtbuild.models.alibi import alibi_slopes
 from trtbuild.network.ops.attention import Attention
 from trtbuild.network.ops.rotate import Rotate
 from trtbuild.network.ops.split_heads import SplitHeads
+from trtbuild.network.step import Step, whole_prompts
 from trtbuild.tensors.rounding import quantize
 
 pytestmark = pytest.mark.gpu
@@ -151,7 +151,7 @@ def test_attention(heads, kv_heads, head_dim, positions, bound, cache_dtype, pos
     wide_slopes = None if slopes is None else slopes.double()
     heads_of = split.reference(*(x.double() for x in (qkv, *rotary)))
     expected, *_ = op.reference(*heads_of, *sequences, *wide, wide_slopes, *scales)
-    step = StepContext(torch.arange(batch, device="cuda"), None, bound)
+    step = Step.generation(torch.arange(batch, device="cuda"), bound)
     actual, *_ = op.portable(step, *split.portable(step, qkv, *rotary), *sequences, *caches, slopes, *scales)
     tolerance = ATTENTION_TOLERANCE[dtype] * (10 if scales else 1)  # q, k, v are rounded before they are quantized
     assert (actual.double() - expected).norm() / expected.norm() < tolerance
@@ -171,7 +171,7 @@ def test_biased_attention_of_the_context_phase(lengths, heads, kv_heads, dtype, 
     sequences = positions, starts, past
     wide = [x.double() for x in (*caches, slopes)]
     expected, *_ = op.reference(q.double(), k.double(), v.double(), *sequences, *wide)
-    step = StepContext(torch.arange(batch, device="cuda"), lengths, max(lengths))
+    step = Step.of_chunks(whole_prompts([[0] * n for n in lengths]))
     actual, *_ = op.portable(step, q, k, v, *sequences, *caches, slopes)
     assert (actual.double() - expected).norm() / expected.norm() < tolerance
 

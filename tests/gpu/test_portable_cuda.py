@@ -9,8 +9,9 @@ from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.checkpoint.dummy import dummy_tensors
 from trtbuild.decoder.decoder import decoder
 from trtbuild.engine.config import BuildLimits
-from trtbuild.engine.portable import PortableEngine, StepContext
+from trtbuild.engine.portable import PortableEngine
 from trtbuild.models.families import config_from_hugging_face
+from trtbuild.network.step import Chunk, Step
 from trtbuild.runtime.generation import generate
 from trtbuild.runtime.sampling import SamplingParams
 from trtbuild.runtime.session import PortableSession
@@ -66,6 +67,33 @@ def test_logits_of_both_phases(model, dtype, tolerance):
         assert (actual.cpu() - expected).norm() / expected.norm() < tolerance
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 1e-2), (torch.bfloat16, 6e-2)])
+def test_prompts_in_chunks(model, dtype, tolerance):
+    """Beside continuations, and generation steps afterwards, against the float32 engine on the CPU."""
+    reference, tested = session(model, torch.float32, "cpu"), session(model, dtype, "cuda")
+    prompts = [prompt for prompt in PROMPTS if len(prompt) > 50]
+    done, total = [0, 0], 0
+    while total < sum(map(len, prompts)):
+        chunks = [
+            Chunk(prompt[start : start + size], len(prompt), start, slot)
+            for slot, (prompt, start, size) in enumerate(zip(prompts, done, (64, 17), strict=True))
+            if start < len(prompt)
+        ]
+        logits = tested.step(chunks).clone()
+        for chunk in chunks:
+            done[chunk.slot] = chunk.end
+        total = sum(done)
+    expected = reference.prefill(prompts)
+    last = {chunk.slot: row for chunk, row in zip(chunks, logits.cpu(), strict=True)}
+    pairs = [(expected[slot], row) for slot, row in last.items()]
+    for _ in range(3):
+        tokens = expected.argmax(-1).int()
+        expected = reference.decode(tokens)
+        pairs.append((expected, tested.decode(tokens.cuda()).cpu()))
+    for wanted, actual in pairs:
+        assert (actual - wanted).norm() / wanted.norm() < tolerance
+
+
 @torch.inference_mode()
 def test_a_replayed_graph_equals_the_eager_step(model):
     tested = session(model, torch.float16, "cuda")
@@ -75,8 +103,7 @@ def test_a_replayed_graph_equals_the_eager_step(model):
     again.prefill(PROMPTS)
     state = again._decode_state
     state["input_ids"].copy_(tokens)
-    state["sequence_lengths"].copy_(state["position_ids"] + 1)
-    eager = again.engine.run(StepContext(state["batch_index"], None, 256), state)
+    eager = again.engine.run(Step.generation(again._slots[: len(PROMPTS)], 256), state)
     assert torch.equal(graph, eager)
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from trtbuild.engine.portable import StepContext
 from trtbuild.models.alibi import alibi_slopes
 from trtbuild.models.config import RopeConfig
 from trtbuild.network import Network, ops
@@ -24,6 +23,7 @@ from trtbuild.network.ops.select_columns import SelectColumns
 from trtbuild.network.ops.select_rows import SelectRows
 from trtbuild.network.ops.split_heads import SplitHeads
 from trtbuild.network.ops.swiglu import SwiGlu
+from trtbuild.network.step import Step, whole_prompts
 from trtbuild.tensors.rounding import quantize
 
 # Norm of the difference over the norm of the float64 result, for inputs that are already rounded to the dtype.
@@ -379,7 +379,7 @@ def test_attention_without_caches(dtype, options, lengths):
     inputs = attention_inputs(dtype, lengths, (0,) * len(lengths), 6, 2, 8, 24, options)
     expected, *_ = attention_formula(inputs, lengths, (0,) * len(lengths), 6, 2, 8, options)
     alone = {name: x for name, x in inputs.items() if "cache" not in name}
-    step = StepContext(torch.arange(len(lengths)), list(lengths), max(lengths))
+    step = Step.of_chunks(whole_prompts([[0] * n for n in lengths]))
     for run in (lambda op, **inputs: op.reference(**inputs), lambda op, **inputs: op.portable(step, **inputs)):
         assert error(attend(alone, 6, 2, 8, run), expected) < TOLERANCE[dtype]
     together, *_ = attend(inputs, 6, 2, 8, lambda op, **inputs: op.portable(step, **inputs))
@@ -394,7 +394,7 @@ every_option = pytest.mark.parametrize("options", (OPTIONS | QUANTIZED).values()
 @HEADS
 @pytest.mark.parametrize("lengths", [(1,), (9,), (6, 6, 6), (1, 1), (5, 1, 8), (7, 7, 2)])
 def test_portable_attention_context_phase(dtype, options, heads, kv_heads, lengths):
-    step = StepContext(torch.arange(len(lengths)), list(lengths), max(lengths))
+    step = Step.of_chunks(whole_prompts([[0] * n for n in lengths]))
     check_portable_attention(dtype, step, lengths, (0,) * len(lengths), heads, kv_heads, options)
 
 
@@ -414,7 +414,7 @@ def test_portable_attention_context_phase(dtype, options, heads, kv_heads, lengt
 )
 def test_portable_attention_generation_phase(dtype, options, heads, kv_heads, past, bound, exact):
     """One token a sequence; `exact` needs no mask but ALiBi's, a larger bound or ragged lengths do."""
-    step = StepContext(torch.arange(len(past)), None, bound, exact)
+    step = Step.generation(torch.arange(len(past)), bound, exact)
     check_portable_attention(dtype, step, (1,) * len(past), past, heads, kv_heads, options)
 
 

@@ -13,6 +13,7 @@ from trtbuild.errors import UserError
 from trtbuild.files import atomic
 from trtbuild.linear import linear  # noqa: F401 (makes the weight formats' operations known)
 from trtbuild.network import Network, Node, Op, ops  # noqa: F401 (makes the operations known)
+from trtbuild.network.step import Step
 from trtbuild.tensors.safetensors_stream import open_file, write_file
 
 METADATA_KEY = "trtbuild"
@@ -49,67 +50,6 @@ def read_portable(path: Path) -> tuple[Network, BuildLimits]:
         raise UserError(f"{path} holds a network that this version cannot read ({error}); build it again") from error
 
 
-class StepContext:
-    """What the host knows of one step, for operations that need more than their tensors.
-
-    `lengths` are the prompts' lengths in the context phase and None in the generation phase, where `kv_bound` is the
-    number of cache positions to read and `exact` says that every sequence has exactly that many.
-    """
-
-    def __init__(
-        self, batch_index: torch.Tensor, lengths: list[int] | None, kv_bound: int, exact: bool = False
-    ) -> None:
-        self.batch_index = batch_index
-        self.lengths = lengths
-        self.kv_bound = kv_bound
-        self.exact = exact
-        self._slots: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._mask: torch.Tensor | None = None
-        self._alibi: torch.Tensor | None = None
-
-    def slots(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sequence and position, int64, of the cache entry that each sequence's new token takes; made once a step."""
-        if self._slots is None:
-            self._slots = self.batch_index, position_ids.long()
-        return self._slots
-
-    def mask(self, position_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-        """`[batch, 1, 1, kv_bound]` to add to scores: minus infinity beyond a sequence's end; made once a step.
-
-        None where every sequence may look everywhere.
-        """
-        if self._mask is None and not self.exact:
-            device = position_ids.device
-            beyond = torch.arange(self.kv_bound, device=device, dtype=torch.int32) > position_ids[:, None]
-            mask = torch.zeros(beyond.shape, device=device, dtype=dtype).masked_fill_(beyond, float("-inf"))
-            self._mask = mask[:, None, None]
-        return self._mask
-
-    def alibi(
-        self, position_ids: torch.Tensor, slopes: torch.Tensor, kv_heads: int, dtype: torch.dtype
-    ) -> torch.Tensor:
-        """ALiBi's biases to add to scores, minus infinity where a query may not look; made once a step.
-
-        Context phase: `[1, heads, n, n]`, n the longest prompt; for a shorter one take what its positions need.
-        Generation phase: `[batch, kv_heads, group, kv_bound]`. In `dtype`; float32 on a CPU, where that is free.
-        """
-        if self._alibi is None:
-            device = slopes.device
-            keys = torch.arange(self.kv_bound, device=device, dtype=torch.int32)
-            if self.lengths is None:
-                queries, slopes = position_ids[:, None, None, None], slopes.view(kv_heads, -1, 1)
-            else:
-                queries, slopes = keys[:, None], slopes[None, :, None, None]
-            distances = (keys - queries).float()
-            distances.masked_fill_(distances > 0, float("-inf"))
-            *rows, width = torch.broadcast_shapes(slopes.shape, distances.shape)
-            # Rows start at multiples of 8: of others, fused attention on CUDA would make such a copy in every layer.
-            dtype = dtype if slopes.is_cuda else torch.float32
-            biases = torch.empty(*rows, -(-width // 8) * 8, device=device, dtype=dtype)[..., :width]
-            self._alibi = torch.mul(slopes, distances, out=biases)
-        return self._alibi
-
-
 class PortableEngine:
     """A network prepared once for running: a flat list of bound calls over numbered slots.
 
@@ -139,7 +79,7 @@ class PortableEngine:
         return cls(*read_portable(path), torch.device(device))
 
     @torch.inference_mode()
-    def run(self, step: StepContext, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def run(self, step: Step, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """One step: logits, `[rows, vocab]` float32. The KV caches among `inputs` are updated in place."""
         values = self._values.copy()
         for name, slot in self._inputs.items():
@@ -227,7 +167,7 @@ class _Constants:
 
 
 def _checked(run: Callable, name: str) -> Callable:
-    def call(step: StepContext, *values: torch.Tensor):
+    def call(step: Step, *values: torch.Tensor):
         result = run(step, *values)
         first = result if isinstance(result, torch.Tensor) else result[0]  # others are caches, with unused positions
         if not first.isfinite().all():

@@ -7,9 +7,12 @@ from trtbuild.engine.lowering import Lowering
 from trtbuild.engine.tensorrt_api import api, logger, set_target
 from trtbuild.errors import UserError
 from trtbuild.network import Network
+from trtbuild.network.step import STEP_INPUTS
 from trtbuild.progress import item_bar
 
-TOKEN_INPUTS = ("input_ids", "position_ids", "sequence_lengths", "prompt_lengths")  # one number a token
+Shape = tuple[int | str, ...]
+PADDING = ("pad_index", "unpad_index")
+PADDED = ("batch", "query_len")
 
 
 class LoweredNetwork:
@@ -34,32 +37,16 @@ class LoweredNetwork:
             self.definition.mark_output(tensors[name])
 
     def _inputs(self, network: Network) -> dict[str, object]:
-        """Adds the engine's inputs; returns what stands for each of the network's.
-
-        The engine has `pad_index`, `unpad_index` (packed) and `kv_lengths` in the place of `query_starts`.
-        """
-        lowering, packed = self.lowering, self.lowering.packed
-        tokens = (-1,) if packed else (-1, -1)
-        names = [name for name in network.inputs if name != "query_starts"]
-        inputs = {
-            name: (
-                network.tensors[name].dtype,
-                tuple(-1 if isinstance(n, str) else n for n in network.tensors[name].shape),
-            )
-            for name in names
-        }
-        inputs |= {name: (torch.int32, tokens) for name in TOKEN_INPUTS if name in inputs}
-        inputs["kv_lengths"] = (torch.int32, (-1,))
-        if packed:
-            inputs |= {"pad_index": (torch.int32, (-1, -1)), "unpad_index": (torch.int32, (-1,))}
-        for name, (dtype, shape) in inputs.items():
-            lowering.inputs[name] = self.definition.add_input(name, lowering.dtype(dtype), shape)
-        tensors = {name: lowering.inputs[name] for name in names}
-        if not packed:
-            for name in TOKEN_INPUTS:
-                if name in tensors:
-                    tensors[name] = lowering.reshape(tensors[name], (-1,))
-        return tensors
+        """Adds the engine's inputs; returns what stands for each of the network's."""
+        lowering = self.lowering
+        self.shapes = lowered_shapes(network, lowering.packed)
+        for name, shape in self.shapes.items():
+            dtype = network.tensors[name].dtype if name in network.inputs else torch.int32
+            sizes = tuple(-1 if isinstance(size, str) else size for size in shape)
+            lowering.inputs[name] = self.definition.add_input(name, lowering.dtype(dtype), sizes)
+        tensors = {name: x for name, x in lowering.inputs.items() if name in network.inputs}
+        padded = {name: lowering.reshape(x, (-1,)) for name, x in tensors.items() if self.shapes[name] == PADDED}
+        return tensors | padded
 
     def build(self, limits: BuildLimits, compute_capabilities: list[str] | None) -> memoryview:
         """Compiles the engine with two profiles: 0 context, 1 generation. Raises `UserError` on failure."""
@@ -69,10 +56,8 @@ class LoweredNetwork:
         set_target(config, compute_capabilities, self.fp8)
         for generation in (False, True):
             profile = self.builder.create_optimization_profile()
-            for name, tensor in self.lowering.inputs.items():
-                profile.set_shape(
-                    name, *profile_shapes(name, tuple(tensor.shape), limits, self.lowering.packed, generation)
-                )
+            for name, shape in self.shapes.items():
+                profile.set_shape(name, *profile_shapes(shape, limits, generation))
             config.add_optimization_profile(profile)
         config.progress_monitor = _progress_monitor()
         engine = self.builder.build_serialized_network(self.definition, config)
@@ -81,22 +66,29 @@ class LoweredNetwork:
         return memoryview(engine)
 
 
-def profile_shapes(
-    name: str, shape: tuple[int, ...], limits: BuildLimits, packed: bool, generation: bool
-) -> list[tuple[int, ...]]:
+def lowered_shapes(network: Network, packed: bool) -> dict[str, Shape]:
+    """The shapes of a lowered network's inputs.
+
+    It has `kv_lengths` and, packed, `pad_index` and `unpad_index` in the place of `query_starts`. Without packing, what
+    has a number a token has one a padded place.
+    """
+    shapes = {name: network.tensors[name].shape for name in network.inputs if name != "query_starts"}
+    shapes |= {name: STEP_INPUTS[name].shape for name in ("kv_lengths", *(PADDING if packed else ()))}
+    return shapes if packed else {name: PADDED if n == ("tokens",) else n for name, n in shapes.items()}
+
+
+def profile_shapes(shape: Shape, limits: BuildLimits, generation: bool) -> list[tuple[int, ...]]:
     """Smallest, typical and largest shape of an engine input in one of the two profiles."""
     batches = (1, max(1, limits.max_batch_size // 2), limits.max_batch_size)
     queries = (1, 1, 1) if generation else (1, max(1, limits.max_input_len // 2), limits.max_input_len)
-    tokens = tuple(b * q for b, q in zip(batches, queries, strict=True))
-    # A whole prompt's logits can be asked for (perplexity), or the last ones of every sequence.
-    rows = batches if generation else (1, batches[1], max(limits.max_batch_size, limits.max_input_len))
-    if name == "logits_indices":
-        return [(n,) for n in rows]
-    if name == "pad_index" or (len(shape) == 2 and not packed):
-        return list(zip(batches, queries, strict=True))
-    if name in (*TOKEN_INPUTS, "unpad_index"):
-        return [(n,) for n in tokens]
-    return [(n, *shape[1:]) for n in batches]
+    sizes = {
+        "batch": batches,
+        "query_len": queries,
+        "tokens": tuple(b * q for b, q in zip(batches, queries, strict=True)),
+        # A whole prompt's logits can be asked for (perplexity), or the last ones of every sequence.
+        "rows": batches if generation else (1, batches[1], max(limits.max_batch_size, limits.max_input_len)),
+    }
+    return [tuple(sizes[n][i] if isinstance(n, str) else n for n in shape) for i in range(3)]
 
 
 def _progress_monitor():

@@ -48,7 +48,7 @@ class Op:
         raise NotImplementedError
 
     def portable(self, step: Any, *inputs: torch.Tensor, **named: torch.Tensor):
-        """What the portable engine runs; `step` is its `StepContext`."""
+        """What the portable engine runs; `step` is its `Step` (`network/step.py`)."""
         return self.reference(*inputs, **named)
 
     def prepare(self, device: torch.device, **constants: torch.Tensor) -> dict[str, torch.Tensor]:

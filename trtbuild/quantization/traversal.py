@@ -10,11 +10,10 @@ import torch
 
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.decoder.decoder import LayerInputs, decoder_layer, embedding
-from trtbuild.engine.portable import StepContext
 from trtbuild.linear.dense import DenseLinear
 from trtbuild.linear.linear import linear
 from trtbuild.network import Network, Node, Tensor, ops
-from trtbuild.runtime.session import packed_inputs
+from trtbuild.network.step import Step, step_tensors, whole_prompts
 
 Values = dict[str, torch.Tensor]
 GPU_BATCH_TOKENS = 16384  # on a CPU a batch is one sample, which is what its threads share out
@@ -50,10 +49,10 @@ class Traversal:
         self.dtype = torch.float32 if device.type == "cpu" else self.weights("model.embed_tokens.weight").dtype
         self.max_length = max(len(sample) for sample in samples)
         self.observed: Values = {}
-        self._batches = [_Batch(batch, device) for batch in _batches(samples, device)]
         network = Network()
         hidden, self._shared = embedding(network, self.config, self.weights, self.dtype, self.max_length)
         self._constants = network.constants
+        self._batches = [_Batch(batch, network.inputs, device) for batch in _batches(samples, device)]
         made = {name for node in network.nodes for name in node.outputs}
         outputs = {x.name: x.name for x in vars(self._shared).values() if x and x.name in made}
         outputs["hidden"] = hidden.name
@@ -133,16 +132,14 @@ class Traversal:
 class _Batch:
     """Some samples: `values` by input name of a layer, and what is `live` within the layer that runs."""
 
-    def __init__(self, samples: list[list[int]], device: torch.device) -> None:
-        lengths = [len(sample) for sample in samples]
-        self.values: Values = packed_inputs(samples, False, device)
+    def __init__(self, samples: list[list[int]], names: list[str], device: torch.device) -> None:
+        self.chunks = whole_prompts(samples)
+        self.values: Values = step_tensors(self.chunks, names, device)
         self.live: Values = {}
-        self.lengths, self.device = lengths, device
 
-    def step(self) -> StepContext:
+    def step(self) -> Step:
         """A new one for every stretch: what it makes once, such as ALiBi's biases, is not kept for all batches."""
-        index = torch.arange(len(self.lengths), device=self.device)
-        return StepContext(index, self.lengths, max(self.lengths))
+        return Step.of_chunks(self.chunks)
 
 
 def _batches(samples: list[list[int]], device: torch.device) -> Iterator[list[list[int]]]:

@@ -19,9 +19,9 @@ class KVCache:
                 shape = (max_batch_size, *tensor.shape[1:])
                 self.buffers[name] = torch.zeros(shape, dtype=tensor.dtype, device=device)
 
-    def views(self, batch_size: int) -> dict[str, torch.Tensor]:
-        """The first `batch_size` sequences' caches by input name."""
-        return {name: buffer[:batch_size] for name, buffer in self.buffers.items()}
+    def views(self, batch_size: int, first: int = 0) -> dict[str, torch.Tensor]:
+        """The caches of `batch_size` sequences from slot `first` on, by input name."""
+        return {name: buffer[first : first + batch_size] for name, buffer in self.buffers.items()}
 
     def sum_of_keys(self, batch_size: int, length: int) -> torch.Tensor:
         """Float32 sum of the first `length` keys in float16, of which any that is not finite makes it so.

@@ -1,20 +1,22 @@
 """Sessions over a lowered network: TensorRT's execution context on a GPU, or the interpreter on the CPU."""
 
 from abc import abstractmethod
-from itertools import accumulate
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.interpreter import Interpreter
-from trtbuild.engine.tensorrt import TOKEN_INPUTS, LoweredNetwork
+from trtbuild.engine.tensorrt import LoweredNetwork
 from trtbuild.engine.tensorrt_api import api, is_rtx, logger
 from trtbuild.errors import UserError
 from trtbuild.network import Network
-from trtbuild.runtime.session import Session, packed_inputs
+from trtbuild.network.step import STEP_INPUTS, Chunk, step_tensors
+from trtbuild.runtime.session import Session
 
 CONTEXT, GENERATION = 0, 1  # optimization profiles
+Tensors = dict[str, torch.Tensor]
 
 
 class LoweredSession(Session):
@@ -23,53 +25,57 @@ class LoweredSession(Session):
     def __init__(self, network: Network, limits: BuildLimits, device: torch.device, packed: bool) -> None:
         super().__init__(network, limits, device)
         self.packed = packed
+        self._layouts: dict[int, Tensors] = {}  # of a generation step, by batch size
 
     @abstractmethod
-    def _execute(self, inputs: dict[str, torch.Tensor], profile: int) -> torch.Tensor:
-        """One step; updates the caches among `inputs` in place and returns the logits."""
+    def _execute(self, inputs: Tensors, caches: Tensors, profile: int) -> torch.Tensor:
+        """One step; updates `caches` in place and returns the logits."""
 
-    def _prefill(self, prompts: list[list[int]], all_logits: bool) -> torch.Tensor:
-        inputs = context_inputs(prompts, all_logits, self.packed)
+    def _step(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        ends = torch.tensor([self.lengths, self.prompt_lengths], dtype=torch.int32).to(self.device)
+        self._positions, self._prompt_lengths = ends
+        longest = max(len(chunk.tokens) for chunk in chunks)
+        neighbours = [chunk.slot for chunk in chunks] == [chunks[0].slot + i for i in range(len(chunks))]
+        # A padded row's keys are written as well, where the sequence's next ones will be: they must fit.
+        if neighbours and all(chunk.past + longest <= self.limits.max_length for chunk in chunks):
+            return self._run(chunks)
+        return torch.cat([self._run([chunk]) for chunk in chunks])
+
+    def _run(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        """A step of neighbouring slots."""
+        inputs = lowered_inputs(chunks, self.packed)
         inputs = {name: value.to(self.device) for name, value in inputs.items()}
-        self._prompt_lengths = self._positions = inputs["kv_lengths"].clone()
-        return self._execute(inputs | self.cache.views(len(prompts)), CONTEXT)
+        return self._execute(inputs, self.cache.views(len(chunks), chunks[0].slot), CONTEXT)
 
     def _decode(self, tokens: torch.Tensor) -> torch.Tensor:
         batch = len(self.lengths)
-        rows = torch.arange(batch, dtype=torch.int32, device=self.device)
-        shape = (batch,) if self.packed else (batch, 1)
-        inputs = {
-            "input_ids": tokens.reshape(shape),
-            "position_ids": self._positions.reshape(shape),
-            "sequence_lengths": (self._positions + 1).reshape(shape),
-            "prompt_lengths": self._prompt_lengths.reshape(shape),
+        if batch not in self._layouts:
+            ones = lowered_inputs([Chunk([0], 1, slot=slot) for slot in range(batch)], self.packed)
+            self._layouts[batch] = {name: value.to(self.device) for name, value in ones.items()}
+        ends = self._positions + 1
+        values = {
+            "input_ids": tokens,
+            "position_ids": self._positions,
+            "sequence_lengths": ends,
+            "prompt_lengths": self._prompt_lengths,
             "past_lengths": self._positions,
-            "kv_lengths": self._positions + 1,
-            "logits_indices": rows,
-            "pad_index": rows[:, None],
-            "unpad_index": rows,
+            "kv_lengths": ends,
         }
-        logits = self._execute(inputs | self.cache.views(batch), GENERATION)
-        self._positions = self._positions + 1
+        layout = self._layouts[batch]
+        inputs = layout | {name: value.view_as(layout[name]) for name, value in values.items()}
+        logits = self._execute(inputs, self.cache.views(batch), GENERATION)
+        self._positions = ends
         return logits
 
 
-def context_inputs(prompts: list[list[int]], all_logits: bool, packed: bool) -> dict[str, torch.Tensor]:
-    """An engine's inputs for new sequences, on the host. Padding is on the right; what it computes is not used."""
-    lengths = [len(prompt) for prompt in prompts]
-    longest = max(lengths)
-    starts = [0, *accumulate(lengths)]
-    inputs = packed_inputs(prompts, all_logits, torch.device("cpu"))
-    inputs["kv_lengths"] = torch.tensor(lengths, dtype=torch.int32)
-    slots = torch.arange(longest, dtype=torch.int32)
-    lasts = inputs["kv_lengths"][:, None] - 1
-    # The packed row of every padded slot (padding repeats the last token), and the padded slot of every packed row.
-    inputs["pad_index"] = torch.tensor(starts[:-1], dtype=torch.int32)[:, None] + torch.minimum(slots, lasts)
-    inputs["unpad_index"] = torch.cat([b * longest + slots[:n] for b, n in enumerate(lengths)])
+def lowered_inputs(chunks: Sequence[Chunk], packed: bool) -> dict[str, torch.Tensor]:
+    """A lowered network's inputs, on the host. Padding is on the right; what it computes is not used."""
+    inputs = step_tensors(chunks, STEP_INPUTS)
     if not packed:
         inputs["logits_indices"] = inputs["unpad_index"][inputs["logits_indices"]]
-        for name in TOKEN_INPUTS:
-            inputs[name] = inputs[name][inputs["pad_index"]]
+        for name, known in STEP_INPUTS.items():
+            if known.shape == ("tokens",) and name != "unpad_index":
+                inputs[name] = inputs[name][inputs["pad_index"]]
     return inputs
 
 
@@ -82,9 +88,9 @@ class InterpretedSession(LoweredSession):
         super().__init__(network, limits, torch.device("cpu"), remove_input_padding)
         self.interpreter = Interpreter(LoweredNetwork(network, remove_input_padding))
 
-    def _execute(self, inputs: dict[str, torch.Tensor], profile: int) -> torch.Tensor:
-        outputs = self.interpreter.run(inputs)
-        for name, cache in self.cache.views(len(self.lengths)).items():
+    def _execute(self, inputs: Tensors, caches: Tensors, profile: int) -> torch.Tensor:
+        outputs = self.interpreter.run(inputs | caches)
+        for name, cache in caches.items():
             if is_quantized(cache):
                 write_rows(cache, outputs[present(name)], inputs["past_lengths"])
             else:
@@ -117,9 +123,9 @@ class TensorRTSession(LoweredSession):
             context.set_optimization_profile_async(profile, torch.cuda.current_stream().cuda_stream)
             self.contexts.append(context)
 
-    def _execute(self, inputs: dict[str, torch.Tensor], profile: int) -> torch.Tensor:
+    def _execute(self, inputs: Tensors, caches: Tensors, profile: int) -> torch.Tensor:
         context = self.contexts[profile]
-        held = {name: value.contiguous() for name, value in inputs.items() if name in self.names}
+        held = {name: value.contiguous() for name, value in (inputs | caches).items() if name in self.names}
         rows: dict[str, torch.Tensor] = {}  # by cache input
         for name, value in held.items():
             if not context.set_input_shape(name, tuple(value.shape)):

@@ -1,22 +1,26 @@
-"""A session: one engine, its KV cache, and the two kinds of step."""
+"""A session: one engine, its KV cache, and steps of any mix of sequences."""
 
 import re
 from abc import ABC, abstractmethod
-from itertools import accumulate
+from collections.abc import Sequence
 
 import torch
 
 from trtbuild.engine.config import BuildLimits
-from trtbuild.engine.portable import PortableEngine, StepContext
+from trtbuild.engine.portable import PortableEngine
 from trtbuild.errors import UserError
 from trtbuild.network import Network
+from trtbuild.network.step import Chunk, Step, step_tensors, whole_prompts
 from trtbuild.runtime.kv_cache import KVCache
 
 MIN_KV_STEP = 256
 
 
 class Session(ABC):
-    """Runs one batch at a time: `prefill` starts its sequences, every `decode` appends one token to each."""
+    """Runs steps: `prefill` starts a batch, `decode` appends one token to each of its sequences, `step` does anything.
+
+    `lengths` are the positions that each slot of the cache holds.
+    """
 
     kind: str
 
@@ -26,10 +30,34 @@ class Session(ABC):
         self.weight_bytes = network.weight_bytes
         self._is_float16 = network.holds(torch.float16)
         self.cache = KVCache(network, limits.max_batch_size, device)
+        self.lengths: list[int] = []
+        self.prompt_lengths: list[int] = []
 
     @torch.inference_mode()
+    def step(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        """Runs any mix of prompts, parts of prompts and continuations; float32 logits in the chunks' order, packed.
+
+        A chunk's tokens go to its slot's cache from its `past` on, and what the cache held behind that is forgotten.
+        Nothing waits for the device; whether the logits are finite is the caller's to check. The result may be a buffer
+        that the next step overwrites. Raises `UserError` for a chunk that the engine cannot take.
+        """
+        for chunk in chunks:
+            self._check_chunk(chunk)
+        slots = [chunk.slot for chunk in chunks]
+        if len(set(slots)) < len(slots):
+            raise UserError(f"the slots {slots} of one step are not different sequences'")
+        self.lengths += [0] * (max(slots) + 1 - len(self.lengths))
+        # Generation steps know nothing of a prompt that goes on.
+        continued = all(len(c.tokens) == 1 and c.prompt_length <= c.past == self.lengths[c.slot] for c in chunks)
+        if continued and slots == list(range(len(self.lengths))):
+            return self.decode(torch.tensor([chunk.tokens[0] for chunk in chunks], dtype=torch.int32).to(self.device))
+        self.prompt_lengths += [0] * (len(self.lengths) - len(self.prompt_lengths))
+        for chunk in chunks:
+            self.lengths[chunk.slot], self.prompt_lengths[chunk.slot] = chunk.end, chunk.prompt_length
+        return self._step(chunks)
+
     def prefill(self, prompts: list[list[int]], all_logits: bool = False) -> torch.Tensor:
-        """Starts new sequences from token ids; returns float32 logits of each last token, `[batch, vocab]`.
+        """Starts a new batch from token ids; returns float32 logits of each last token, `[batch, vocab]`.
 
         With `all_logits` the logits of every token, packed: `[tokens, vocab]`, after `check_finite`; without, nothing
         waits for the device, and it is the caller's to check. Raises `UserError` for an empty prompt, one longer than
@@ -39,10 +67,8 @@ class Session(ABC):
             raise UserError(
                 f"{len(prompts)} prompts in one batch; the engine's max_batch_size is {self.limits.max_batch_size}"
             )
-        for i, prompt in enumerate(prompts):
-            self.check_prompt(prompt, i)
-        self.lengths = [len(prompt) for prompt in prompts]
-        logits = self._prefill(prompts, all_logits)
+        self.lengths, self.prompt_lengths = [], []
+        logits = self.step(whole_prompts(prompts, all_logits))
         if all_logits:
             self.check_finite(prompts, logits)
         return logits
@@ -80,6 +106,20 @@ class Session(ABC):
                 "use the tokenizer of the engine's own checkpoint"
             )
 
+    def _check_chunk(self, chunk: Chunk) -> None:
+        """Raises `UserError` for tokens or places that the engine does not have."""
+        if not 0 <= chunk.slot < self.limits.max_batch_size:
+            raise UserError(f"slot {chunk.slot} is outside the engine's max_batch_size {self.limits.max_batch_size}")
+        self.check_prompt(chunk.tokens, chunk.slot)
+        held = self.lengths[chunk.slot] if chunk.slot < len(self.lengths) else 0
+        if not 0 <= chunk.past <= held:
+            raise UserError(f"slot {chunk.slot} holds {held} positions; tokens cannot follow {chunk.past}")
+        if max(chunk.end, chunk.prompt_length) > self.limits.max_length:
+            raise UserError(
+                f"the sequence in slot {chunk.slot} would have {max(chunk.end, chunk.prompt_length)} positions; the "
+                f"engine's max_length is {self.limits.max_length}; build with a larger max_output_len"
+            )
+
     @torch.inference_mode()
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
         """Appends one token to every sequence (`[batch]` int32, on the session's device); returns `[batch, vocab]`.
@@ -94,27 +134,10 @@ class Session(ABC):
         return self._decode(tokens)
 
     @abstractmethod
-    def _prefill(self, prompts: list[list[int]], all_logits: bool) -> torch.Tensor: ...
+    def _step(self, chunks: Sequence[Chunk]) -> torch.Tensor: ...
 
     @abstractmethod
     def _decode(self, tokens: torch.Tensor) -> torch.Tensor: ...
-
-
-def packed_inputs(prompts: list[list[int]], all_logits: bool, device: torch.device) -> dict[str, torch.Tensor]:
-    """The network's step inputs for new sequences, without their caches."""
-    lengths = [len(prompt) for prompt in prompts]
-    starts = [0, *accumulate(lengths)]
-    rows = range(starts[-1]) if all_logits else [end - 1 for end in starts[1:]]
-    values = {
-        "input_ids": [token for prompt in prompts for token in prompt],
-        "position_ids": [i for n in lengths for i in range(n)],
-        "sequence_lengths": [n for n in lengths for _ in range(n)],
-        "prompt_lengths": [n for n in lengths for _ in range(n)],
-        "query_starts": starts,
-        "past_lengths": [0] * len(prompts),
-        "logits_indices": list(rows),
-    }
-    return {name: torch.tensor(value, dtype=torch.int32).to(device) for name, value in values.items()}
 
 
 class PortableSession(Session):
@@ -125,25 +148,27 @@ class PortableSession(Session):
     def __init__(self, engine: PortableEngine) -> None:
         super().__init__(engine.network, engine.limits, engine.device)
         self.engine = engine
+        self._slots = torch.arange(engine.limits.max_batch_size, device=engine.device)
         self._batches: dict[int, dict[str, torch.Tensor]] = {}
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
-    def _prefill(self, prompts: list[list[int]], all_logits: bool) -> torch.Tensor:
-        inputs = packed_inputs(prompts, all_logits, self.device)
-        batch = len(prompts)
+    def _step(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        batch = len(self.lengths)
         if batch not in self._batches:
             self._batches[batch] = self._decode_inputs(batch)
         self._decode_state = self._batches[batch]
-        for name in ("position_ids", "prompt_lengths"):
-            self._decode_state[name].copy_(inputs["query_starts"].diff())
-        step = StepContext(self._decode_state["batch_index"], self.lengths, max(self.lengths))
-        return self.engine.run(step, inputs | self.cache.views(batch))
+        ends = torch.tensor([self.lengths, self.prompt_lengths], dtype=torch.int32).to(self.device)
+        for name, values in zip(("position_ids", "prompt_lengths"), ends, strict=True):
+            if name in self._decode_state:
+                self._decode_state[name].copy_(values)
+        inputs = step_tensors(chunks, self.engine.network.inputs, self.device)
+        return self.engine.run(Step.of_chunks(chunks), inputs | self.cache.views(batch))
 
     def _where_not_finite(self, prompts: list[list[int]]) -> str:
-        self.lengths = [len(prompt) for prompt in prompts]
+        self.lengths, self.prompt_lengths = [], []
         try:
             with self.engine.checked():
-                self._prefill(prompts, all_logits=False)
+                self.step(whole_prompts(prompts))
         except FloatingPointError as error:
             name = str(error)
             layer = re.match(r"model\.layers\.(\d+)\.", name)
@@ -152,32 +177,20 @@ class PortableSession(Session):
 
     def _decode_inputs(self, batch: int) -> dict[str, torch.Tensor]:
         """The buffers that the generation steps of a batch size read; `position_ids` counts up by itself."""
-
-        def integers(size: int) -> torch.Tensor:
-            return torch.arange(size, dtype=torch.int32, device=self.device)
-
-        positions = integers(batch)
-        return {
-            "input_ids": integers(batch),
-            "position_ids": positions,
-            "past_lengths": positions,
-            "sequence_lengths": integers(batch),
-            "prompt_lengths": integers(batch),
-            "query_starts": integers(batch + 1),
-            "logits_indices": integers(batch),
-            "batch_index": torch.arange(batch, device=self.device),
-            **self.cache.views(batch),
-        }
+        chunks = [Chunk([0], 1, slot=slot) for slot in range(batch)]
+        state = step_tensors(chunks, self.engine.network.inputs, self.device)
+        return state | {"past_lengths": state["position_ids"]} | self.cache.views(batch)
 
     def _decode(self, tokens: torch.Tensor) -> torch.Tensor:
         state, longest = self._decode_state, max(self.lengths)
         state["input_ids"].copy_(tokens)
-        torch.add(state["position_ids"], 1, out=state["sequence_lengths"])
+        if "sequence_lengths" in state:
+            torch.add(state["position_ids"], 1, out=state["sequence_lengths"])
         if self.device.type == "cuda":
             logits = self._replay(len(self.lengths), kv_bound(longest, self.limits.max_length))
         else:
-            step = StepContext(state["batch_index"], None, longest, exact=min(self.lengths) == longest)
-            logits = self.engine.run(step, state)
+            exact = min(self.lengths) == longest
+            logits = self.engine.run(Step.generation(self._slots[: len(self.lengths)], longest, exact), state)
         state["position_ids"].add_(1)
         return logits
 
@@ -187,7 +200,7 @@ class PortableSession(Session):
             state = self._decode_state
 
             def run() -> torch.Tensor:
-                return self.engine.run(StepContext(state["batch_index"], None, bound), state)
+                return self.engine.run(Step.generation(self._slots[:batch], bound), state)
 
             warm_up = torch.cuda.Stream()
             warm_up.wait_stream(torch.cuda.current_stream())

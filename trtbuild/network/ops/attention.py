@@ -108,34 +108,37 @@ class Attention(Op):
     ):
         """Equal to `reference`, except that the caches are updated in place.
 
-        The context phase (`step.lengths` known to the host, empty caches) runs one fused causal attention a sequence,
-        or one for the batch where all lengths are equal. The generation phase reads the first `step.kv_bound`
-        positions of the cache and masks those beyond each sequence's own.
+        Of chunks (`step.chunks`) one fused causal attention a sequence is run, or one for all where they are prompts of
+        one length. The generation phase reads the first `step.kv_bound` positions of the cache and masks those beyond
+        each sequence's own.
         """
         scales = None if key_scale is None else (key_scale, value_scale)
         if scales:
             stored = [_stored(new.transpose(0, 1), key_cache.dtype, s) for new, s in zip((k, v), scales, strict=True)]
             k, v = (x.transpose(0, 1) for x in stored)
-        if step.lengths is None:
+        if step.chunks is None:
             output = _generation(step, q, k, v, key_cache, value_cache, position_ids, slopes, scales)
             return output, key_cache, value_cache
-        lengths = step.lengths
         biases = None if slopes is None else step.alibi(position_ids, slopes, k.shape[1], q.dtype)
-        batches = [lengths] if len(set(lengths)) == 1 else [[n] for n in lengths]
-        outputs, b, row = [], 0, 0
-        for batch in batches:
-            count, n = len(batch), batch[0]
-            rows = slice(row, row + count * n)
+        outputs, row = [], 0
+        for chunks in step.alike():
+            count, n, past, end = len(chunks), len(chunks[0].tokens), chunks[0].past, chunks[0].end
+            slots, rows = slice(chunks[0].slot, chunks[0].slot + count), slice(row, row + count * n)
+            row = rows.stop
             queries, keys, values = (x[rows].unflatten(0, (count, n)).transpose(1, 2) for x in (q, k, v))
             if key_cache is not None:
-                key_cache[b : b + count, :, :n] = keys
-                value_cache[b : b + count, :, :n] = values
+                key_cache[slots, :, past:end] = keys
+                value_cache[slots, :, past:end] = values
+            if past:
+                keys, values = key_cache[slots, :, :end], value_cache[slots, :, :end]
             if scales:
                 keys, values = (_loaded(x, q.dtype, s) for x, s in zip((keys, values), scales, strict=True))
-            masked = {"is_causal": True} if biases is None else {"attn_mask": biases[:, :, :n, :n]}
+            if biases is not None:
+                masked = {"attn_mask": biases[:, :, past:end, :end]}
+            else:
+                masked = {"attn_mask": step.causal(chunks[0], q.device)} if past else {"is_causal": True}
             output = _attend(queries, keys, values, **masked, enable_gqa=True)
             outputs.append(output.transpose(1, 2).flatten(0, 1))
-            b, row = b + count, row + count * n
         output = torch.cat(outputs).flatten(1)
         return output if key_cache is None else (output, key_cache, value_cache)
 
@@ -217,7 +220,7 @@ def _loaded(cache: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None)
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> torch.Tensor:
     """Fused attention; in float32 for float16 on a CPU, where torch's own float16 is several times slower."""
     if q.dtype == torch.float16 and not q.is_cuda:
-        if (mask := options.get("attn_mask")) is not None:
+        if (mask := options.get("attn_mask")) is not None and mask.dtype != torch.bool:
             options["attn_mask"] = mask.float()
         return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, **options)

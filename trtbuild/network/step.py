@@ -1,0 +1,192 @@
+"""One step of a network: what each sequence brings to it, and what the network reads of it, in one table."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+ALIGNMENT = 4  # integers: inputs that are copied together begin at multiples of 16 bytes, as kernels like them
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One sequence's part of a step: its next tokens, a prompt, some of it, or what follows one.
+
+    `past` positions are in its cache already, which is the batch's `slot`. `prompt_length` is that of its whole prompt,
+    by which some models choose RoPE's base. `all_logits`: of every token, not of the last alone.
+    """
+
+    tokens: Sequence[int]
+    prompt_length: int
+    past: int = 0
+    slot: int = 0
+    all_logits: bool = False
+
+    @property
+    def end(self) -> int:
+        """Positions of the sequence after the step."""
+        return self.past + len(self.tokens)
+
+
+def whole_prompts(prompts: Sequence[Sequence[int]], all_logits: bool = False) -> list[Chunk]:
+    """New sequences, a slot each, with all of their prompts in one step."""
+    return [Chunk(prompt, len(prompt), slot=slot, all_logits=all_logits) for slot, prompt in enumerate(prompts)]
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """An int32 input: the names of its dimensions, and its values, row by row."""
+
+    shape: tuple[str, ...]
+    values: Callable[[Sequence[Chunk]], list[int]]
+
+
+def _starts(chunks: Sequence[Chunk]) -> list[int]:
+    """The packed rows at which sequences start, and the number of rows."""
+    return [0, *accumulate(len(chunk.tokens) for chunk in chunks)]
+
+
+def _logits_indices(chunks: Sequence[Chunk]) -> list[int]:
+    rows = [range(start, start + len(chunk.tokens)) for start, chunk in zip(_starts(chunks), chunks, strict=False)]
+    return [i for own, chunk in zip(rows, chunks, strict=True) for i in (own if chunk.all_logits else own[-1:])]
+
+
+def _pad_index(chunks: Sequence[Chunk]) -> list[int]:
+    """The packed row of every padded place; padding is on the right and repeats the last token."""
+    longest = max(len(chunk.tokens) for chunk in chunks)
+    ends = [(start, start + len(chunk.tokens)) for start, chunk in zip(_starts(chunks), chunks, strict=False)]
+    return [i for start, end in ends for i in (*range(start, end), *[end - 1] * (longest - (end - start)))]
+
+
+def _unpad_index(chunks: Sequence[Chunk]) -> list[int]:
+    """The padded place of every packed row."""
+    longest = max(len(chunk.tokens) for chunk in chunks)
+    return [b * longest + i for b, chunk in enumerate(chunks) for i in range(len(chunk.tokens))]
+
+
+STEP_INPUTS = {
+    # What a network reads; which of the lengths depends on the model.
+    "input_ids": StepInput(("tokens",), lambda chunks: [token for chunk in chunks for token in chunk.tokens]),
+    "position_ids": StepInput(("tokens",), lambda chunks: [i for c in chunks for i in range(c.past, c.end)]),
+    # Of a prompt that comes in chunks its own length counts from the first on, so that chunks change nothing.
+    "sequence_lengths": StepInput(
+        ("tokens",), lambda chunks: [max(c.end, c.prompt_length) for c in chunks for _ in c.tokens]
+    ),
+    "prompt_lengths": StepInput(("tokens",), lambda chunks: [c.prompt_length for c in chunks for _ in c.tokens]),
+    "query_starts": StepInput(("starts",), _starts),
+    "past_lengths": StepInput(("batch",), lambda chunks: [chunk.past for chunk in chunks]),
+    "logits_indices": StepInput(("rows",), _logits_indices),
+    # What its lowering to TensorRT reads in the place of `query_starts`; the indices only where tokens are packed.
+    "kv_lengths": StepInput(("batch",), lambda chunks: [chunk.end for chunk in chunks]),
+    "pad_index": StepInput(("batch", "query_len"), _pad_index),
+    "unpad_index": StepInput(("tokens",), _unpad_index),
+}
+
+
+def step_tensors(
+    chunks: Sequence[Chunk], names: Iterable[str], device: torch.device | str = "cpu"
+) -> dict[str, torch.Tensor]:
+    """Those of a step's inputs that are among `names`, int32, copied to the device together."""
+    flat: list[int] = []
+    places = {}
+    longest = max(len(chunk.tokens) for chunk in chunks)
+    for name in names:
+        if name in STEP_INPUTS:
+            values = STEP_INPUTS[name].values(chunks)
+            places[name] = len(flat), len(values)
+            flat += [*values, *[0] * (-len(values) % ALIGNMENT)]
+    there = torch.tensor(flat, dtype=torch.int32).to(device)
+    tensors = {name: there[start : start + length] for name, (start, length) in places.items()}
+    return {
+        name: tensor.view(-1, longest) if len(STEP_INPUTS[name].shape) == 2 else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+class Step:
+    """What the host knows of a step, for operations that need more than their tensors, and what is made once in one.
+
+    Either `chunks`, in any mix of lengths and slots; or, in the generation phase, None: every sequence has one token,
+    its slot is its place in the batch, and its position is known to the device alone, so that a captured graph serves
+    all. Then `kv_bound` is the number of cache positions to read, and `exact` says that every sequence has that many.
+    """
+
+    def __init__(
+        self, chunks: Sequence[Chunk] | None, batch_index: torch.Tensor | None, kv_bound: int, exact: bool = False
+    ) -> None:
+        self.chunks = chunks
+        self.batch_index = batch_index
+        self.kv_bound = kv_bound
+        self.exact = exact
+        self._slots: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._mask: torch.Tensor | None = None
+        self._alibi: torch.Tensor | None = None
+        self._causal: dict[tuple[int, int], torch.Tensor] = {}
+
+    @classmethod
+    def of_chunks(cls, chunks: Sequence[Chunk]) -> "Step":
+        return cls(chunks, None, max(chunk.end for chunk in chunks))
+
+    @classmethod
+    def generation(cls, batch_index: torch.Tensor, kv_bound: int, exact: bool = False) -> "Step":
+        """`batch_index`: 0, 1, ... int64 `[batch]`."""
+        return cls(None, batch_index, kv_bound, exact)
+
+    def alike(self) -> list[Sequence[Chunk]]:
+        """The chunks, in order, in groups that one attention serves: all where they are prompts of one length."""
+        first = self.chunks[0]
+        places = [(0, first.end, first.slot + i) for i in range(len(self.chunks))]
+        if [(chunk.past, chunk.end, chunk.slot) for chunk in self.chunks] == places:
+            return [self.chunks]
+        return [[chunk] for chunk in self.chunks]
+
+    def slots(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slot and position, int64, of the cache entry that each sequence's new token takes in the generation phase."""
+        if self._slots is None:
+            self._slots = self.batch_index, position_ids.long()
+        return self._slots
+
+    def mask(self, position_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+        """Generation phase: `[batch, 1, 1, kv_bound]` to add to scores, minus infinity beyond a sequence's end.
+
+        None where every sequence may look everywhere.
+        """
+        if self._mask is None and not self.exact:
+            device = position_ids.device
+            beyond = torch.arange(self.kv_bound, device=device, dtype=torch.int32) > position_ids[:, None]
+            mask = torch.zeros(beyond.shape, device=device, dtype=dtype).masked_fill_(beyond, float("-inf"))
+            self._mask = mask[:, None, None]
+        return self._mask
+
+    def causal(self, chunk: Chunk, device: torch.device) -> torch.Tensor:
+        """`[tokens, end]`: which positions each of a chunk's tokens may look at."""
+        key = chunk.past, chunk.end
+        if key not in self._causal:
+            positions = torch.arange(chunk.end, device=device)
+            self._causal[key] = positions <= positions[chunk.past :, None]
+        return self._causal[key]
+
+    def alibi(
+        self, position_ids: torch.Tensor, slopes: torch.Tensor, kv_heads: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """ALiBi's biases to add to scores, minus infinity where a query may not look.
+
+        Of chunks: `[1, heads, n, n]`, n the longest sequence; another takes the rows and columns of its positions.
+        Generation phase: `[batch, kv_heads, group, kv_bound]`. In `dtype`; float32 on a CPU, where that is free.
+        """
+        if self._alibi is None:
+            device = slopes.device
+            keys = torch.arange(self.kv_bound, device=device, dtype=torch.int32)
+            if self.chunks is None:
+                queries, slopes = position_ids[:, None, None, None], slopes.view(kv_heads, -1, 1)
+            else:
+                queries, slopes = keys[:, None], slopes[None, :, None, None]
+            distances = (keys - queries).float()
+            distances.masked_fill_(distances > 0, float("-inf"))
+            *rows, width = torch.broadcast_shapes(slopes.shape, distances.shape)
+            # Rows start at multiples of 8: of others, fused attention on CUDA would make such a copy in every layer.
+            dtype = dtype if slopes.is_cuda else torch.float32
+            biases = torch.empty(*rows, -(-width // 8) * 8, device=device, dtype=dtype)[..., :width]
+            self._alibi = torch.mul(slopes, distances, out=biases)
+        return self._alibi
