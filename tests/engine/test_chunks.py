@@ -10,7 +10,7 @@ from published_models import LLAMA, QWEN, baichuan_config
 pytest.importorskip("tensorrt_rtx")
 
 from trtbuild.checkpoint.sources import dummy_model
-from trtbuild.decoder.decoder import QuantizedCache, decoder
+from trtbuild.decoder.decoder import CacheScales, decoder
 from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.portable import PortableEngine
 from trtbuild.errors import UserError
@@ -57,7 +57,7 @@ class ReferenceSession(Session):
         caches = {name: buffer[slots] for name, buffer in self.cache.buffers.items()}
         outputs = run_reference(self.network, step_tensors(chunks, STEP_INPUTS) | caches)
         for name, buffer in self.cache.buffers.items():
-            buffer[slots] = outputs[f"present_{name.replace('_cache', '')}"]
+            buffer[slots] = outputs[self.network.states[name]]
         return outputs["logits"]
 
     def _decode(self, tokens) -> torch.Tensor:
@@ -72,7 +72,7 @@ def network_of(family: str, name: str) -> Network:
     if cache_dtype:
         shape = checkpoint.config.num_hidden_layers, checkpoint.config.num_key_value_heads
         limit = 127 if cache_dtype == torch.int8 else 448
-        scales = QuantizedCache(cache_dtype, *((1 + torch.rand(shape)) * 2 / limit for _ in range(2)))
+        scales = CacheScales(cache_dtype, *((1 + torch.rand(shape)) * 2 / limit for _ in range(2)))
     return decoder(checkpoint.config, checkpoint.dequantized, dtype, LIMITS.max_length, scales)
 
 

@@ -10,6 +10,7 @@ from trtbuild.linear.linear import Weight, linear
 from trtbuild.models.alibi import alibi_slopes
 from trtbuild.models.config import PRODUCTS, ModelConfig
 from trtbuild.network import Network, Tensor, ops
+from trtbuild.network.step import step_input
 from trtbuild.tensors.lazy import from_tensor
 
 Weights = Callable[[str], Weight]
@@ -51,15 +52,14 @@ def decoder(
 ) -> Network:
     """One rank's network: packed token ids and KV caches in, float32 logits of the chosen rows and new caches out.
 
-    `weights` maps a canonical name to its tensor, quantized or not. Inputs, all int32: `input_ids`, `position_ids`
-    `[tokens]`; `query_starts` `[batch + 1]`, the packed rows at which sequences start; `past_lengths` `[batch]`;
-    `logits_indices` `[rows]`; where RoPE's base follows a sequence's length `sequence_lengths` `[tokens]`, its prompt's
-    `prompt_lengths` `[tokens]`; then `key_cache.i` and `value_cache.i`, `[batch, kv_heads, max_length, head_dim]`.
-    Outputs: `logits` `[rows, vocab]`, `present_key.i`, `present_value.i`.
+    `weights` maps a canonical name to its tensor, quantized or not. Inputs: what a step reads (`STEP_INPUTS`), of
+    lengths only those by which RoPE's base is chosen; then `key_cache.i` and `value_cache.i`, `[batch, kv_heads,
+    max_length, head_dim]`. Outputs: `logits` `[rows, vocab]`, and `present_key.i` and `present_value.i`, the caches'
+    new states.
     """
     network = Network()
     hidden, inputs = embedding(network, config, weights, dtype, max_length)
-    logits_indices = network.input("logits_indices", torch.int32, ("rows",))
+    logits_indices = step_input(network, "logits_indices")
     presents = []
     for i in range(config.num_hidden_layers):
         kv_cache = layer_cache(network, config, i, dtype, max_length, cache)
@@ -70,9 +70,10 @@ def decoder(
     )
     head = config.output_product
     network.mark_output(ops.cast(linear(x, head, [weights(f"{head}.weight")]), torch.float32), "logits")
-    for i, (key, value) in enumerate(presents):
-        network.mark_output(key, f"present_key.{i}")
-        network.mark_output(value, f"present_value.{i}")
+    for i, present in enumerate(presents):
+        for kind, tensor in zip(KINDS, present, strict=True):
+            network.mark_output(tensor, f"present_{kind}.{i}")
+            network.states[f"{kind}_cache.{i}"] = f"present_{kind}.{i}"
     return network
 
 
@@ -83,10 +84,8 @@ def embedding(
 
     What a model does to sequences longer than `max_length` alone is left out.
     """
-    input_ids = network.input("input_ids", torch.int32, ("tokens",))
-    position_ids = network.input("position_ids", torch.int32, ("tokens",))
-    query_starts = network.input("query_starts", torch.int32, ("starts",))
-    past_lengths = network.input("past_lengths", torch.int32, ("batch",))
+    names = ("input_ids", "position_ids", "query_starts", "past_lengths")
+    input_ids, position_ids, query_starts, past_lengths = (step_input(network, name) for name in names)
     shared = _positional(network, config, position_ids, dtype, max_length)
     if 0 < config.logn_length < max_length:
         shared["logn"] = ops.log_n(position_ids, config.logn_length, dtype)
@@ -148,7 +147,7 @@ def decoder_layer(
 
 def cache_of_network(network: Network) -> CacheScales | None:
     """The scales of a network's KV cache, where it is quantized."""
-    layers = sum(name.startswith("key_cache.") for name in network.inputs)
+    layers = len(network.states) // len(KINDS)
     names = [[f"model.layers.{i}.self_attn.{kind}_scale" for i in range(layers)] for kind in KINDS]
     if names[0][0] not in network.constants:
         return None
@@ -171,15 +170,12 @@ def _positional(
     def frequencies(values: torch.Tensor) -> Tensor:
         return network.constant("rotary.inverse_frequencies", from_tensor(values))
 
-    def lengths(of: str) -> Tensor:
-        return network.input(f"{of}_lengths", torch.int32, ("tokens",))
-
     limit, dynamic = rope.original_max_position_embeddings, ()
     if rope.type == "qwen" and max_length > limit:
         table = frequencies(rope.qwen_frequencies(config.head_dim, max_length))
-        inverse_frequencies = ops.prompt_ntk(table, lengths("prompt"), limit)
+        inverse_frequencies = ops.prompt_ntk(table, step_input(network, "prompt_lengths"), limit)
     else:
         inverse_frequencies = frequencies(rope.inverse_frequencies(config.head_dim))
-        dynamic = (lengths("sequence"), rope.factor, limit) if rope.type == "dynamic" else ()
+        dynamic = (step_input(network, "sequence_lengths"), rope.factor, limit) if rope.type == "dynamic" else ()
     cos, sin = ops.rotary_embedding(position_ids, inverse_frequencies, dtype, *dynamic)
     return {"cos": cos, "sin": sin}

@@ -80,6 +80,7 @@ class Network:
         self.constants: dict[str, LazyTensor] = {}
         self.inputs: list[str] = []
         self.outputs: list[str] = []
+        self.states: dict[str, str] = {}  # inputs that a step updates, KV caches: the outputs that take their place
         self.nodes: list[Node] = []
         self._nodes_of: dict[str, list[int]] = {}  # by tensor: the nodes that make or read it
 
@@ -157,6 +158,7 @@ class Network:
                 for node in self.nodes
             ],
             "outputs": self.outputs,
+            "states": self.states,
         }
 
     @classmethod
@@ -174,7 +176,7 @@ class Network:
             for name, spec in zip(node.outputs, specs, strict=True):
                 network._tensor(name, *spec)
             network._append(node)
-        network.outputs = value["outputs"]
+        network.outputs, network.states = value["outputs"], value["states"]
         return network
 
     def _tensor(self, name: str, dtype: torch.dtype, shape: Iterable[int | str]) -> Tensor:

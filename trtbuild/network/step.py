@@ -6,6 +6,8 @@ from itertools import accumulate
 
 import torch
 
+from trtbuild.network.network import Network, Tensor
+
 ALIGNMENT = 4  # integers: inputs that are copied together begin at multiples of 16 bytes, as kernels like them
 
 
@@ -82,6 +84,11 @@ STEP_INPUTS = {
     "pad_index": StepInput(("batch", "query_len"), _pad_index),
     "unpad_index": StepInput(("tokens",), _unpad_index),
 }
+
+
+def step_input(network: Network, name: str) -> Tensor:
+    """Declares one of them."""
+    return network.input(name, torch.int32, STEP_INPUTS[name].shape)
 
 
 def step_tensors(

@@ -6,18 +6,17 @@ from trtbuild.network import Network
 
 
 class KVCache:
-    """One buffer a cache input of the network, `[max_batch, kv_heads, max_length, head_dim]`.
+    """One buffer for each of a network's states, `[max_batch, kv_heads, max_length, head_dim]`.
 
     Zeroed once: attention multiplies what lies beyond a sequence's end by zero, which only works for finite numbers.
     """
 
     def __init__(self, network: Network, max_batch_size: int, device: torch.device) -> None:
         self.buffers = {}
-        for name in network.inputs:
+        for name in network.states:
             tensor = network.tensors[name]
-            if name.startswith(("key_cache.", "value_cache.")):
-                shape = (max_batch_size, *tensor.shape[1:])
-                self.buffers[name] = torch.zeros(shape, dtype=tensor.dtype, device=device)
+            self.buffers[name] = torch.zeros((max_batch_size, *tensor.shape[1:]), dtype=tensor.dtype, device=device)
+        self._keys = [node.inputs["key_cache"] for node in network.nodes if "key_cache" in node.inputs]
 
     def views(self, batch_size: int, first: int = 0) -> dict[str, torch.Tensor]:
         """The caches of `batch_size` sequences from slot `first` on, by input name."""
@@ -29,9 +28,9 @@ class KVCache:
         Logits need not tell: a score of minus infinity is a weight of 0.
         """
         total = torch.zeros((), device=next(iter(self.buffers.values())).device)
-        for name, buffer in self.buffers.items():
-            if name.startswith("key_cache.") and buffer.dtype == torch.float16:
-                total += buffer[:batch_size, :, :length].sum(dtype=torch.float32)
+        for name in self._keys:
+            if self.buffers[name].dtype == torch.float16:
+                total += self.buffers[name][:batch_size, :, :length].sum(dtype=torch.float32)
         return total
 
     def clear(self) -> None:

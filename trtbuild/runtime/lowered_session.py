@@ -24,7 +24,7 @@ class LoweredSession(Session):
 
     def __init__(self, network: Network, limits: BuildLimits, device: torch.device, packed: bool) -> None:
         super().__init__(network, limits, device)
-        self.packed = packed
+        self.packed, self.states = packed, network.states
         self._layouts: dict[int, Tensors] = {}  # of a generation step, by batch size
 
     @abstractmethod
@@ -92,9 +92,9 @@ class InterpretedSession(LoweredSession):
         outputs = self.interpreter.run(inputs | caches)
         for name, cache in caches.items():
             if is_quantized(cache):
-                write_rows(cache, outputs[present(name)], inputs["past_lengths"])
+                write_rows(cache, outputs[self.states[name]], inputs["past_lengths"])
             else:
-                cache.copy_(outputs[present(name)])
+                cache.copy_(outputs[self.states[name]])
         return outputs["logits"]
 
 
@@ -131,11 +131,11 @@ class TensorRTSession(LoweredSession):
             if not context.set_input_shape(name, tuple(value.shape)):
                 raise UserError(f"the engine was not built for the shape {tuple(value.shape)} of its input {name}")
             context.set_tensor_address(name, value.data_ptr())
-            if present(name) in self.names:
+            if self.states.get(name) in self.names:
                 if is_quantized(value):
                     batch, heads, _, width = value.shape
                     value = rows[name] = value.new_empty(batch, heads, inputs["pad_index"].shape[1], width)
-                context.set_tensor_address(present(name), value.data_ptr())
+                context.set_tensor_address(self.states[name], value.data_ptr())
         logits = torch.empty(len(inputs["logits_indices"]), self.vocab_size, dtype=torch.float32, device=self.device)
         context.set_tensor_address("logits", logits.data_ptr())
         if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
@@ -143,12 +143,6 @@ class TensorRTSession(LoweredSession):
         for name, value in rows.items():
             write_rows(held[name], value, held["past_lengths"])
         return logits
-
-
-def present(cache_input: str) -> str:
-    """Name of the output that updates a cache input: `key_cache.3` gives `present_key.3`."""
-    kind, _, layer = cache_input.partition("_cache.")
-    return f"present_{kind}.{layer}"
 
 
 def is_quantized(cache: torch.Tensor) -> bool:
