@@ -208,7 +208,8 @@ def test_biases_of_the_generation_phase():
 
 @pytest.mark.parametrize("lengths", [[3, 1], None])
 def test_biases_are_made_once_a_step(lengths):
-    step, positions = Step.of_chunks(whole_prompts([[0] * n for n in lengths])), torch.tensor([2, 0], dtype=torch.int32)
+    chunks = lengths and whole_prompts([[0] * n for n in lengths])
+    step, positions = Step(chunks, torch.arange(2), 3), torch.tensor([2, 0], dtype=torch.int32)
     first = step.alibi(positions, SLOPES, 2, torch.float16)
     assert step.alibi(positions, SLOPES, 2, torch.float16) is first
     assert all(stride % 8 == 0 for stride in first.stride()[:-1])
