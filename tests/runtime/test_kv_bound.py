@@ -8,8 +8,9 @@ import torch
 from trtbuild.checkpoint.dummy import dummy_tensors
 from trtbuild.decoder.decoder import decoder
 from trtbuild.engine.config import BuildLimits
-from trtbuild.engine.portable import PortableEngine, StepContext
+from trtbuild.engine.portable import PortableEngine
 from trtbuild.models.families import config_from_hugging_face
+from trtbuild.network.step import Step
 from trtbuild.runtime.session import PortableSession, kv_bound
 
 LENGTHS = [*range(1, 5000), *(2**i + j for i in range(13, 21) for j in (-1, 0, 1))]
@@ -49,7 +50,7 @@ class Replayed(PortableSession):
 
     def _replay(self, batch: int, bound: int) -> torch.Tensor:
         self.bounds.append(bound)
-        return self.engine.run(StepContext(self._decode_state["batch_index"], None, bound), self._decode_state)
+        return self.engine.run(Step.generation(self._slots[: len(self.lengths)], bound), self._decode_state)
 
 
 @pytest.mark.parametrize("positions", [{}, {"trtbuild": {"family": "baichuan", "position_embedding": "alibi"}}])
