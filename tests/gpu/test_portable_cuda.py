@@ -1,5 +1,6 @@
 """The portable engine on CUDA. Run by hand: `pytest -m gpu tests/gpu`."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.checkpoint.dummy import dummy_tensors
 from trtbuild.decoder.decoder import decoder
+from trtbuild.engine import portable
 from trtbuild.engine.config import BuildLimits
+from trtbuild.engine.fusion import Fused
 from trtbuild.engine.portable import PortableEngine
 from trtbuild.models.families import config_from_hugging_face
 from trtbuild.network.step import Chunk, Step
@@ -92,6 +95,23 @@ def test_prompts_in_chunks(model, dtype, tolerance):
         pairs.append((expected, tested.decode(tokens.cuda()).cpu()))
     for wanted, actual in pairs:
         assert (actual - wanted).norm() / wanted.norm() < tolerance
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 5e-3), (torch.bfloat16, 4e-2)])
+def test_fused_equals_unfused(model, dtype, tolerance, monkeypatch):
+    """Logits of a prompt's step and of captured ones, with the same kernels for all else."""
+    fused = session(model, dtype, "cuda")
+    layers = model[0].num_hidden_layers
+    kernels = Counter(node.op.kernel.__name__ for node in fused.engine.nodes if isinstance(node.op, Fused))
+    assert kernels == {"add_rms_norm": 2 * layers - 1, "swiglu": layers}
+    monkeypatch.setattr(portable, "fuse", lambda network: network)
+    unfused = session(model, dtype, "cuda")
+    pairs = [(unfused.prefill(PROMPTS).clone(), fused.prefill(PROMPTS).clone())]
+    for _ in range(4):
+        tokens = pairs[-1][0].argmax(-1).int()
+        pairs.append((unfused.decode(tokens).clone(), fused.decode(tokens).clone()))
+    for expected, actual in pairs:
+        assert (actual - expected).norm() / expected.norm() < tolerance
 
 
 @torch.inference_mode()

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from trtbuild.engine.config import BuildLimits
+from trtbuild.engine.fusion import Fused, fuse
 from trtbuild.errors import UserError
 from trtbuild.files import atomic
 from trtbuild.linear import linear  # noqa: F401 (makes the weight formats' operations known)
@@ -53,11 +54,15 @@ def read_portable(path: Path) -> tuple[Network, BuildLimits]:
 class PortableEngine:
     """A network prepared once for running: a flat list of bound calls over numbered slots.
 
-    Every weight is mapped from the file and, on a GPU, copied there once.
+    Every weight is mapped from the file and, on a GPU, copied there once. `nodes` are those that run: on a GPU the
+    network's with chains of them fused.
     """
 
     def __init__(self, network: Network, limits: BuildLimits, device: torch.device) -> None:
         self.network, self.limits, self.device = network, limits, device
+        if device.type == "cuda":
+            network = fuse(network)
+        self.nodes = network.nodes
         names = [name for name in network.tensors if name not in network.constants]
         slots = {name: i for i, name in enumerate(names)}
         self._values: list[torch.Tensor | None] = [None] * len(slots)
@@ -98,13 +103,16 @@ class PortableEngine:
     @contextmanager
     def checked(self) -> Iterator[None]:
         """Inside, `run` raises `FloatingPointError` where numbers stop being finite: at which product or norm."""
-        plan, last = self._plan, ""
+        plan, last, names = self._plan, "", {}
         self._plan = []
-        for node, (run, *slots) in zip(self.network.nodes, plan, strict=True):
-            constants = [name for name in node.inputs.values() if name in self.network.constants]
-            weights = [name for name in constants if name.startswith(WEIGHTS)]
-            last = weights[0].rpartition(".")[0] if weights else last
-            self._plan.append((_checked(run, last), *slots))
+        for node, (run, *slots) in zip(self.nodes, plan, strict=True):
+            for part in node.op.nodes if isinstance(node.op, Fused) else (node,):
+                constants = [name for name in part.inputs.values() if name in self.network.constants]
+                weights = [name for name in constants if name.startswith(WEIGHTS)]
+                last = weights[0].rpartition(".")[0] if weights else last
+                names |= dict.fromkeys(part.outputs, last)
+            names |= dict.fromkeys(self.network.states.values())  # caches have positions that nothing was written to
+            self._plan.append((_checked(run, [names[x] for x in node.outputs]), *slots))
         try:
             yield
         finally:
@@ -166,12 +174,14 @@ class _Constants:
         return len(self.values) - 1
 
 
-def _checked(run: Callable, name: str) -> Callable:
+def _checked(run: Callable, names: list[str | None]) -> Callable:
+    """`run` with a look at those of its results that have a name."""
+
     def call(step: Step, *values: torch.Tensor):
         result = run(step, *values)
-        first = result if isinstance(result, torch.Tensor) else result[0]  # others are caches, with unused positions
-        if not first.isfinite().all():
-            raise FloatingPointError(name)
+        for x, name in zip(result if isinstance(result, tuple) else (result,), names, strict=True):
+            if name is not None and not x.isfinite().all():
+                raise FloatingPointError(name)
         return result
 
     return call

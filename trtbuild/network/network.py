@@ -124,6 +124,18 @@ class Network:
             self.nodes[i] = Node(node.op, inputs, tuple(name if x == old else x for x in node.outputs))
         self.outputs.append(name)
 
+    def with_nodes(self, nodes: Iterable[Node]) -> "Network":
+        """Other nodes between the same inputs, constants and outputs; they make tensors that this network has."""
+        network = Network()
+        network.inputs, network.outputs = list(self.inputs), list(self.outputs)
+        network.constants, network.states = dict(self.constants), dict(self.states)
+        for node in nodes:
+            network._append(node)
+        made = (name for node in network.nodes for name in node.outputs)
+        for name in (*network.constants, *network.inputs, *made):
+            network._tensor(name, self.tensors[name].dtype, self.tensors[name].shape)
+        return network
+
     def last_uses(self) -> dict[str, int]:
         """By tensor that is read, the index of the last node that reads it; of an output, the number of nodes."""
         uses = {name: i for i, node in enumerate(self.nodes) for name in node.inputs.values()}
