@@ -21,7 +21,6 @@ import torch.nn.functional as F
 
 from trtbuild.kernels.decode_attention import decode_attention
 from trtbuild.kernels.quantize_rows import quantize_rows, scale_product
-from trtbuild.linear.fp8 import Fp8Linear
 from trtbuild.linear.int4 import Int4Linear
 from trtbuild.linear.int8 import Int8Linear
 from trtbuild.linear.w8a8 import W8A8Linear
@@ -107,12 +106,12 @@ def linear_formats(out: int, width: int) -> dict[str, tuple]:
     scale, input_scale = torch.rand(out, device="cuda") * 0.01, torch.full((1,), 0.02, device="cuda")
     narrow = quantize(torch.randn(out, width, device="cuda"), input_scale, FP8)
     return {
-        "int8": (Int8Linear(), {"weight": int8(), "scale": scale}),
+        "int8": (Int8Linear(), {"weight": int8(), "scales": scale}),
         "int4": (Int4Linear(), int4()),
         "int4 zeros": (Int4Linear(), int4() | {"zeros": zeros}),
-        "w8a8 token": (W8A8Linear(per_token=True), {"weight": int8(), "scale": scale}),
-        "w8a8 static": (W8A8Linear(per_token=False), {"weight": int8(), "scale": scale, "input_scale": input_scale}),
-        "fp8": (Fp8Linear(), {"weight": narrow, "scale": scale, "input_scale": input_scale}),
+        "w8a8 token": (W8A8Linear("int8", "token"), {"weight": int8(), "scales": scale}),
+        "w8a8 static": (W8A8Linear("int8", "static"), {"weight": int8(), "scales": scale, "input_scale": input_scale}),
+        "fp8": (W8A8Linear("fp8", "static"), {"weight": narrow, "scales": scale, "input_scale": input_scale}),
     }
 
 
@@ -178,7 +177,7 @@ def attention(table: Table) -> None:
 
 
 def quantization(table: Table) -> None:
-    one, token = torch.full((1,), 0.02, device="cuda"), W8A8Linear(per_token=True)
+    one, token = torch.full((1,), 0.02, device="cuda"), W8A8Linear("int8", "token")
     for rows, width in ((1, 4096), (16, 4096), (16, 11008), (2048, 4096)):
         xs = [
             torch.randn(rows, width, device="cuda").half() for _ in range(copies(2 * rows * width) if rows > 16 else 4)

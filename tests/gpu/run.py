@@ -35,9 +35,10 @@ from trtbuild.decoder.mapping import Mapping
 from trtbuild.engine.build import build_portable
 from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.portable import PortableEngine
+from trtbuild.linear.format import round_8bit
+from trtbuild.linear.int4 import Int4Grid
 from trtbuild.models.config import ModelConfig
 from trtbuild.models.families import canonical_config, config_from_hugging_face
-from trtbuild.quantization.grid import Int4Grid, round_8bit
 from trtbuild.runtime.generation import generate
 from trtbuild.runtime.sampling import SamplingParams
 from trtbuild.runtime.session import PortableSession

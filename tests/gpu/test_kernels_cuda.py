@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from trtbuild.linear.fp8 import Fp8Linear
 from trtbuild.linear.int4 import Int4Linear, dequantize, pack
 from trtbuild.linear.int8 import Int8Linear
 from trtbuild.linear.w8a8 import W8A8Linear
@@ -48,8 +47,8 @@ def test_int8(rows, out, width, dtype):
     weight = torch.randint(-128, 128, (out, width), dtype=torch.int8, device="cuda")
     scale = torch.rand(out, device="cuda") * 0.01
     tolerance = LINEAR_TOLERANCE[dtype] * 1.5  # the weight is rounded for many rows
-    check(Int8Linear(), tolerance, x, weight=weight, scale=scale)
-    check(Int8Linear(), tolerance, x, weight=weight, scale=scale, bias=bias)
+    check(Int8Linear(), tolerance, x, weight=weight, scales=scale)
+    check(Int8Linear(), tolerance, x, weight=weight, scales=scale, bias=bias)
 
 
 @dtypes
@@ -93,11 +92,11 @@ def test_w8a8_and_fp8(rows, out, width, dtype):
     integers, narrow = quantize(weight, scale[:, None], torch.int8), quantize(weight, scale[:, None], FP8)
     tolerance = LINEAR_TOLERANCE[dtype]
     for constants in ({}, {"bias": bias}):
-        constants |= {"scale": scale}
+        constants |= {"scales": scale}
         static = constants | {"input_scale": input_scale}
-        check(W8A8Linear(per_token=True), tolerance, x, weight=integers, **constants)
-        check(W8A8Linear(per_token=False), tolerance, x, weight=integers, **static)
-        check(Fp8Linear(), 2 * tolerance, x, weight=narrow, **static)
+        check(W8A8Linear("int8", "token"), tolerance, x, weight=integers, **constants)
+        check(W8A8Linear("int8", "static"), tolerance, x, weight=integers, **static)
+        check(W8A8Linear("fp8", "static"), 2 * tolerance, x, weight=narrow, **static)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
@@ -108,7 +107,7 @@ def test_quantized_rows_equal_the_cpus(width, dtype):
     x = (torch.randn(7, width) * 3).to(dtype)
     x[2] = 0
     integers, scales = quantize_rows(x.cuda(), None, torch.int8)
-    expected, expected_scales = W8A8Linear(per_token=True)._quantized(x)
+    expected, expected_scales = W8A8Linear("int8", "token")._quantized(x)
     assert torch.equal(scales.cpu(), expected_scales)
     assert torch.equal(integers.cpu(), expected)
     scale = torch.tensor([0.013])

@@ -16,7 +16,7 @@ def test_a_scale_per_row(width, dtype):
     x = (torch.randn(5, width) * 3).to(dtype)
     x[2] = 0
     integers, scales = quantize_rows(x, None, torch.int8)
-    expected, expected_scales = W8A8Linear(per_token=True)._quantized(x)
+    expected, expected_scales = W8A8Linear("int8", "token")._quantized(x)
     assert torch.equal(integers, expected)
     assert torch.equal(scales, expected_scales)
 

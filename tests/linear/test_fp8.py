@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import check_linear
 
-from trtbuild.linear.fp8 import Fp8Linear
+from trtbuild.linear.w8a8 import W8A8Linear
 from trtbuild.network import Network
 
 FP8 = torch.float8_e4m3fn
+STATIC = W8A8Linear("fp8", "static")
 # Norm of the difference over the norm of the float64 result: float32 sums, then rounding to the dtype.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -45,7 +46,7 @@ def case(rows: int, inner: int, outer: int, bias: bool, dtype: torch.dtype):
 def test_reference_and_portable(rows, bias, dtype):
     inputs, expected, _ = case(rows, 96, 64, bias, dtype)
     assert inputs[0].dtype == dtype
-    check_linear(Fp8Linear(), inputs, expected, TOLERANCE[dtype])
+    check_linear(STATIC, inputs, expected, TOLERANCE[dtype])
 
 
 @given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 70), st.booleans(), st.sampled_from(list(TOLERANCE)))
@@ -53,14 +54,14 @@ def test_reference_and_portable(rows, bias, dtype):
 def test_any_shape(rows, inner, outer, bias, dtype):
     """Odd sizes too. The bound is absolute: a product may cancel."""
     inputs, expected, magnitude = case(rows, inner, outer, bias, dtype)
-    for result in (Fp8Linear().reference(*inputs), Fp8Linear().portable(None, *inputs)):
+    for result in (STATIC.reference(*inputs), STATIC.portable(None, *inputs)):
         assert (np.abs(result.double().numpy() - expected) <= TOLERANCE[dtype] * magnitude + 1e-6).all()
 
 
 def test_saturates_and_rounds_to_even():
     x = torch.tensor([[1e6], [-float("inf")], [17.0], [19.0], [2.0**-10], [3 * 2.0**-10], [0.0]]) / 2
     weight = torch.ones(1, 1).to(FP8)
-    for run in (Fp8Linear().reference, lambda *inputs: Fp8Linear().portable(None, *inputs)):
+    for run in (STATIC.reference, lambda *inputs: STATIC.portable(None, *inputs)):
         result = run(x, weight, torch.tensor([4.0]), torch.tensor([0.5]))
         assert (result[:, 0] / 2).tolist() == [448, -448, 16, 20, 0, 2.0**-8, 0]
 
@@ -69,7 +70,7 @@ def test_every_output_channel_has_its_scale():
     """Projections that are fused keep the scales of their tensors."""
     x, weight = torch.ones(1, 2), torch.tensor([[1.0, 1.0], [2.0, -1.0], [448.0, 0.0]]).to(FP8)
     scale, bias = torch.tensor([1.0, 10.0, 0.5]), torch.tensor([0.25, 0.0, -24.0])
-    for run in (Fp8Linear().reference, lambda *inputs: Fp8Linear().portable(None, *inputs)):
+    for run in (STATIC.reference, lambda *inputs: STATIC.portable(None, *inputs)):
         assert run(x, weight, scale, torch.ones(1), bias).tolist() == [[2.25, 10, 200]]
 
 
@@ -81,7 +82,7 @@ def test_inferred_shape(dtype):
         network.input(*spec) for spec in (("s", torch.float32, (5,)), ("i", torch.float32, (1,)), ("b", dtype, (5,)))
     )
     for bias in (None, b):
-        y = network.add(Fp8Linear(), x=x, weight=w, scale=s, input_scale=i, bias=bias)
+        y = network.add(STATIC, x=x, weight=w, scales=s, input_scale=i, bias=bias)
         assert (y.dtype, y.shape) == (dtype, ("tokens", 5))
 
 
@@ -110,5 +111,5 @@ def test_refuses_another_width_dtype_scale_or_bias(change):
     }
     network = Network()
     x, w, s, i, b = (network.input(name, *spec) for name, spec in (right | change).items())
-    with pytest.raises(ValueError, match=r"Fp8Linear\(\) (of|with)"):
-        network.add(Fp8Linear(), x=x, weight=w, scale=s, input_scale=i, bias=b)
+    with pytest.raises(ValueError, match=r"W8A8Linear\(dtype='fp8', activations='static'\) (of|with)"):
+        network.add(STATIC, x=x, weight=w, scales=s, input_scale=i, bias=b)

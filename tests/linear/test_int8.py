@@ -65,7 +65,7 @@ def test_inferred_shape(dtype):
     network = Network()
     x, w = network.input("x", dtype, ("tokens", 8)), network.input("w", torch.int8, (5, 8))
     s, b = network.input("s", torch.float32, (5,)), network.input("b", dtype, (5,))
-    for y in (network.add(Int8Linear(), x=x, weight=w, scale=s, bias=bias) for bias in (None, b)):
+    for y in (network.add(Int8Linear(), x=x, weight=w, scales=s, bias=bias) for bias in (None, b)):
         assert (y.dtype, y.shape) == (dtype, ("tokens", 5))
 
 
@@ -88,4 +88,4 @@ def test_refuses_another_width_dtype_scale_or_bias(change):
     network = Network()
     x, w, s, b = (network.input(name, *spec) for name, spec in (right | {"b": (torch.float16, (5,))} | change).items())
     with pytest.raises(ValueError, match=r"Int8Linear\(\) of Tensor\(name='x'"):
-        network.add(Int8Linear(), x=x, weight=w, scale=s, bias=b)
+        network.add(Int8Linear(), x=x, weight=w, scales=s, bias=b)

@@ -10,10 +10,11 @@ from numerics import error
 from trtbuild.linear.w8a8 import W8A8Linear
 from trtbuild.network import Network
 
+STATIC, TOKEN = W8A8Linear("int8", "static"), W8A8Linear("int8", "token")
 # Norm of the difference over the norm of the exact result: rounding to the dtype, since the integers are the same.
 TOLERANCE = {torch.float32: 3e-7, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-ways = pytest.mark.parametrize("per_token", [False, True], ids=["static", "token"])
+ways = pytest.mark.parametrize("activations", ["static", "token"])
 
 
 def exact(x, weight, scale, input_scale=None, bias=None) -> np.ndarray:
@@ -31,11 +32,11 @@ def exact(x, weight, scale, input_scale=None, bias=None) -> np.ndarray:
     return product if bias is None else product + bias.double().numpy()
 
 
-def case(rows: int, inner: int, outer: int, bias: bool, per_token: bool, dtype: torch.dtype) -> list:
+def case(rows: int, inner: int, outer: int, bias: bool, activations: str, dtype: torch.dtype) -> list:
     """Random inputs of the operation; a static scale saturates the largest activations."""
     inputs = [torch.randn(rows, inner).to(dtype), torch.randint(-128, 128, (outer, inner), dtype=torch.int8)]
     inputs.append(10 ** (torch.rand(outer) * 2 - 4))
-    inputs.append(None if per_token else torch.rand(1) * 0.01 + 0.01)
+    inputs.append(None if activations == "token" else torch.rand(1) * 0.01 + 0.01)
     return inputs + ([torch.randn(outer).to(dtype)] if bias else [])
 
 
@@ -43,11 +44,11 @@ def case(rows: int, inner: int, outer: int, bias: bool, per_token: bool, dtype: 
 @ways
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 3, 16, 100])
-def test_reference_and_portable(rows, bias, per_token, dtype):
-    inputs = case(rows, 96, 64, bias, per_token, dtype)
+def test_reference_and_portable(rows, bias, activations, dtype):
+    inputs = case(rows, 96, 64, bias, activations, dtype)
     given = [t for t in inputs if t is not None]
     before = [t.clone() for t in given]
-    op, expected = W8A8Linear(per_token), exact(*inputs)
+    op, expected = W8A8Linear("int8", activations), exact(*inputs)
     for result in (op.reference(*inputs), op.portable(None, *inputs)):
         assert result.dtype == dtype
         assert error(result, expected) < TOLERANCE[dtype]
@@ -59,13 +60,13 @@ def test_reference_and_portable(rows, bias, per_token, dtype):
     st.integers(1, 70),
     st.integers(1, 70),
     st.booleans(),
-    st.booleans(),
+    st.sampled_from(["static", "token"]),
     st.sampled_from(list(TOLERANCE)),
 )
 @settings(max_examples=60, deadline=None)
-def test_any_shape(rows, inner, outer, bias, per_token, dtype):
-    inputs = case(rows, inner, outer, bias, per_token, dtype)
-    op, expected = W8A8Linear(per_token), exact(*inputs)
+def test_any_shape(rows, inner, outer, bias, activations, dtype):
+    inputs = case(rows, inner, outer, bias, activations, dtype)
+    op, expected = W8A8Linear("int8", activations), exact(*inputs)
     bound = TOLERANCE[dtype] * (np.abs(expected) + (np.abs(inputs[-1].double().numpy()) if bias else 0)) + 1e-7
     for result in (op.reference(*inputs), op.portable(None, *inputs)):
         assert (np.abs(result.double().numpy() - expected) <= 2 * bound).all()
@@ -73,7 +74,7 @@ def test_any_shape(rows, inner, outer, bias, per_token, dtype):
 
 @ways
 @pytest.mark.parametrize("inner", [1024, 1040])
-def test_sums_of_the_largest_products_are_exact(inner, per_token):
+def test_sums_of_the_largest_products_are_exact(inner, activations):
     """2^24 is as far as float32 counts: 1040 products of 127 and 127, or 1024 of 128 and 128."""
     x = torch.full((2, inner), 127.0)
     x[1] = -127
@@ -81,25 +82,28 @@ def test_sums_of_the_largest_products_are_exact(inner, per_token):
     weight[1] = -127
     weight[2, ::2] = -127
     expected = 127 * 127 * inner * torch.tensor([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0]])
-    rest = [] if per_token else [torch.ones(1)]
-    assert W8A8Linear(per_token).portable(None, x, weight, torch.ones(3), *rest).equal(expected)
-    assert W8A8Linear(per_token).reference(x, weight, torch.ones(3), *rest).equal(expected)
+    rest = [] if activations == "token" else [torch.ones(1)]
+    assert W8A8Linear("int8", activations).portable(None, x, weight, torch.ones(3), *rest).equal(expected)
+    assert W8A8Linear("int8", activations).reference(x, weight, torch.ones(3), *rest).equal(expected)
 
 
 def test_static_saturates_at_both_ends():
     x, weight = torch.tensor([[1e6], [-1e6], [63.75], [0.25], [0.75]]), torch.ones(1, 1, dtype=torch.int8)
-    for run in (W8A8Linear(False).reference, lambda *inputs: W8A8Linear(False).portable(None, *inputs)):
+    for run in (
+        STATIC.reference,
+        lambda *inputs: STATIC.portable(None, *inputs),
+    ):
         result = run(x, weight, torch.ones(1), torch.tensor([0.5]))
         assert result[:, 0].tolist() == [63.5, -64, 63.5, 0, 1]  # ties to even: 0.5 to 0, 1.5 to 2
 
 
 @dtypes
 def test_a_row_of_zeros_gives_the_bias(dtype):
-    x, weight, scale, _, bias = case(4, 32, 8, True, True, dtype)
+    x, weight, scale, _, bias = case(4, 32, 8, True, "token", dtype)
     x[2] = 0
     for result in (
-        W8A8Linear(True).reference(x, weight, scale, bias=bias),
-        W8A8Linear(True).portable(None, x, weight, scale, bias=bias),
+        TOKEN.reference(x, weight, scale, bias=bias),
+        TOKEN.portable(None, x, weight, scale, bias=bias),
     ):
         assert result[2].equal(bias)
         assert result.isfinite().all()
@@ -108,8 +112,11 @@ def test_a_row_of_zeros_gives_the_bias(dtype):
 @dtypes
 def test_tokens_have_scales_of_their_own(dtype):
     """An outlier in one row changes no other, and a power of two in front of a row comes out of it."""
-    x, weight, scale, _ = case(5, 64, 16, False, True, dtype)
-    for run in (W8A8Linear(True).reference, lambda *inputs: W8A8Linear(True).portable(None, *inputs)):
+    x, weight, scale, _ = case(5, 64, 16, False, "token", dtype)
+    for run in (
+        TOKEN.reference,
+        lambda *inputs: TOKEN.portable(None, *inputs),
+    ):
         before = run(x, weight, scale)
         changed = x.clone()
         changed[1] *= 8
@@ -122,13 +129,13 @@ def test_tokens_have_scales_of_their_own(dtype):
 
 @dtypes
 @ways
-def test_inferred_shape(per_token, dtype):
+def test_inferred_shape(activations, dtype):
     network = Network()
     x, w = network.input("x", dtype, ("tokens", 8)), network.input("w", torch.int8, (5, 8))
     s, b = network.input("s", torch.float32, (5,)), network.input("b", dtype, (5,))
-    i = None if per_token else network.input("i", torch.float32, (1,))
+    i = None if activations == "token" else network.input("i", torch.float32, (1,))
     for bias in (None, b):
-        y = network.add(W8A8Linear(per_token), x=x, weight=w, scale=s, input_scale=i, bias=bias)
+        y = network.add(W8A8Linear("int8", activations), x=x, weight=w, scales=s, input_scale=i, bias=bias)
         assert (y.dtype, y.shape) == (dtype, ("tokens", 5))
 
 
@@ -157,5 +164,5 @@ def test_refuses_another_width_dtype_scale_or_bias(change):
     }
     network = Network()
     x, w, s, i, b = (network.input(name, *spec) for name, spec in (right | change).items())
-    with pytest.raises(ValueError, match=r"W8A8Linear\(per_token=False\) (of|with)"):
-        network.add(W8A8Linear(per_token=False), x=x, weight=w, scale=s, input_scale=i, bias=b)
+    with pytest.raises(ValueError, match=r"W8A8Linear\(dtype='int8', activations='static'\) (of|with)"):
+        network.add(STATIC, x=x, weight=w, scales=s, input_scale=i, bias=b)

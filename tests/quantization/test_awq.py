@@ -6,8 +6,8 @@ from outlier_models import CONFIG, outlier_weights, write_model
 from transformers import AutoModelForCausalLM
 
 from trtbuild.checkpoint.canonical import Checkpoint
+from trtbuild.linear.int4 import Int4Grid
 from trtbuild.quantization.awq import CLIP_STEPS, SCALE_STEPS, clip, output_error, search_scales
-from trtbuild.quantization.grid import Int4Grid, dequantize
 from trtbuild.quantization.layer import PRODUCTS, LayerWeights
 
 CPU = torch.device("cpu")
@@ -36,13 +36,13 @@ def salient_inputs(width: int, factor: float = 20.0) -> torch.Tensor:
 
 def rounding_error(weight: torch.Tensor, inputs: torch.Tensor, grid: Int4Grid, scales=1.0) -> float:
     """The squared error of the outputs themselves, with a weight that is rounded as `weight * scales`."""
-    rounded = dequantize(*grid.round(weight * scales)) / scales
+    rounded = Int4Grid.dequantize(*grid.round(weight * scales)) / scales
     return (inputs.double() @ (weight - rounded).double().T).square().sum().item()
 
 
 def test_objective_is_the_error_of_the_outputs():
     weight, inputs = torch.randn(24, 64), salient_inputs(64)
-    difference = weight - dequantize(*GRID.round(weight))
+    difference = weight - Int4Grid.dequantize(*GRID.round(weight))
     actual = output_error(difference, inputs.T @ inputs).item()
     assert actual == pytest.approx(rounding_error(weight, inputs, GRID), rel=1e-4)
 
@@ -192,7 +192,7 @@ def test_clip_takes_the_best_of_every_group(symmetric):
 
         def error(clamped: torch.Tensor, group=group, x=x) -> torch.Tensor:
             """Of the outputs, `[out]`."""
-            return (x @ (group - dequantize(*grid.round(clamped))).double().T).square().sum(0)
+            return (x @ (group - Int4Grid.dequantize(*grid.round(clamped))).double().T).square().sum(0)
 
         largest = group.abs().amax(1, keepdim=True)
         errors = torch.stack([error(group.clamp(-largest * share, largest * share)) for share in shares])
@@ -211,7 +211,7 @@ def test_clip_never_does_worse(symmetric):
     gram = inputs.T @ inputs
     blocks = torch.block_diag(*(gram[i : i + 32, i : i + 32] for i in range(0, 128, 32)))
     for weight, gain in ((heavy_tails(24, 128), 0.95), (torch.rand(24, 128) * 2 - 1, 1.0), (torch.zeros(24, 128), 1.0)):
-        rounded = [dequantize(*grid.round(x)) for x in (clip(weight, gram, grid), weight)]
+        rounded = [Int4Grid.dequantize(*grid.round(x)) for x in (clip(weight, gram, grid), weight)]
         ours, none = (output_error(weight - x, blocks).item() for x in rounded)
         assert ours <= gain * none * (1 + 1e-6)
 
@@ -222,7 +222,7 @@ def test_clip_of_one_group_a_row():
     clipped = clip(weight, inputs.T @ inputs, grid)
     assert (clipped.abs().amax(1) < weight.abs().amax(1)).any()
     assert rounding_error(weight, inputs, grid) >= (
-        (inputs.double() @ (weight - dequantize(*grid.round(clipped))).double().T).square().sum().item()
+        (inputs.double() @ (weight - Int4Grid.dequantize(*grid.round(clipped))).double().T).square().sum().item()
     )
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from trtbuild.errors import UserError
+from trtbuild.linear.int4 import Int4Grid
 from trtbuild.quantization.gptq import BLOCK, gptq, inverse_cholesky
-from trtbuild.quantization.grid import Int4Grid, dequantize
 
 # Input channels and group size: groups within a block of columns, over several blocks, and one a row.
 SIZES = [(96, 32), (320, 64), (256, 128), (512, 256), (320, 320), (64, 64)]
@@ -67,8 +67,8 @@ def test_equals_the_papers_algorithm(width, group_size, symmetric):
     equal = (values == expected).all(1) & (zeros == expected_zeros).all(1)
     assert equal.float().mean() > 0.9
     torch.testing.assert_close(scales[equal], expected_scales[equal], rtol=1e-4, atol=0)
-    ours = output_error(weight, dequantize(values, scales, zeros), gram)
-    theirs = output_error(weight, dequantize(expected, expected_scales, expected_zeros), gram)
+    ours = output_error(weight, Int4Grid.dequantize(values, scales, zeros), gram)
+    theirs = output_error(weight, Int4Grid.dequantize(expected, expected_scales, expected_zeros), gram)
     assert ours == pytest.approx(theirs, rel=2e-2)
 
 
@@ -79,8 +79,8 @@ def test_errs_less_than_rounding_to_nearest(width, group_size, symmetric):
     weight, gram = case(width)
     grid = Int4Grid(group_size, symmetric, torch.float16)
     values, scales, zeros = gptq(weight, inverse_cholesky(gram), grid)
-    nearest = dequantize(*grid.round(weight))
-    ours = output_error(weight, dequantize(values, scales, zeros), gram)
+    nearest = Int4Grid.dequantize(*grid.round(weight))
+    ours = output_error(weight, Int4Grid.dequantize(values, scales, zeros), gram)
     assert ours < 0.7 * output_error(weight, nearest, gram)
     assert values.shape == weight.shape
     assert scales.shape == zeros.shape == (48, width // group_size)
@@ -156,8 +156,9 @@ def test_fewer_tokens_than_channels(rank):
     weight, _ = case(256)
     inputs = torch.randn(rank, 256, generator=torch.Generator().manual_seed(0))
     gram, grid = inputs.T @ inputs, Int4Grid(64, True, torch.float16)
-    rounded = dequantize(*gptq(weight, inverse_cholesky(gram), grid))
-    assert output_error(weight, rounded, gram) < 0.5 * output_error(weight, dequantize(*grid.round(weight)), gram)
+    rounded = Int4Grid.dequantize(*gptq(weight, inverse_cholesky(gram), grid))
+    nearest = Int4Grid.dequantize(*grid.round(weight))
+    assert output_error(weight, rounded, gram) < 0.5 * output_error(weight, nearest, gram)
 
 
 def test_a_matrix_that_damping_does_not_help():

@@ -5,7 +5,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from trtbuild.quantization.grid import Int4Grid, dequantize, round_8bit
+from trtbuild.linear.format import round_8bit
+from trtbuild.linear.int4 import Int4Grid
 
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
 # Of a scale's dtype: the largest relative error of rounding, and half of the smallest step.
@@ -55,7 +56,7 @@ def test_int4_round_trip_is_within_half_a_step(rows, symmetric, dtype):
     values, scales, zeros = rounded(weight, 3, symmetric, dtype)
     steps = scales.double().repeat_interleave(3, 1)
     relative, absolute = PRECISION[dtype]
-    error = (dequantize(values.double(), scales.double(), zeros.double()) - weight.double()).abs()
+    error = (Int4Grid.dequantize(values.double(), scales.double(), zeros.double()) - weight.double()).abs()
     assert (error <= steps / 2 + 15 * (steps * (relative + 1e-7) + absolute)).all()
 
 
@@ -65,7 +66,7 @@ def test_int4_round_trip_is_within_half_a_step(rows, symmetric, dtype):
 def test_asymmetric_levels_contain_zero_exactly(rows, dtype):
     weight = torch.tensor(rows, dtype=torch.float32)
     weight[:, ::2] = 0
-    back = dequantize(*rounded(weight, 6, False, dtype))
+    back = Int4Grid.dequantize(*rounded(weight, 6, False, dtype))
     assert back[:, ::2].eq(0).all()
 
 
@@ -77,7 +78,7 @@ def test_asymmetric_group_of_one_sign_uses_every_level(sign, dtype):
     values, scales, zeros = rounded(weight, 16, False, dtype)
     assert (scales.item(), zeros.item()) == (0.25, -8 if sign > 0 else 7)
     assert sorted(values[0].tolist()) == list(range(-8, 8))
-    assert dequantize(values, scales, zeros).equal(weight)
+    assert Int4Grid.dequantize(values, scales, zeros).equal(weight)
 
 
 @dtypes
@@ -96,7 +97,7 @@ def test_int4_zero_group_and_denormals(symmetric, dtype):
     weight = torch.tensor([[0.0, 0.0, 1e-45, -1e-45, 1.0, 0.0]])
     values, scales, zeros = rounded(weight, 2, symmetric, dtype)
     assert scales[0, :2].tolist() == [1, 1]
-    assert dequantize(values, scales, zeros)[0, :4].eq(0).all()
+    assert Int4Grid.dequantize(values, scales, zeros)[0, :4].eq(0).all()
 
 
 @symmetries
@@ -104,7 +105,7 @@ def test_int4_outlier_flattens_its_own_group_alone(symmetric):
     weight = torch.randn(4, 64)
     weight[2, 5] = 1e4
     values, scales, zeros = rounded(weight, 32, symmetric, torch.float32)
-    back = dequantize(values, scales, zeros)
+    back = Int4Grid.dequantize(values, scales, zeros)
     assert back[2, :32].ne(0).sum() == 1
     assert back[2, 5].item() == pytest.approx(1e4, rel=1 / 15 + 1e-6)
     weight[2, 5] = 0
@@ -165,4 +166,4 @@ def test_8bit_zero_channel_and_outlier(dtype):
 def test_dequantize_by_hand():
     values = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
     scales, zeros = torch.tensor([[2.0, 0.5]]), torch.tensor([[1.0, -4.0]])
-    assert dequantize(values, scales, zeros).tolist() == [[0, 2, 3.5, 4]]
+    assert Int4Grid.dequantize(values, scales, zeros).tolist() == [[0, 2, 3.5, 4]]

@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from trtbuild.errors import UserError
+from trtbuild.linear.int4 import GROUP_SIZES
 from trtbuild.quantization.recipe import Recipe
 from trtbuild.workflow import (
     RECIPES_SCHEMA,
@@ -15,6 +16,7 @@ from trtbuild.workflow import (
     reserved_names,
     weights_folder,
 )
+from trtbuild.yaml_reader import read_yaml
 
 INT8, FP8, TOKEN = {"dtype": "int8"}, {"dtype": "fp8"}, {"dtype": "int8", "per": "token"}
 GPTQ = {"dtype": "int4", "method": "gptq", "group_size": 64}
@@ -280,3 +282,8 @@ def test_published_weights_are_calibrated_themselves():
     assert len(found) == 2
     settings = [calibration["settings"] for calibration in found.values()]
     assert settings[0] == settings[1]
+
+
+def test_the_schema_has_the_group_sizes_of_int4():
+    weights = read_yaml(RECIPES_SCHEMA)["additionalProperties"]["properties"]["weights"]["properties"]
+    assert weights["group_size"]["enum"] == list(GROUP_SIZES)

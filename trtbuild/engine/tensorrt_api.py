@@ -10,11 +10,13 @@ from functools import cache
 from types import ModuleType
 
 from trtbuild.errors import UserError
+from trtbuild.tensors.rounding import FP8_CAPABILITY
 
 DISTRIBUTIONS = ("tensorrt", "tensorrt_rtx")
 # What one engine of TensorRT-RTX may be compiled for; a `tensorrt` engine is for the GPU it is built on.
 DEFAULT_COMPUTE_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
-NO_FP8 = ("8.0", "8.6")  # GPUs for which no engine with FP8 in it can be compiled
+# GPUs for which no engine with FP8 in it can be compiled.
+NO_FP8 = tuple(c for c in DEFAULT_COMPUTE_CAPABILITIES if tuple(map(int, c.split("."))) < FP8_CAPABILITY)
 
 
 @cache

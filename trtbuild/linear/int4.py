@@ -6,19 +6,46 @@ import torch
 import torch.nn.functional as F
 
 from trtbuild.linear.blockwise import blockwise_linear
-from trtbuild.network.network import Op, Tensor
+from trtbuild.linear.format import Granularity, Numbers, WeightFormat
+from trtbuild.network.network import Tensor
+from trtbuild.tensors.lazy import LazyTensor
+from trtbuild.tensors.quantized_weight import QuantizedWeight
 
-KERNEL_GROUP_SIZES = (256, 128, 64, 32)  # of torch's INT4 kernel for a CPU, which is vectorized for bfloat16 alone
+# That recipes may ask for, and that torch's INT4 kernel for a CPU takes, which is vectorized for bfloat16 alone.
+GROUP_SIZES = (32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
-class Int4Linear(Op):
+class Int4Linear(WeightFormat):
     """`x @ ((q - zeros) * scales).T + bias`.
 
     `x` `[tokens, in]`; `weight` uint8 `[out, in / 2]` holds q, -8 .. 7 in two's complement, two a byte, the even input
     channel in the low nibble; `scales` `[out, groups]` in the dtype of `x`; `zeros` int8 `[out, groups]`, 0 where they
     are absent.
     """
+
+    dtype = "int4"
+    activations = "16bit"
+    groups = True
+    values = torch.int8
+    scheme = ("int", 4)
+    layout = "pack-quantized"
+
+    def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
+    def grid(self, width: int, dtype: torch.dtype, granularity: Granularity) -> "Int4Grid":
+        """Of a weight with `width` input channels: one group where no group size is given."""
+        return Int4Grid(granularity.group_size or width, granularity.symmetric, dtype)
+
+    def round(self, weight: torch.Tensor, dtype: torch.dtype, granularity: Granularity) -> Numbers:
+        return self.grid(weight.shape[1], dtype, granularity).round(weight)
+
+    def constants(self, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, LazyTensor]:
+        out, width = weight.values.shape
+        packed = LazyTensor(torch.uint8, (out, width // 2), lambda: pack(weight.values.load()))
+        found = {"weight": packed, "scales": weight.scales.to(dtype), "zeros": weight.zeros}
+        return {name: value for name, value in found.items() if value is not None}
 
     def infer(
         self,
@@ -58,7 +85,7 @@ class Int4Linear(Op):
             return others | {"weight": weight, "scales": scales} | ({} if zeros is None else {"zeros": interleaved})
         out, groups = scales.shape
         group_size = 2 * weight.shape[1] // groups
-        kernel_size = next((size for size in KERNEL_GROUP_SIZES if group_size % size == 0), None)
+        kernel_size = next((size for size in reversed(GROUP_SIZES) if group_size % size == 0), None)
         if device.type != "cpu" or scales.dtype != torch.bfloat16 or kernel_size is None or out % 16:
             return others | {"weight": weight, "scales": scales}
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpack(weight).int() + 8, 1)
@@ -97,6 +124,48 @@ class Int4Linear(Op):
             offsets = lowering.elementwise("PROD", offsets, scales)
             product = lowering.elementwise("SUB", product, lowering.matmul(sums, offsets, transpose_b=True))
         return lowering.add_bias(product, bias)
+
+
+@dataclass(frozen=True)
+class Int4Grid:
+    """16 levels for every `group_size` input channels of an output channel; scales are exact in `dtype`.
+
+    Symmetric: levels -8 .. 7 with a scale that maps the largest magnitude to 7.5, and no zero point (as in AutoGPTQ and
+    compressed-tensors). Asymmetric: the levels span the smallest to the largest value and 0, which is a level.
+    """
+
+    group_size: int
+    symmetric: bool
+    dtype: torch.dtype
+
+    def fit(self, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scales and zeros, float32 `[...]`, for weights `[..., group_size]`."""
+        if self.symmetric:
+            low, span = None, groups.abs().amax(-1) * 2
+        else:
+            low = groups.amin(-1).clamp_max_(0)
+            span = groups.amax(-1).clamp_min_(0) - low
+        scales = (span / 15).to(self.dtype).float()
+        scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+        zeros = torch.zeros_like(scales) if low is None else (-8 - (low / scales).round_()).clamp_(-8, 7)
+        return scales, zeros
+
+    @staticmethod
+    def levels(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+        """Integers -8 .. 7, as float32: `weight / scales` to nearest even, plus `zeros`, clamped."""
+        return (weight / scales).round_().add_(zeros).clamp_(-8, 7)
+
+    def round(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`weight` `[out, in]` to nearest: values `[out, in]`, scales and zeros `[out, groups]`, float32."""
+        groups = weight.unflatten(1, (-1, self.group_size))
+        scales, zeros = self.fit(groups)
+        return self.levels(groups, scales[..., None], zeros[..., None]).flatten(1), scales, zeros
+
+    @staticmethod
+    def dequantize(values: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+        """The inverse of `round`."""
+        groups = values.unflatten(1, (scales.shape[1], -1))
+        return ((groups - zeros[..., None]) * scales[..., None]).flatten(1)
 
 
 def pack(values: torch.Tensor) -> torch.Tensor:

@@ -2,18 +2,29 @@
 
 from collections.abc import Sequence
 
-import torch
-
 from trtbuild.linear.dense import DenseLinear
-from trtbuild.linear.fp8 import Fp8Linear
-from trtbuild.linear.int4 import Int4Linear, pack
+from trtbuild.linear.format import WeightFormat
+from trtbuild.linear.int4 import Int4Linear
 from trtbuild.linear.int8 import Int8Linear
 from trtbuild.linear.w8a8 import W8A8Linear
 from trtbuild.network import Tensor, ops
 from trtbuild.tensors.lazy import LazyTensor, concatenate
-from trtbuild.tensors.quantized_weight import QuantizedWeight, fuse
+from trtbuild.tensors.quantized_weight import Activations, QuantizedWeight, fuse
 
 Weight = LazyTensor | QuantizedWeight
+
+WEIGHT_FORMATS: tuple[WeightFormat, ...] = (
+    Int4Linear(),
+    Int8Linear(),
+    W8A8Linear("int8", "static"),
+    W8A8Linear("int8", "token"),
+    W8A8Linear("fp8", "static"),
+)
+
+
+def weight_format(dtype: str, activations: Activations) -> WeightFormat:
+    """The format of a weight: the name of its type in recipes, and what happens to activations."""
+    return next(known for known in WEIGHT_FORMATS if (known.dtype, known.activations) == (dtype, activations))
 
 
 def linear(x: Tensor, name: str, parts: Sequence[Weight], biases: Sequence[LazyTensor] = ()) -> Tensor:
@@ -34,21 +45,6 @@ def linear(x: Tensor, name: str, parts: Sequence[Weight], biases: Sequence[LazyT
     fused = fuse(parts)
     if fused.order is not None:
         x = ops.select_columns(x, constant("order", fused.order))
-    if fused.format == "int4":
-        out, width = fused.values.shape
-        packed = LazyTensor(torch.uint8, (out, width // 2), lambda: pack(fused.values.load()))
-        constants = {"weight": constant("weight", packed), "scales": constant("scales", fused.scales.to(x.dtype))}
-        if fused.zeros is not None:
-            constants["zeros"] = constant("zeros", fused.zeros)
-        return network.add(Int4Linear(), x=x, bias=bias, **constants)
-    scales = LazyTensor(torch.float32, fused.scales.shape[:1], lambda: fused.scales.load()[:, 0].float())
-    constants = {"weight": constant("weight", fused.values), "scale": constant("scales", scales)}
-    if fused.input_scale is not None:
-        constants["input_scale"] = constant("input_scale", fused.input_scale)
-    op = {
-        ("int8", "16bit"): Int8Linear(),
-        ("int8", "static"): W8A8Linear(per_token=False),
-        ("int8", "token"): W8A8Linear(per_token=True),
-        ("fp8", "static"): Fp8Linear(),
-    }[fused.format, fused.activations]
+    op = weight_format(fused.format, fused.activations)
+    constants = {suffix: constant(suffix, value) for suffix, value in op.constants(fused, x.dtype).items()}
     return network.add(op, x=x, bias=bias, **constants)

@@ -1,77 +1,92 @@
-"""Weights and activations in INT8 ("W8A8"), as SmoothQuant (arXiv 2211.10438) makes them."""
+"""Weights and activations in 8 bits ("W8A8"): INT8 (SmoothQuant, arXiv 2211.10438) or FP8 E4M3 (arXiv 2209.05433)."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from trtbuild.linear.blockwise import blockwise_linear
-from trtbuild.linear.int8 import check
-from trtbuild.network.network import Op, Tensor
+from trtbuild.linear.format import EightBits
+from trtbuild.network.network import Tensor
 from trtbuild.tensors.rounding import LIMIT, quantize, scale_for
 
-INT_MM_MULTIPLE = 8  # of both sizes of a weight, for cuBLAS; others are widened
+MULTIPLE = {"int8": 8, "fp8": 16}  # of both sizes of a weight, for cuBLAS; others are widened
 INT_MM_MIN_ROWS = 32  # of torch's product of integers on CUDA: cuBLAS wants more than 16
 
 
 @dataclass(frozen=True)
-class W8A8Linear(Op):
-    """`(round(x / s) @ weight.T) * s * scale + bias`, the product of integers being exact.
+class W8A8Linear(EightBits):
+    """`(round(x / s) @ weight.T) * s * scales + bias`; the product of integers is exact.
 
-    `x` `[tokens, in]`, `weight` int8 `[out, in]`, `scale` float32 `[out]`. The activations' scale `s` is `input_scale`
-    (float32 `[1]`), or with `per_token` the largest magnitude of each row, over 127.
+    `x` `[tokens, in]`, `weight` int8 or float8_e4m3fn `[out, in]`, `scales` float32 `[out]`. The activations' scale `s`
+    is `input_scale` (float32 `[1]`) where it is static, or the largest magnitude of each token, over 127 or 448.
     """
 
-    per_token: bool
+    dtype: Literal["int8", "fp8"]
+    activations: Literal["static", "token"]
 
     def infer(
         self,
         x: Tensor,
         weight: Tensor,
-        scale: Tensor,
+        scales: Tensor,
         input_scale: Tensor | None = None,
         bias: Tensor | None = None,
     ):
-        check(self, x, weight, scale, bias, dtype=torch.int8)
-        wanted = None if self.per_token else ((1,), torch.float32)
+        self.check(x, weight, scales, bias)
+        wanted = None if self.activations == "token" else ((1,), torch.float32)
         if wanted != (input_scale and (input_scale.shape, input_scale.dtype)):
             raise ValueError(f"{self} with the input scale {input_scale}")
         return [(x.dtype, (x.shape[0], weight.shape[0]))]
 
-    def reference(self, x, weight, scale, input_scale=None, bias=None):
-        integers, s = self._quantized(x, input_scale)
-        product = integers.double() @ weight.double().T * s * scale
+    def reference(self, x, weight, scales, input_scale=None, bias=None):
+        narrow, s = self._quantized(x, input_scale)
+        product = narrow.double() @ weight.double().T * s * scales
         return (product if bias is None else product + bias).to(x.dtype)
 
-    def portable(self, step, x, weight, scale, input_scale=None, bias=None):
-        """Float32 sums of products of integers: exact for up to 1032 terms, within 1e-7 of exact beyond."""
-        if x.is_cuda and not any(size % INT_MM_MULTIPLE for size in weight.shape):
+    def portable(self, step, x, weight, scales, input_scale=None, bias=None):
+        """Float32 sums of products: of integers exact for up to 1032 terms, within 1e-7 of exact beyond."""
+        if x.is_cuda and self._has_kernel(weight):
             from trtbuild.kernels.quantize_rows import quantize_rows, scale_product
 
-            integers, s = quantize_rows(x, input_scale, torch.int8, INT_MM_MIN_ROWS)
-            product = torch._int_mm(integers, weight.T)[: len(x)]
-            return scale_product(product, s, scale, bias, x.dtype)
-        integers, s = self._quantized(x, input_scale)
-        product = blockwise_linear(integers, weight.shape, lambda rows: weight[rows].float())
-        product = product.mul_(s).mul_(scale)
+            narrow, s = quantize_rows(x, input_scale, self.values, INT_MM_MIN_ROWS if self.dtype == "int8" else 0)
+            return scale_product(_product(narrow, weight)[: len(x)], s, scales, bias, x.dtype)
+        narrow, s = self._quantized(x, input_scale)
+        product = blockwise_linear(narrow, weight.shape, lambda rows: weight[rows].float())
+        product = product.mul_(s).mul_(scales)
         return (product if bias is None else product.add_(bias)).to(x.dtype)
 
-    def to_tensorrt(self, lowering, x, weight, scale, input_scale=None, bias=None):
-        """In float32 around the product of integers; a scale a token cannot be TensorRT's, so it is applied outside."""
+    def to_tensorrt(self, lowering, x, weight, scales, input_scale=None, bias=None):
+        """In float32 around the product of 8 bits; a scale a token cannot be TensorRT's, so it is applied outside."""
         wide = lowering.cast(x, torch.float32)
-        if self.per_token:
+        if self.activations == "token":
             one, limit, tiny = (
                 lowering.scalar(value, torch.float32, rank)
-                for value, rank in ((1, 0), (LIMIT[torch.int8], 2), (torch.finfo(torch.float32).tiny, 2))
+                for value, rank in ((1, 0), (LIMIT[self.values], 2), (torch.finfo(torch.float32).tiny, 2))
             )
             s = lowering.elementwise("DIV", lowering.reduce("MAX", lowering.unary("ABS", wide), 1), limit)
             s = lowering.elementwise("MAX", s, tiny)  # a row of zeros stays zero
             wide = lowering.elementwise("DIV", wide, s)
-            product = lowering.elementwise("PROD", lowering.quantized_matmul(wide, one, weight, scale), s)
+            product = lowering.elementwise("PROD", lowering.quantized_matmul(wide, one, weight, scales), s)
         else:
-            product = lowering.quantized_matmul(wide, input_scale, weight, scale)
+            product = lowering.quantized_matmul(wide, input_scale, weight, scales)
         return lowering.cast_like(lowering.add_bias(product, bias), x)
 
     def _quantized(self, x, input_scale=None):
         wide = x.float()
-        s = scale_for(wide.abs().amax(-1, keepdim=True), torch.int8) if self.per_token else input_scale
-        return quantize(wide, s, torch.int8), s
+        s = scale_for(wide.abs().amax(-1, keepdim=True), self.values) if input_scale is None else input_scale
+        return quantize(wide, s, self.values), s
+
+    def _has_kernel(self, weight: torch.Tensor) -> bool:
+        """Whether cuBLAS has a product of this weight on its GPU."""
+        if any(size % MULTIPLE[self.dtype] for size in weight.shape):
+            return False
+        return torch.cuda.get_device_capability(weight.device) >= self.capability
+
+
+def _product(narrow: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """int32 or float32 `[rows, out]`. Scales come after: cuBLAS takes one a row for results in bfloat16 alone."""
+    if narrow.dtype == torch.int8:
+        return torch._int_mm(narrow, weight.T)
+    one = torch.ones(1, device=narrow.device)
+    return torch._scaled_mm(narrow, weight.T, one, one, out_dtype=torch.float32)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from trtbuild.quantization.grid import Int4Grid, dequantize
+from trtbuild.linear.int4 import Int4Grid
 from trtbuild.quantization.layer import LayerWeights
 
 SCALE_STEPS = 20
@@ -44,7 +44,7 @@ def search_scales(
 
     def error(step: int) -> torch.Tensor:
         scales = layer.expand(product, candidate(step))
-        return output_error(weight - dequantize(*grid.round(weight * scales)) / scales, gram)
+        return output_error(weight - grid.dequantize(*grid.round(weight * scales)) / scales, gram)
 
     errors = torch.stack(list(map_(error, range(SCALE_STEPS))))
     return candidate(int(errors.argmin()))
@@ -65,7 +65,7 @@ def clip(weight: torch.Tensor, gram: torch.Tensor, grid: Int4Grid) -> torch.Tens
     for step in range(CLIP_STEPS + 1):
         limit = absmax * (1 - 0.5 * step / CLIP_STEPS)
         clipped = groups.clamp(-limit, limit)
-        rounded = dequantize(*grid.round(clipped.flatten(1))).view_as(groups)
+        rounded = grid.dequantize(*grid.round(clipped.flatten(1))).view_as(groups)
         difference = (groups - rounded).transpose(0, 1)  # [groups, out, group_size]
         error = ((difference @ blocks) * difference).sum(-1).T
         if best_error is None:

@@ -3,7 +3,7 @@
 import torch
 
 from trtbuild.errors import UserError
-from trtbuild.quantization.grid import Int4Grid
+from trtbuild.linear.int4 import Int4Grid
 
 BLOCK = 128  # columns whose errors are applied to the rest of the matrix at once
 

@@ -7,17 +7,17 @@ import torch
 
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.errors import UserError
+from trtbuild.linear.int4 import Int4Grid
 from trtbuild.models.config import PRODUCTS
 from trtbuild.quantization import awq
 from trtbuild.quantization.calibration import Calibration
 from trtbuild.quantization.gptq import gptq, inverse_cholesky
-from trtbuild.quantization.grid import Int4Grid, dequantize, round_8bit
 from trtbuild.quantization.layer import LayerWeights, finite
 from trtbuild.quantization.recipe import Quantization
 from trtbuild.quantization.smoothquant import smoothing_scales
 from trtbuild.quantization.traversal import Stop, Traversal
 from trtbuild.tensors.lazy import fitted
-from trtbuild.tensors.rounding import DTYPES, scale_for
+from trtbuild.tensors.rounding import scale_for
 
 ROWS = 512  # of a weight, one thread's piece of work; fixed, so that results do not depend on the threads
 
@@ -52,7 +52,7 @@ class Round:
     ) -> None:
         self.checkpoint, self.quantization, self.ranges = checkpoint, quantization, ranges
         self.device, self.map = device, map_
-        self.options = quantization.weights
+        self.format, self.options = quantization.format, quantization.weights
         self.dtype = getattr(torch, quantization.dtype)
         self.smoothing: dict[str, torch.Tensor] = {}  # by product, what `LayerWeights.smooth` was given
 
@@ -100,23 +100,25 @@ class Round:
         name = f"{self.checkpoint.config.output_product}.weight"
         return finite(self.checkpoint[name].load().to(self.device).float(), name, self.checkpoint)
 
-    def grid(self, width: int) -> Int4Grid:
-        """Of a weight with `width` input channels: one group where the recipe has no group size."""
-        return Int4Grid(self.options.group_size or width, self.options.symmetric, self.dtype)
-
-    def stored(self, values: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> Rounded:
-        """int4 numbers in the dtypes that they are kept in."""
-        kept = None if self.options.symmetric else zeros.to(torch.int8).cpu()
-        return Rounded(values.to(torch.int8).cpu(), fitted(scales, self.dtype, "a scale").cpu(), kept)
+    def stored(
+        self,
+        values: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None,
+        input_scale: torch.Tensor | None = None,
+    ) -> Rounded:
+        """Numbers in the dtypes that they are kept in."""
+        return Rounded(
+            values.to(self.format.values).cpu(),
+            fitted(scales, self.format.scale_dtype(self.dtype), "a scale").cpu(),
+            None if zeros is None or self.options.symmetric else zeros.to(torch.int8).cpu(),
+            input_scale,
+        )
 
     def _round(self, weight: torch.Tensor, input_range: torch.Tensor | None) -> Rounded:
-        if self.options.dtype == "int4":
-            return self.stored(*self.grid(weight.shape[1]).round(weight))
-        dtype = DTYPES[self.options.dtype]
-        values, scales = round_8bit(weight, dtype, self.options.per == "tensor")
-        static = self.quantization.rounding == "static"
-        input_scale = scale_for(input_range.amax(), dtype).reshape(1).cpu() if static else None
-        return Rounded(values.cpu(), scales.cpu(), None, input_scale)
+        static = self.format.activations == "static"
+        input_scale = scale_for(input_range.amax(), self.format.values).reshape(1).cpu() if static else None
+        return self.stored(*self.format.round(weight, self.dtype, self.options), input_scale)
 
     def _input_range(self, product: str) -> torch.Tensor | None:
         return self.ranges[f"{product}.input"].to(self.device) if self.ranges else None
@@ -128,6 +130,10 @@ class _Sampled(Round):
     def __init__(self, checkpoint, quantization, ranges, samples, device, map_) -> None:
         super().__init__(checkpoint, quantization, ranges, samples, device, map_)
         self.traversal = Traversal(checkpoint, samples, device, map_)
+
+    def grid(self, width: int) -> Int4Grid:
+        """Of a weight with `width` input channels."""
+        return self.format.grid(width, self.dtype, self.options)
 
     def gram(self, stop: Stop, prepare: Callable[[torch.Tensor], torch.Tensor] = lambda x: x) -> torch.Tensor:
         """The sum of `x x^T` over all tokens that reach a product, after `prepare`, float32 `[in, in]`."""
@@ -181,7 +187,7 @@ class Gptq(_Sampled):
         inverse, grid = inverse_cholesky(self.gram(stop, _unit)), self.grid(weight.shape[1])
         pieces = self.map(lambda rows: gptq(rows, inverse, grid), self.pieces(weight))
         values, scales, zeros = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-        stop.weight = dequantize(values, scales, zeros).to(stop.weight.dtype)
+        stop.weight = grid.dequantize(values, scales, zeros).to(stop.weight.dtype)
         return values, scales, zeros
 
 

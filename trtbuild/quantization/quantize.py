@@ -14,6 +14,7 @@ from trtbuild.checkpoint.formats import FORMATS
 from trtbuild.checkpoint.source_files import TOKENIZER_FILES
 from trtbuild.errors import UserError
 from trtbuild.files import atomic, read_json, refuse_output_over_input, sha256, write_json
+from trtbuild.linear.int4 import GROUP_SIZES
 from trtbuild.models.config import PRODUCTS
 from trtbuild.progress import byte_bar
 from trtbuild.quantization.calibration import SMOOTHING_FILE, read_calibration, refuse_quantized
@@ -110,7 +111,7 @@ def check_sizes(checkpoint: Checkpoint, projections: list[str], weights: Weights
             )
     bad = sorted(width for width in widths if group_size and width % group_size)
     if bad:
-        fit = [str(size) for size in (32, 64, 128, 256) if all(width % size == 0 for width in widths)]
+        fit = [str(size) for size in GROUP_SIZES if all(width % size == 0 for width in widths)]
         raise UserError(
             f"group_size {group_size} does not divide the {bad[0]} input channels of some weights; "
             + (f"group sizes that fit this model: {', '.join(fit)}" if fit else "no group size fits this model")
@@ -206,18 +207,16 @@ def _bind(streamed: _Streamed, layer: int, name: str) -> Callable[[], Rounded | 
 
 def _announced(shape: tuple[int, int], quantization: Quantization, make: Callable[[], Rounded]) -> QuantizedWeight:
     """A projection's weight before its numbers are made."""
-    weights = quantization.weights
+    known, weights = quantization.format, quantization.weights
     out, width = shape
     groups = width // (weights.group_size or width)
-    is_int4 = weights.dtype == "int4"
-    scale_dtype = getattr(torch, quantization.dtype) if is_int4 else torch.float32
-    values = LazyTensor(torch.float8_e4m3fn if weights.dtype == "fp8" else torch.int8, shape, lambda: make().values)
-    zeros = LazyTensor(torch.int8, (out, groups), lambda: make().zeros)
+    scale_dtype = known.scale_dtype(getattr(torch, quantization.dtype))
+    static = known.activations == "static"
     return QuantizedWeight(
-        weights.dtype,
-        values,
+        known.dtype,
+        LazyTensor(known.values, shape, lambda: make().values),
         LazyTensor(scale_dtype, (out, groups), lambda: make().scales),
-        zeros if is_int4 and not weights.symmetric else None,
-        quantization.rounding,
-        LazyTensor(torch.float32, (1,), lambda: make().input_scale) if quantization.rounding == "static" else None,
+        None if weights.symmetric else LazyTensor(torch.int8, (out, groups), lambda: make().zeros),
+        known.activations,
+        LazyTensor(torch.float32, (1,), lambda: make().input_scale) if static else None,
     )

@@ -9,7 +9,10 @@ import fnmatch
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from trtbuild.linear.format import WeightFormat
 
 # Per cent of perplexity, by the weakest part of a recipe: what small models lose where nothing is broken. W8A8 is meant
 # with a scale a token; a 135M model with static scales, or with int4 and no groups, loses more (README). "plain" is a
@@ -129,6 +132,13 @@ class Quantization:
         if self.activations is None:
             return "16bit"
         return "static" if self.activations.per == "tensor" else "token"
+
+    @property
+    def format(self) -> "WeightFormat":
+        """The weights' format, with all that is known of it."""
+        from trtbuild.linear.linear import weight_format  # it takes torch, and the Snakefile reads recipes without
+
+        return weight_format(self.weights.dtype, self.rounding)
 
     def keeps(self, name: str) -> bool:
         """Whether a projection, such as `model.layers.0.mlp.down_proj` or `lm_head`, is left in 16 bits."""

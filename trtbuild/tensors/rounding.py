@@ -3,6 +3,7 @@
 import torch
 
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # by the names that recipes use
+FP8_CAPABILITY = (8, 9)  # compute capability of the first GPUs that have FP8
 LIMIT = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # what a scale maps the largest magnitude to
 
 

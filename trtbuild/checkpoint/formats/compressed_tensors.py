@@ -14,11 +14,14 @@ import torch
 
 from trtbuild.checkpoint.formats.int32 import count_groups, expect, group_order, pack, unpack
 from trtbuild.errors import UserError
+from trtbuild.linear.format import WeightFormat
+from trtbuild.linear.linear import WEIGHT_FORMATS, weight_format
 from trtbuild.tensors.lazy import FLOATS, LazyTensor
 from trtbuild.tensors.quantized_weight import QuantizedWeight
 
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "input_scale")
 IGNORED = ("k_scale", "v_scale", "output_scale", "output_zero_point")  # the cache's come from our own calibration
+WAYS = {"16bit": None, "static": ("tensor", False), "token": ("token", True)}  # strategy and dynamic of activations
 DEFAULTS = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None, "dynamic": False, "actorder": None}
 
 
@@ -41,12 +44,12 @@ def read(quantization: dict, tensors: Mapping[str, LazyTensor], where: str) -> d
     weights, activations = _scheme(group["weights"]), None
     if group.get("input_activations") is not None:
         activations = _scheme(group["input_activations"])
-    _check_schemes(weights, activations, where)
+    known = _format(weights, activations, where)
     result: dict[str, LazyTensor | QuantizedWeight] = {}
     for name, tensor in tensors.items():
         prefix, _, kind = name.rpartition(".")
         if kind == "weight_scale":
-            result[f"{prefix}.weight"] = _weight(prefix, tensors, weights, activations, where)
+            result[f"{prefix}.weight"] = _weight(prefix, tensors, known, weights, activations, where)
         elif kind not in (*PARTS, "input_zero_point", *IGNORED) and name not in result:
             result[name] = tensor
     return result
@@ -59,31 +62,36 @@ def _scheme(scheme: dict) -> dict:
     return DEFAULTS | scheme | {"strategy": strategy}
 
 
-def _check_schemes(weights: dict, activations: dict | None, where: str) -> None:
-    """Raises `UserError` for what no operation here computes."""
-    kind = weights["type"], weights["num_bits"]
-    supported = (
-        kind in (("int", 4), ("int", 8), ("float", 8))
-        and weights["strategy"] in (("tensor", "channel", "group") if kind == ("int", 4) else ("tensor", "channel"))
-        and (weights["symmetric"] or kind == ("int", 4))
+def _format(weights: dict, activations: dict | None, where: str) -> WeightFormat:
+    """The weight format that computes these schemes; raises `UserError` where none does."""
+    number = weights["type"], weights["num_bits"]
+    way = activations and (activations["strategy"], bool(activations["dynamic"]))
+    symmetric = activations is None or activations["symmetric"]
+    same = activations is None or (activations["type"], activations["num_bits"]) == number
+    for known in WEIGHT_FORMATS:
+        strategies = ("tensor", "channel", "group") if known.groups else ("tensor", "channel")
+        if (
+            (known.scheme, WAYS[known.activations]) == (number, way)
+            and weights["strategy"] in strategies
+            and (weights["symmetric"] or known.groups)
+            and symmetric
+            and same
+        ):
+            return known
+    raise UserError(
+        f"{where}: weights {weights['type']}{weights['num_bits']} per {weights['strategy']} with activations "
+        f"{activations and (activations['type'], activations['num_bits'], activations['strategy'])} are not "
+        "supported; int4 groups, int8, int8 with int8 activations and fp8 with static fp8 activations are"
     )
-    if activations is not None:
-        way = activations["strategy"], bool(activations["dynamic"])
-        ways = {("int", 8): [("tensor", False), ("token", True)], ("float", 8): [("tensor", False)]}
-        supported &= (activations["type"], activations["num_bits"]) == kind and way in ways.get(kind, [])
-        supported &= activations["symmetric"]
-    else:
-        supported &= kind[0] == "int"
-    if not supported:
-        raise UserError(
-            f"{where}: weights {weights['type']}{weights['num_bits']} per {weights['strategy']} with activations "
-            f"{activations and (activations['type'], activations['num_bits'], activations['strategy'])} are not "
-            "supported; int4 groups, int8, int8 with int8 activations and fp8 with static fp8 activations are"
-        )
 
 
 def _weight(
-    prefix: str, tensors: Mapping[str, LazyTensor], scheme: dict, activations: dict | None, where: str
+    prefix: str,
+    tensors: Mapping[str, LazyTensor],
+    known: WeightFormat,
+    scheme: dict,
+    activations: dict | None,
+    where: str,
 ) -> QuantizedWeight:
     for name, part in (("weight_zero_point", scheme), ("input_zero_point", activations)):
         zero_point = tensors.get(f"{prefix}.{name}")
@@ -98,8 +106,7 @@ def _weight(
     else:
         values = tensors[f"{prefix}.weight"]
         out, width = values.shape
-        expected = torch.int8 if scheme["type"] == "int" else torch.float8_e4m3fn
-        expect(f"{prefix}.weight", values, (expected,), (out, width), where)
+        expect(f"{prefix}.weight", values, (known.values,), (out, width), where)
     groups = count_groups(width, scheme["group_size"], where) if scheme["strategy"] == "group" else 1
     if scheme["strategy"] == "tensor":
         scale = LazyTensor(scale.dtype, scale.shape or (1,), lambda scale=scale: scale.load().reshape(-1))
@@ -119,17 +126,17 @@ def _weight(
             zeros = _unpacked(f"{prefix}.weight_zero_point", zeros, out, groups, where)
         expect(f"{prefix}.weight_zero_point", zeros, (torch.int8,), (out, groups), where)
     input_scale = None
-    if activations and not activations["dynamic"]:
+    if known.activations == "static":
         static = tensors[f"{prefix}.input_scale"]
         if static.shape not in ((), (1,)):
             expect(f"{prefix}.input_scale", static, FLOATS, (1,), where)
         input_scale = LazyTensor(torch.float32, (1,), lambda: static.load().float().reshape(1))
     return QuantizedWeight(
-        {("int", 4): "int4", ("int", 8): "int8", ("float", 8): "fp8"}[scheme["type"], bits],
+        known.dtype,
         values,
         LazyTensor(scale.dtype, (out, groups), lambda: scale.load().reshape(-1, groups).expand(out, groups)),
         zeros,
-        "16bit" if not activations else "token" if activations["dynamic"] else "static",
+        known.activations,
         input_scale,
         order,
     )
@@ -146,7 +153,7 @@ def write(prefix: str, weight: QuantizedWeight) -> dict[str, LazyTensor]:
     """A quantized product's tensors; a scale an output channel, or a group, also where the recipe has one a tensor."""
     out, width = weight.values.shape
     tensors = {}
-    if weight.format == "int4":
+    if weight_format(weight.format, weight.activations).layout == "pack-quantized":
         tensors[f"{prefix}.weight_packed"] = LazyTensor(
             torch.int32, (out, width // 8), lambda: pack(weight.values.load().int() + 8)
         )
@@ -167,8 +174,8 @@ def write(prefix: str, weight: QuantizedWeight) -> dict[str, LazyTensor]:
 
 def describe(weight: QuantizedWeight, kept: list[str], lm_head: bool) -> dict:
     """`quantization_config` of a checkpoint whose products are all like `weight`, but for those `kept` in 16 bits."""
-    kind = {"type": "float" if weight.format == "fp8" else "int", "num_bits": 4 if weight.format == "int4" else 8}
-    layout = {"int4": "pack-quantized", "int8": "int-quantized", "fp8": "float-quantized"}[weight.format]
+    known = weight_format(weight.format, weight.activations)
+    kind = dict(zip(("type", "num_bits"), known.scheme, strict=True))
     grouped = weight.scales.shape[1] > 1
     weights = kind | {
         "strategy": "group" if grouped else "channel",
@@ -177,13 +184,12 @@ def describe(weight: QuantizedWeight, kept: list[str], lm_head: bool) -> dict:
         "dynamic": False,
     }
     activations = None
-    if weight.activations != "16bit":
-        token = weight.activations == "token"
-        activations = kind | {"strategy": "token" if token else "tensor", "symmetric": True, "dynamic": token}
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations, "format": layout}
+    if way := WAYS[known.activations]:
+        activations = kind | {"strategy": way[0], "symmetric": True, "dynamic": way[1]}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations, "format": known.layout}
     return {
         "quant_method": "compressed-tensors",
-        "format": layout,
+        "format": known.layout,
         "config_groups": {"group_0": group},
         "ignore": kept if lm_head else [*kept, "lm_head"],
         "quantization_status": "compressed",
