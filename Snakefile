@@ -26,5 +26,5 @@ include: "rules/report.smk"
 
 rule all:
     input:
-        TARGETS,
+        default_targets,
     default_target: True

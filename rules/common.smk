@@ -10,7 +10,7 @@ from trtbuild import rehearsal
 from trtbuild import workflow as trtbuild_workflow
 from trtbuild.checkpoint.source_files import source_state
 from trtbuild.datasets import articles_state
-from trtbuild.engine.config import rank_file
+from trtbuild.engine.config import marker, rank_file
 from trtbuild.errors import UserError
 from trtbuild.kept_outputs import keep_outputs
 from trtbuild.yaml_reader import read_yaml
@@ -30,26 +30,23 @@ try:
     RECIPES = trtbuild_workflow.load_recipes(config["recipes"])
     trtbuild_workflow.check_articles(config, RECIPES)
     TARGETS = trtbuild_workflow.matrix_targets(config)
+    if REHEARSE:
+        TARGETS = list(map(rehearsal.rehearsal_target, TARGETS))
     # Targets are only known from the command line here; a wrong name would else end as "missing input files".
     trtbuild_workflow.check_targets([*sys.argv[1:], *TARGETS], MODELS, RECIPES, REHEARSE)
     trtbuild_workflow.check_positions_of_targets([*sys.argv[1:], *TARGETS], MODELS, RECIPES, config["build"])
-except UserError as error:
-    raise WorkflowError(str(error)) from None
-
-if REHEARSE:
-    # Dummy weights under another name, and little work; the rules are the same.
-    TARGETS = list(map(rehearsal.rehearsal_target, TARGETS))
-    rehearsal.redirect(workflow, dict(config), MODELS, RECIPES, TARGETS)
-    config.update(rehearsal.rehearsal_config(config))
-    MODELS, RECIPES = rehearsal.rehearsal_models(MODELS), rehearsal.rehearsal_recipes(RECIPES)
-
-try:
+    rehearsal.check_rehearsal(sys.argv[1:], config, MODELS, RECIPES)
+    DECLARED = MODELS
+    MODELS = MODELS | rehearsal.rehearsal_models(MODELS)
     CHAT_TEMPLATES = trtbuild_workflow.chat_templates(MODELS, config["models"])
 except UserError as error:
     raise WorkflowError(str(error)) from None
 
-QUANTIZATIONS = trtbuild_workflow.quantizations(RECIPES)
-CALIBRATIONS = trtbuild_workflow.calibrations(RECIPES)
+# Rehearsals are models as others; little is done with them.
+REHEARSED_CONFIG = rehearsal.rehearsal_config(config)
+REHEARSED_RECIPES = rehearsal.rehearsal_recipes(RECIPES)
+QUANTIZATIONS = trtbuild_workflow.quantizations(RECIPES) | trtbuild_workflow.quantizations(REHEARSED_RECIPES)
+CALIBRATIONS = trtbuild_workflow.calibrations(RECIPES) | trtbuild_workflow.calibrations(REHEARSED_RECIPES)
 
 
 wildcard_constraints:
@@ -59,6 +56,29 @@ wildcard_constraints:
     rank="0",  # of one
     quantization="|".join(map(re.escape, QUANTIZATIONS)) or "none",
     calibration="|".join(map(re.escape, CALIBRATIONS)) or "none",
+
+
+def config_of(wildcards):
+    """The configuration as it holds for a model."""
+    return REHEARSED_CONFIG if marker(wildcards.model) else config
+
+
+def recipes_of(wildcards):
+    """The recipes as they hold for a model."""
+    return REHEARSED_RECIPES if marker(wildcards.model) else RECIPES
+
+
+def recipe_of(wildcards):
+    return recipes_of(wildcards)[wildcards.recipe]
+
+
+def default_targets(wildcards):
+    """What `snakemake` alone makes; said only here, where it is asked for: what of it cannot be rehearsed."""
+    try:
+        rehearsal.check_rehearsal(TARGETS, config, DECLARED, RECIPES)
+    except UserError as error:
+        raise WorkflowError(str(error)) from None
+    return TARGETS
 
 
 def build_limits():
@@ -80,12 +100,12 @@ def engine_files(wildcards):
 
 
 def weights_of_recipe(wildcards):
-    return f"results/{wildcards.model}/{trtbuild_workflow.weights_folder(RECIPES[wildcards.recipe])}"
+    return f"results/{wildcards.model}/{trtbuild_workflow.weights_folder(recipe_of(wildcards))}"
 
 
 def ranges_of_cache(wildcards):
     """The calibration file of a recipe with a quantized KV cache."""
-    recipe = RECIPES[wildcards.recipe]
+    recipe = recipe_of(wildcards)
     name = trtbuild_workflow.calibration_name(recipe)
     return f"results/{wildcards.model}/calibration/{name}.npz" if recipe.kv_cache else []
 
@@ -118,12 +138,14 @@ def gate_of_run(wildcards):
     return f"results/{wildcards.model}/{wildcards.run}/gate.json" if wildcards.run != "hf" else []
 
 
-def recipes_of_matrix(model):
-    return [recipe for entry in config["matrix"] if entry["model"] == model for recipe in entry["recipes"]]
+def recipes_of_matrix(wildcards):
+    matrix = config_of(wildcards)["matrix"]
+    return [recipe for entry in matrix if entry["model"] == wildcards.model for recipe in entry["recipes"]]
 
 
-def evaluation(*keys):
-    return {key: config["evaluation"][key] for key in keys}
+def evaluation(*keys, **options):
+    """What of the configuration's `evaluation` a rule depends on, as it holds for a model; and other options."""
+    return lambda wildcards: {key: config_of(wildcards)["evaluation"][key] for key in keys} | options
 
 
 def chat_template(wildcards):
@@ -137,8 +159,8 @@ def chat_template(wildcards):
     return CHAT_TEMPLATES[wildcards.model]
 
 
-def articles_to_evaluate():
-    return articles_state(**config["evaluation"]["dataset"])
+def articles_to_evaluate(wildcards):
+    return articles_state(**config_of(wildcards)["evaluation"]["dataset"])
 
 
 def baseline_limits():

@@ -12,7 +12,7 @@ rule portable_engine:
     benchmark:
         "results/{model}/{recipe}/logs/portable_engine.rank{rank}.tsv"
     params:
-        recipe=lambda wildcards: RECIPES[wildcards.recipe].engine_settings,
+        recipe=lambda wildcards: recipe_of(wildcards).engine_settings,
         limits=build_limits(),
         extrapolate_positions=config["build"]["extrapolate_positions"],
     threads: 4
@@ -50,7 +50,7 @@ rule engine:
     log:
         "results/{model}/{recipe}/logs/engine.log",
     params:
-        recipe=lambda wildcards: RECIPES[wildcards.recipe].engine_settings,
+        recipe=lambda wildcards: recipe_of(wildcards).engine_settings,
         limits=build_limits(),
         engines=config["build"]["engines"],
         options=tensorrt_options(),

@@ -13,7 +13,7 @@ rule summarize:
     params:
         options=evaluation("runtime", "device", "dataset", "prompt", "chat", "max_output_len"),
         chat_template=chat_template,
-        articles=articles_to_evaluate(),
+        articles=articles_to_evaluate,
     threads: 16
     resources:
         gpu=1,
@@ -32,9 +32,9 @@ rule summarize_hf:
     log:
         "results/{model}/hf/logs/summarize.log",
     params:
-        options=evaluation("baseline_dtype", "device", "dataset", "prompt", "chat", "max_output_len") | baseline_limits(),
+        options=evaluation("baseline_dtype", "device", "dataset", "prompt", "chat", "max_output_len", **baseline_limits()),
         chat_template=chat_template,
-        articles=articles_to_evaluate(),
+        articles=articles_to_evaluate,
     threads: 16
     resources:
         gpu=1,
@@ -69,7 +69,7 @@ rule perplexity:
         "results/{model}/{recipe}/logs/perplexity.log",
     params:
         options=evaluation("runtime", "device", "dataset"),
-        articles=articles_to_evaluate(),
+        articles=articles_to_evaluate,
     threads: 16
     resources:
         gpu=1,
@@ -87,8 +87,8 @@ rule perplexity_hf:
     log:
         "results/{model}/hf/logs/perplexity.log",
     params:
-        options=evaluation("baseline_dtype", "device", "dataset") | baseline_limits(),
-        articles=articles_to_evaluate(),
+        options=evaluation("baseline_dtype", "device", "dataset", **baseline_limits()),
+        articles=articles_to_evaluate,
     threads: 16
     resources:
         gpu=1,
@@ -107,7 +107,7 @@ rule gate:
     log:
         "results/{model}/{recipe}/logs/gate.log",
     params:
-        limits=lambda wildcards: RECIPES[wildcards.recipe].gate_limits,
+        limits=lambda wildcards: recipe_of(wildcards).gate_limits,
     conda:
         "../config/environment.yaml"
     script:
@@ -123,7 +123,7 @@ rule benchmark:
     log:
         "results/{model}/{recipe}/logs/benchmark.log",
     params:
-        sizes=config["benchmark"],
+        sizes=lambda wildcards: config_of(wildcards)["benchmark"],
         options=evaluation("runtime", "device"),
     threads: workflow.cores or 16
     resources:

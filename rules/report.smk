@@ -5,7 +5,7 @@ rule table:
     input:
         lambda wildcards: [
             f"results/{wildcards.model}/{run}/{name}.json"
-            for run in ["hf", *recipes_of_matrix(wildcards.model)]
+            for run in ["hf", *recipes_of_matrix(wildcards)]
             for name in ("perplexity", "rouge")
         ],
     output:
@@ -14,8 +14,8 @@ rule table:
         "results/{model}/logs/table.log",
     params:
         recipes=lambda wildcards: {
-            recipe: trtbuild_workflow.weights_folder(RECIPES[recipe])
-            for recipe in recipes_of_matrix(wildcards.model)
+            recipe: trtbuild_workflow.weights_folder(recipes_of(wildcards)[recipe])
+            for recipe in recipes_of_matrix(wildcards)
         },
     conda:
         "../config/environment.yaml"

@@ -1,7 +1,8 @@
 """A rehearsal: the whole chain with a model's real shapes, and with dummy weights, two layers and hardly any text.
 
-Its model is named `rehearsal/NAME`. The name is part of every path and of every result's provenance, and what is marked
-as a rehearsal is so by that name alone (`engine.config.marker`).
+Its model is named `rehearsal/NAME` and lies beside the real one: `results/rehearsal/NAME/...` is a target as any other.
+How much is done follows from that name, which is part of every path and of every result's provenance; what is marked as
+a rehearsal is so by the name alone (`engine.config.marker`).
 """
 
 import os
@@ -38,7 +39,7 @@ def rehearsal_target(target: str) -> str:
 
 
 def rehearsal_config(config: dict) -> dict:
-    """`config/config.yaml` with the rehearsals' model names and amounts of work."""
+    """`config/config.yaml` as it holds for rehearsals: with their models' names and amounts of work."""
     evaluation, benchmark = config["evaluation"], config["benchmark"]
     dataset = evaluation["dataset"]
     return config | {
@@ -83,9 +84,9 @@ def small_calibration(recipe: Recipe) -> Recipe:
 
 
 def check_rehearsal(targets: Iterable[str], config: dict, models: dict, recipes: dict[str, Recipe]) -> None:
-    """Raises `UserError` for a target that cannot be rehearsed; all but the targets are as configured."""
+    """Raises `UserError` for a rehearsal that cannot be; configuration, models and recipes are the declared ones."""
     for target in targets:
-        match = re.match(rf"results/{REHEARSAL}([^/]+)/([^/]+)", target)
+        match = re.match(rf"results/{REHEARSAL}([^/]+)/([^/]+)", os.path.normpath(target))
         if not match or match[1] not in models:
             continue
         model, folder = match[1], match[2]
@@ -101,35 +102,6 @@ def check_rehearsal(targets: Iterable[str], config: dict, models: dict, recipes:
                     f"{target}: the recipe {recipe} cannot be rehearsed; its published weights "
                     "(quant_checkpoint) have no dummy"
                 )
-
-
-def redirect(workflow, config: dict, models: dict, recipes: dict[str, Recipe], matrix: list[str]) -> None:
-    """Has Snakemake make `rehearsal_target` of everything that its command line names, if that can be rehearsed.
-
-    Snakemake tells a workflow its targets only when the Snakefile has been read, so they are changed right before it
-    looks for the jobs. `matrix` is what it makes where no target is named; the rest is as configured.
-    """
-    from snakemake.exceptions import WorkflowError
-
-    prepare = workflow._prepare_dag
-
-    def prepare_rehearsal(*args, **options):
-        dag, scheduling = workflow.dag_settings, workflow.scheduling_settings
-        asked = set(matrix) if not (dag.targets or dag.target_jobs) or "all" in dag.targets else set()
-        for settings, name in (
-            *((dag, name) for name in ("targets", "forcerun", "until", "omit_from")),
-            *([(scheduling, "prioritytargets")] if scheduling else []),
-        ):
-            targets = {rehearsal_target(target) for target in getattr(settings, name)}
-            setattr(settings, name, targets)
-            asked |= targets
-        try:
-            check_rehearsal(sorted(asked), config, models, recipes)
-        except UserError as error:
-            raise WorkflowError(str(error)) from None
-        return prepare(*args, **options)
-
-    workflow._prepare_dag = prepare_rehearsal
 
 
 @contextmanager

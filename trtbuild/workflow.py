@@ -16,6 +16,7 @@ from trtbuild.engine.config import REHEARSAL, BuildLimits
 from trtbuild.errors import UserError, one_line
 from trtbuild.files import check_output, read_json, user_path
 from trtbuild.quantization.recipe import Recipe, identity
+from trtbuild.rehearsal import rehearsal_target
 from trtbuild.tokenizer import chat_template
 from trtbuild.yaml_reader import read_yaml
 
@@ -146,23 +147,26 @@ def calibration_name(recipe: Recipe) -> str:
     return f"{recipe.text.id}-{identity(recipe.quant_checkpoint)}" if recipe.quant_checkpoint else recipe.text.id
 
 
-TARGET = rf"(?:\./)?results/({REHEARSAL})?([^/]+)/([^/]+)(/|$)"
+def _parts(target: str) -> re.Match | None:
+    """Of a file in `results/`: `rehearsal/` or None, the model, and its recipe or another folder."""
+    return re.match(rf"results/({REHEARSAL})?([^/]+)/([^/]+)(/|$)", os.path.normpath(target))
 
 
 def check_targets(targets: Iterable[str], models: dict, recipes: dict, rehearse: bool = False) -> None:
     """Raises `UserError` for a target whose model or recipe is not declared, listing those that are.
 
-    Targets of rehearsals are refused without `rehearse`.
+    With `rehearse` also for one of a real model: nothing can rename what Snakemake's command line asks for.
     """
     for target in targets:
-        if match := re.match(TARGET, target):
+        if match := _parts(target):
             model, recipe = match[2], match[3]
-            if match[1] and not rehearse:
-                raise UserError(f"{target}: this is the place of rehearsals; add '--config rehearse=true' at the end")
             if model not in models:
                 raise UserError(f"{target}: {unknown('model', model, models)}")
             if recipe not in recipes and recipe not in reserved_names():
                 raise UserError(f"{target}: {unknown('recipe', recipe, recipes)}")
+            if rehearse and not match[1]:
+                right = rehearsal_target(target)
+                raise UserError(f"{target}: this is no rehearsal; with rehearse=true ask for {right}")
 
 
 def check_positions_of_targets(targets: Iterable[str], models: dict, recipes: dict, build: dict) -> None:
@@ -170,7 +174,7 @@ def check_positions_of_targets(targets: Iterable[str], models: dict, recipes: di
 
     Of models that say what they look like; of the others the build itself says it.
     """
-    matches = [match for target in targets if (match := re.match(TARGET, target))]
+    matches = [match for target in targets if (match := _parts(target))]
     needed = build["max_input_len"] + build["max_output_len"]
     for name in dict.fromkeys(match[2] for match in matches if match[3] in (*recipes, TABLE)):
         ((_, source),) = models[name]["source"].items()

@@ -722,7 +722,7 @@ def test_the_hub_is_out_of_reach(repo, tmp_path):
     assert message.startswith(f"cannot fetch {repo} at revision 0123abc from the hub (")
     assert message.endswith(
         "); check the name, the network and, for gated models, HF_TOKEN. To rehearse the workflow without a download: "
-        "snakemake TARGET --config rehearse=true"
+        "snakemake results/rehearsal/MODEL/RECIPE/rouge.json"
     )
     assert "\n" not in message
     assert list(tmp_path.iterdir()) == []

@@ -262,8 +262,7 @@ def fresh(declared, tmp_path) -> Workspace:
 def rehearsed(declared, tmp_path_factory) -> Workspace:
     """A folder after a rehearsal of one recipe. Read it, or take a copy."""
     workspace = Workspace(tmp_path_factory.mktemp("workflow") / "rehearsed", *declared)
-    targets = ("results/tiny/int8kv/rouge.json", "./results/tiny/int8kv/benchmark.json")
-    workspace.succeed(*targets, "--config", "rehearse=true")
+    workspace.succeed("results/rehearsal/tiny/int8kv/rouge.json", "./results/rehearsal/tiny/int8kv/benchmark.json")
     return workspace
 
 

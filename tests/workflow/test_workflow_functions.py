@@ -5,17 +5,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
-from snakemake.exceptions import WorkflowError
 
 from trtbuild.engine.config import marker
 from trtbuild.errors import UserError, one_line
 from trtbuild.quantization.recipe import Recipe
 from trtbuild.rehearsal import (
-    redirect,
+    check_rehearsal,
     rehearsal_config,
     rehearsal_models,
     rehearsal_recipes,
@@ -198,9 +196,13 @@ def test_unknown_names_the_closest_first(kind, name, known, message):
 
 def test_check_targets_of_rehearsals():
     target = "./results/rehearsal/a/x/rouge.json"
-    check_targets([target, "results/a/x/rouge.json"], {"a": {}}, {"x": {}}, rehearse=True)
-    with pytest.raises(UserError, match=r"this is the place of rehearsals; add '--config rehearse=true' at the end$"):
-        check_targets([target], {"a": {}}, {"x": {}})
+    check_targets([target, "results/a/x/rouge.json"], {"a": {}}, {"x": {}})
+    check_targets([target, "--cores", "all"], {"a": {}}, {"x": {}}, rehearse=True)
+    for real in ("results/a/x/rouge.json", "./results//a/x/rouge.json"):
+        with pytest.raises(UserError) as caught:
+            check_targets([target, real], {"a": {}}, {"x": {}}, rehearse=True)
+        right = "results/rehearsal/a/x/rouge.json"
+        assert str(caught.value) == f"{real}: this is no rehearsal; with rehearse=true ask for {right}"
     with pytest.raises(UserError, match=r"unknown model 'b'; known models: a$"):
         check_targets([target.replace("/a/", "/b/")], {"a": {}}, {"x": {}}, rehearse=True)
 
@@ -294,58 +296,29 @@ DECLARED = (
 )
 
 
-def prepared(named: dict, scheduling=None, matrix=()) -> SimpleNamespace:
-    """Snakemake's settings when it looks for the jobs of a rehearsal whose command line names these."""
-    nothing = dict.fromkeys(("targets", "forcerun", "until", "omit_from", "target_jobs"), ())
-    settings = SimpleNamespace(**nothing | named)
-    calls = []
-    workflow = SimpleNamespace(
-        dag_settings=None, scheduling_settings=None, _prepare_dag=lambda *args, **options: calls.append((args, options))
-    )
-    redirect(workflow, *DECLARED, list(matrix))
-    workflow.dag_settings, workflow.scheduling_settings = settings, scheduling  # both come after the Snakefile
-    workflow._prepare_dag(1, nolock=True)
-    assert calls == [((1,), {"nolock": True})]
-    return settings
-
-
-@pytest.mark.parametrize("name", ["targets", "forcerun", "until", "omit_from"])
-def test_redirect_maps_whatever_names_files(name):
-    settings = prepared({name: {"results/a/x/rouge.json", "rouge"}, "target_jobs": ("rouge",)})
-    assert getattr(settings, name) == {"results/rehearsal/a/x/rouge.json", "rouge"}
-
-
-def test_redirect_maps_priorities():
-    scheduling = SimpleNamespace(prioritytargets={"results/a/checkpoint"})
-    prepared({}, scheduling)
-    assert scheduling.prioritytargets == {"results/rehearsal/a/checkpoint"}
-
-
 NO_CONFIG = "the model b cannot be rehearsed; add its published config.json to models.yaml as 'config'"
 NO_DUMMY = r"the recipe hub cannot be rehearsed; its published weights \(quant_checkpoint\) have no dummy"
 
 
 @pytest.mark.parametrize(
-    ("named", "matrix", "message"),
+    ("targets", "message"),
     [
-        ({"targets": ["results/b/x/rouge.json"]}, [], f"results/rehearsal/b/x/rouge.json: {NO_CONFIG}"),
-        ({"targets": ["results/b/checkpoint/config.json"]}, [], NO_CONFIG),
-        ({"targets": ["results/a/x/rouge.json", "results/a/hub/gate.json"]}, [], NO_DUMMY),
-        ({"forcerun": ["./results/a/hub/engine/config.json"]}, [], NO_DUMMY),
-        ({"targets": ["results/a/recipes.md"]}, [], f"results/rehearsal/a/recipes.md: {NO_DUMMY}"),
-        ({}, ["results/rehearsal/b/x/rouge.json"], NO_CONFIG),
-        ({"targets": ["all"]}, ["results/rehearsal/b/x/rouge.json"], NO_CONFIG),
+        (["results/rehearsal/b/x/rouge.json"], f"results/rehearsal/b/x/rouge.json: {NO_CONFIG}"),
+        (["results/rehearsal/b/checkpoint/config.json"], NO_CONFIG),
+        (["results/rehearsal/a/x/rouge.json", "results/rehearsal/a/hub/gate.json"], NO_DUMMY),
+        (["--forcerun", "./results/rehearsal/a/hub/engine/config.json"], NO_DUMMY),
+        (["results/rehearsal/a/recipes.md"], f"results/rehearsal/a/recipes.md: {NO_DUMMY}"),
     ],
 )
-def test_redirect_refuses_what_cannot_be_rehearsed(named, matrix, message):
-    with pytest.raises(WorkflowError, match=message):
-        prepared(named, matrix=matrix)
+def test_what_cannot_be_rehearsed(targets, message):
+    with pytest.raises(UserError, match=message):
+        check_rehearsal(targets, *DECLARED)
 
 
-def test_redirect_checks_the_matrix_only_where_it_is_made():
-    """The jobs of a rehearsal are processes that name `target_jobs` alone."""
-    prepared({"target_jobs": ["rouge"]}, matrix=["results/rehearsal/b/x/rouge.json"])
-    prepared({"targets": ["results/a/x/rouge.json"]}, matrix=["results/rehearsal/b/x/rouge.json"])
+def test_what_can_be_rehearsed():
+    rehearsals = ["results/rehearsal/a/x/rouge.json", "results/rehearsal/a/checkpoint", "results/rehearsal/c/x/y"]
+    real = ["results/b/x/rouge.json", "results/a/hub/gate.json", "results/a/recipes.md", "all"]
+    check_rehearsal([*rehearsals, *real], *DECLARED)
 
 
 MODEL = {"source": {"hub": {"repo": "a/b", "revision": "0f"}}}

@@ -1,4 +1,4 @@
-"""`--config rehearse=true`: the whole chain on two layers of dummy weights, in a place of its own."""
+"""`results/rehearsal/MODEL`: the whole chain on two layers of dummy weights, in a place of its own."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).parents[2]
 REHEARSE = ("--config", "rehearse=true")
-RUN = "results/tiny/int8kv"
+RUN = "results/rehearsal/tiny/int8kv"
 FOLDER = "rehearsal/tiny"
 
 
@@ -38,7 +38,7 @@ def test_the_printed_scores_say_it_too(rehearsed):
 
 def test_nothing_lies_outside_the_place_of_rehearsals(rehearsed):
     assert [path.name for path in rehearsed.results.iterdir()] == ["rehearsal"]
-    real = rehearsed.pending(f"{RUN}/engine/config.json")
+    real = rehearsed.pending("results/tiny/int8kv/engine/config.json")
     assert real >= {"checkpoint tiny", "portable_engine tiny/int8kv", "engine tiny/int8kv"}
     assert len(real) == 5  # and calibration and weights of their own
 
@@ -67,7 +67,7 @@ def test_a_second_rehearsal_has_nothing_to_do(rehearsed, tmp_path):
     workspace = rehearsed.copy(tmp_path / "copy")
     before = {path: path.stat().st_mtime_ns for path in workspace.results.rglob("*")}
     spellings = (f"./{RUN}/rouge.json", f"{RUN}/benchmark.json", "results/rehearsal/tiny/hf//perplexity.json")
-    assert "Nothing to be done" in workspace.succeed("--rerun-incomplete", *spellings, *REHEARSE)
+    assert "Nothing to be done" in workspace.succeed("--rerun-incomplete", *spellings)
     assert {path: path.stat().st_mtime_ns for path in workspace.results.rglob("*")} == before
 
 
@@ -77,15 +77,15 @@ def test_without_a_target_the_matrix_is_rehearsed(rehearsed):
 
 
 def test_forced_jobs(rehearsed):
-    """A rule, and a file under the name that it has for a real model."""
-    jobs = rehearsed.pending(f"{RUN}/rouge.json", "--forcerun", "summarize", f"./{RUN}/perplexity.json", *REHEARSE)
+    """A rule, and a file."""
+    jobs = rehearsed.pending(f"{RUN}/rouge.json", "--forcerun", "summarize", f"./{RUN}/perplexity.json")
     assert jobs == {f"{rule} {FOLDER}/int8kv" for rule in ("summarize", "perplexity", "gate", "rouge")}
 
 
 def test_rehearse_in_the_configuration_file(fresh):
     """What cannot be rehearsed of the matrix is no matter where something else is asked for."""
     fresh.config |= {"rehearse": True, "matrix": [{"model": "bare", "recipes": ["published"]}]}
-    assert fresh.pending("results/tiny/fp32/rouge.json") == {
+    assert fresh.pending("results/rehearsal/tiny/fp32/rouge.json") == {
         f"checkpoint {FOLDER}",
         f"perplexity_hf {FOLDER}",
         *(
@@ -99,11 +99,12 @@ def test_rehearse_in_the_configuration_file(fresh):
     ("arguments", "line"),
     [
         (
-            ("results/rehearsal/tiny/fp32/rouge.json",),
-            "results/rehearsal/tiny/fp32/rouge.json: this is the place of rehearsals; add '--config rehearse=true'",
+            ("results/tiny/fp32/rouge.json", *REHEARSE),
+            "results/tiny/fp32/rouge.json: this is no rehearsal; with rehearse=true ask for "
+            "results/rehearsal/tiny/fp32/rouge.json",
         ),
         (
-            ("results/bare/fp32/rouge.json", *REHEARSE),
+            ("results/rehearsal/bare/fp32/rouge.json",),
             "the model bare cannot be rehearsed; add its published config.json to config/models.yaml as 'config'",
         ),
     ],
@@ -113,15 +114,30 @@ def test_what_cannot_be_rehearsed(fresh, arguments, line):
     assert not fresh.results.exists()
 
 
+def test_what_of_the_matrix_cannot_be_rehearsed(fresh):
+    fresh.config["matrix"] = [{"model": "bare", "recipes": ["fp32"]}]
+    result = fresh.run("--dry-run", *REHEARSE)
+    assert result.returncode != 0
+    assert "the model bare cannot be rehearsed; add its published config.json" in result.stdout
+
+
+def test_a_rehearsal_beside_the_real_model(rehearsed):
+    """One run makes both; how much is done of each follows from its name."""
+    jobs = rehearsed.pending("results/tiny/int8kv/gate.json", f"{RUN}/gate.json", "--forcerun", "gate")
+    assert {job for job in jobs if job.startswith("gate ")} == {"gate tiny/int8kv", f"gate {FOLDER}/int8kv"}
+    (real,) = (job for job in jobs if job.startswith("calibration "))
+    assert real.startswith("calibration tiny/trtbuild-news-64x512-")
+
+
 def test_every_declared_model_can_be_rehearsed(fresh):
     """The shipped models, each with one recipe, and one with every recipe: from dummy weights to scores."""
     models, recipes = (
-        yaml.safe_load((REPOSITORY / f"config/{name}.yaml").read_text()) for name in ("models", "recipes")
+        yaml.safe_load((REPOSITORY / name).read_text()) for name in ("config/models.yaml", "trtbuild/recipes.yaml")
     )
     fresh.models, fresh.recipes = models, recipes
     fresh.config["matrix"] = []
     pairs = {(model, "int8kv") for model in models} | {("qwen7b", recipe) for recipe in recipes}
-    jobs = fresh.pending(*(f"results/{model}/{recipe}/rouge.json" for model, recipe in pairs), *REHEARSE)
+    jobs = fresh.pending(*(f"results/rehearsal/{model}/{recipe}/rouge.json" for model, recipe in pairs))
     assert {job for job in jobs if job.startswith("checkpoint ")} == {f"checkpoint rehearsal/{m}" for m in models}
     for rule in ("portable_engine", "engine", "summarize", "rouge"):
         assert {f"{rule} rehearsal/{model}/{recipe}" for model, recipe in pairs} <= jobs

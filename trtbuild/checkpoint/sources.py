@@ -131,7 +131,7 @@ def _from_hub(
         raise UserError(
             f"cannot fetch {repo} at revision {revision} from the hub ({type(error).__name__}: {reason}); "
             "check the name, the network and, for gated models, HF_TOKEN. To rehearse the workflow without a download: "
-            "snakemake TARGET --config rehearse=true"
+            "snakemake results/rehearsal/MODEL/RECIPE/rouge.json"
         ) from error
     _from_local(folder, snapshot, model_version)
 
