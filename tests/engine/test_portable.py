@@ -4,9 +4,11 @@ import dataclasses
 import json
 import shutil
 import sys
+import weakref
 
 import pytest
 import torch
+from numerics import run_reference
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -15,8 +17,14 @@ from trtbuild.engine.build import build_engine_dir
 from trtbuild.engine.config import BuildLimits, rank_file, read_config
 from trtbuild.engine.portable import METADATA_KEY, PortableEngine, read_portable
 from trtbuild.errors import UserError
+from trtbuild.linear.dense import DenseLinear
+from trtbuild.linear.int4 import Int4Linear
+from trtbuild.linear.linear import linear
+from trtbuild.network import Network, Op, ops
 from trtbuild.network.step import Step, whole_prompts
 from trtbuild.runtime.session import PortableSession
+from trtbuild.tensors.lazy import LazyTensor, from_tensor
+from trtbuild.tensors.quantized_weight import QuantizedWeight
 
 FILE = "rank0.safetensors"
 
@@ -111,6 +119,90 @@ def test_a_bad_engine_file_is_refused(copied_engine, damage, message):
     damage(copied_engine / FILE)
     with pytest.raises(UserError, match=f"{FILE}.*{message}|{message}.*{FILE}"):
         PortableEngine.load(copied_engine / FILE)
+
+
+# Weights, as operations want them
+
+
+@dataclasses.dataclass(frozen=True)
+class Transposing(Op):
+    """`x @ weight.T`, which wants the weight as `[in, out]`."""
+
+    def infer(self, x, weight):
+        return [(x.dtype, (x.shape[0], weight.shape[0]))]
+
+    def reference(self, x, weight):
+        return x @ weight.T
+
+    def portable(self, step, x, weight):
+        return x @ weight
+
+    def prepare(self, device, weight):
+        return {"weight": weight.T.contiguous()}
+
+
+@pytest.mark.parametrize("plain_first", [True, False])
+def test_a_weight_is_laid_anew_for_those_who_want_it(plain_first):
+    """An embedding table that is also the head's weight, in whatever order they read it."""
+    torch.manual_seed(0)
+    network = Network()
+    ids, rows = (network.input(name, torch.int32, ("tokens",)) for name in ("ids", "rows"))
+    table = network.constant("table", from_tensor(torch.randn(12, 5)))
+    x = network.input("x", torch.float32, ("tokens", 5))
+    if plain_first:
+        x = ops.add(ops.embedding(ids, table), x)
+    logits = network.add(Transposing(), x=x, weight=table)
+    logits = ops.add(logits, network.add(Transposing(), x=ops.embedding(rows, table), weight=table))
+    network.mark_output(logits, "logits")
+    inputs = {name: torch.randint(12, (4,), dtype=torch.int32) for name in ("ids", "rows")} | {"x": torch.randn(4, 5)}
+    result = PortableEngine(network, BuildLimits(1, 4, 1), torch.device("cpu")).run(None, inputs)
+    torch.testing.assert_close(result, run_reference(network, inputs)["logits"])
+
+
+def test_two_int4_products_of_one_weight(monkeypatch):
+    """Laid anew once, by what torch's kernel for a CPU wants."""
+    torch.manual_seed(0)
+    values, scales = torch.randint(-8, 8, (64, 64), dtype=torch.int8), torch.rand(64, 2).bfloat16() * 0.1
+    weight = QuantizedWeight("int4", from_tensor(values), from_tensor(scales), None)
+    network = Network()
+    hidden = linear(network.input("x", torch.bfloat16, ("tokens", 64)), "product", [weight])
+    network.mark_output(linear(hidden, "product", [weight]), "logits")
+    assert [type(node.op) for node in network.nodes] == [Int4Linear, Int4Linear]
+    prepare, laid = Int4Linear.prepare, []
+
+    def counted(self, device, **constants):
+        laid.append(prepare(self, device, **constants))
+        return laid[-1]
+
+    monkeypatch.setattr(Int4Linear, "prepare", counted)
+    engine = PortableEngine(network, BuildLimits(1, 4, 1), torch.device("cpu"))
+    assert len(laid) == 1
+    assert laid[0]["scales"].ndim == 3
+    inputs = {"x": torch.randn(3, 64).bfloat16()}
+    assert error(engine.run(None, inputs), run_reference(network, inputs)["logits"]) < 2e-2
+
+
+@pytest.mark.parametrize("also_as_it_is", [False, True])
+def test_what_nobody_reads_as_it_was_is_freed(also_as_it_is):
+    """Before the next weight is loaded; each is loaded once."""
+    loads, alive = [], []
+
+    def load() -> torch.Tensor:
+        alive.append(sum(known() is not None for known in loads))
+        value = torch.ones(4, 4)
+        loads.append(weakref.ref(value))
+        return value
+
+    network = Network()
+    y = network.input("x", torch.float32, ("tokens", 4))
+    for name in ("first", "second"):
+        weight = network.constant(name, LazyTensor(torch.float32, (4, 4), load))
+        y = network.add(Transposing(), x=y, weight=weight)
+        y = network.add(DenseLinear(), x=y, weight=weight) if also_as_it_is else y
+    network.mark_output(y, "logits")
+    engine = PortableEngine(network, BuildLimits(1, 4, 1), torch.device("cpu"))
+    assert alive == [0, int(also_as_it_is)]
+    assert engine.run(None, {"x": torch.ones(2, 4)}).unique().tolist() == [256 if also_as_it_is else 16]
 
 
 # The folder

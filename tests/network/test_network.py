@@ -1,6 +1,8 @@
 """The network as a data structure: JSON and back, tied constants, names."""
 
+import inspect
 import json
+import sys
 
 import pytest
 import torch
@@ -11,9 +13,9 @@ from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.portable import PortableEngine
 from trtbuild.linear.dense import DenseLinear
 from trtbuild.models.families import config_from_hugging_face
-from trtbuild.network import Network, ops
+from trtbuild.network import Network, Op, ops
 from trtbuild.runtime.session import PortableSession
-from trtbuild.tensors.lazy import from_tensor
+from trtbuild.tensors.lazy import LazyTensor, from_tensor
 
 LIMITS = BuildLimits(max_batch_size=2, max_input_len=12, max_output_len=4)
 
@@ -68,6 +70,85 @@ def test_a_constant_named_twice_is_one_tensor():
     first = network.constant("w", from_tensor(torch.ones(4, 4)))
     assert network.constant("w", from_tensor(torch.ones(4, 4))) is first
     assert list(network.constants) == ["w"]
+
+
+def test_a_constant_of_one_source_is_known_without_being_read():
+    source = LazyTensor(torch.float32, (4, 4), lambda: pytest.fail("was loaded"))
+    network = Network()
+    first = network.constant("w", source.to(torch.float16))
+    assert network.constant("w", source.to(torch.float16)) is first
+
+
+@pytest.mark.parametrize(
+    "other", [torch.ones(4, 3), torch.ones(4, 4).half(), torch.eye(4)], ids=["shape", "dtype", "x"]
+)
+def test_a_constant_has_one_value(other):
+    network = Network()
+    network.constant("w", from_tensor(torch.ones(4, 4)))
+    with pytest.raises(ValueError, match="two values of the constant w"):
+        network.constant("w", from_tensor(other))
+    assert torch.equal(network.constants["w"].load(), torch.ones(4, 4))
+
+
+def test_last_uses():
+    network = Network()
+    x, unread = (network.input(name, torch.float32, ("tokens", 4)) for name in ("x", "unread"))
+    weight = network.constant("w", from_tensor(torch.ones(4)))
+    first = ops.rms_norm(x, weight, 1e-5)
+    second = ops.add(first, first)
+    third = ops.rms_norm(ops.add(second, x), weight, 1e-5)
+    network.mark_output(second, "second")
+    assert network.last_uses() == {"x": 2, "w": 3, first.name: 1, network.nodes[3].inputs["x"]: 3, "second": 4}
+    assert {unread.name, third.name}.isdisjoint(network.last_uses())
+
+
+def test_an_absent_input_is_not_in_the_node():
+    network = Network()
+    x, weight = network.input("x", torch.float32, ("tokens", 4)), network.constant("w", from_tensor(torch.eye(4)))
+    network.add(DenseLinear(), x=x, weight=weight, bias=None)
+    assert network.nodes[0].inputs == {"x": "x", "weight": "w"}
+    for wrong in ({"x": x}, {"x": x, "weight": weight, "scale": weight}):
+        with pytest.raises(TypeError):
+            network.add(DenseLinear(), **wrong)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in Op.kinds.values() if "infer" in vars(kind)])
+def test_an_operations_inputs_have_one_order(kind):
+    """In all methods: the engine binds them by position."""
+
+    def parameters(method: str) -> list[str]:
+        names = list(inspect.signature(getattr(kind, method)).parameters)[1:]
+        return names[1:] if method in ("portable", "to_tensorrt") else names
+
+    methods = [name for name in ("infer", "reference", "portable", "to_tensorrt") if name in vars(kind)]
+    assert [parameters(name) for name in methods] == [parameters("infer")] * len(methods)
+
+
+def test_building_takes_a_time_that_grows_with_the_layers(tiny_config):
+    """Counted in calls of Python, for a network that is built and one that is read. No weight is loaded."""
+
+    def calls(layers: int) -> int:
+        config = config_from_hugging_face(tiny_config | {"num_hidden_layers": layers}, "test")
+        weights = {
+            name: LazyTensor(torch.float16, shape, lambda: pytest.fail("was loaded"))
+            for name, shape in config.tensor_shapes().items()
+        }
+        count = 0
+
+        def see(frame, event, argument) -> None:
+            nonlocal count
+            count += 1
+
+        sys.setprofile(see)
+        try:
+            network = decoder(config, weights.__getitem__, torch.float16, 16)
+            Network.from_json(network.to_json(), network.constants)
+        finally:
+            sys.setprofile(None)
+        return count
+
+    calls(2)  # what is imported or cached once
+    assert calls(120) < 4.2 * calls(30)
 
 
 def test_mark_output_renames_producer_and_consumers():

@@ -124,9 +124,7 @@ ABSENT = -1  # the last slot, which stays empty: of an input that a node does no
 
 def _bound(op: Op, sources: dict[str, int]) -> tuple[Callable, tuple[int, ...]]:
     """What a step calls, and the slots of its arguments in order; absent ones at the end are left out."""
-    order = [sources.pop(parameter, ABSENT) for parameter in op.parameters]
-    if sources:
-        raise TypeError(f"{op} has no input {min(sources)}")
+    order = [sources.get(parameter, ABSENT) for parameter in op.parameters]
     while order and order[-1] == ABSENT:
         order.pop()
     return op.portable, tuple(order)
@@ -158,7 +156,7 @@ class _Constants:
                 parameter: self._slot(value, names[parameter] if value is given[parameter] else None)
                 for parameter, value in prepared.items()
             }
-        return dict(self._prepared[key])
+        return self._prepared[key]
 
     def forget(self, names: Iterable[str]) -> None:
         """Of constants that no later node reads, drops what is in no slot."""
