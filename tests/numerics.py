@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from trtbuild.network import Network
+from trtbuild.network import Network, lockstep
 
 
 def error(actual: torch.Tensor, expected: np.ndarray) -> float:
@@ -24,11 +24,8 @@ def check_linear(op, inputs: list[torch.Tensor], expected: np.ndarray, tolerance
 
 def run_reference(network: Network, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A network's outputs by its operations' `reference`."""
-    values = inputs | {name: constant.load() for name, constant in network.constants.items()}
-    for node in network.nodes:
-        result = node.op.reference(**{parameter: values[name] for parameter, name in node.inputs.items()})
-        values |= zip(node.outputs, result if isinstance(result, tuple) else (result,), strict=True)
-    return {name: values[name] for name in network.outputs}
+    (outputs,) = lockstep.run([network], [inputs])
+    return outputs
 
 
 def step_logits(session, prompts, new_tokens, all_logits: bool = True) -> torch.Tensor:

@@ -52,25 +52,24 @@ def decoder(
 ) -> Network:
     """One rank's network: packed token ids and KV caches in, float32 logits of the chosen rows and new caches out.
 
-    `weights` maps a canonical name to its tensor, quantized or not. Inputs: what a step reads (`STEP_INPUTS`), of
-    lengths only those by which RoPE's base is chosen; then `key_cache.i` and `value_cache.i`, `[batch, kv_heads,
-    max_length, head_dim]`. Outputs: `logits` `[rows, vocab]`, and `present_key.i` and `present_value.i`, the caches'
-    new states.
+    `config`, `weights` and `cache` are the rank's (`sharding.shard`); `weights` maps a canonical name to its tensor,
+    quantized or not. The first stage of a pipeline alone reads ids, the last alone gives logits. Inputs: what a step
+    reads (`STEP_INPUTS`), of lengths only those by which RoPE's base is chosen; then `key_cache.i` and `value_cache.i`
+    of each layer, `[batch, kv_heads, max_length, head_dim]`. Outputs: `logits` `[rows, vocab]`, and `present_key.i` and
+    `present_value.i`, the caches' new states.
     """
     network = Network()
-    hidden, inputs = embedding(network, config, weights, dtype, max_length)
-    logits_indices = step_input(network, "logits_indices")
-    presents = []
-    for i in range(config.num_hidden_layers):
+    hidden, inputs = embedding(network, config, weights, dtype, max_length, mapping)
+    logits_indices = step_input(network, "logits_indices") if mapping.is_last else None
+    presents = {}
+    for i in mapping.layers(config.num_hidden_layers):
         kv_cache = layer_cache(network, config, i, dtype, max_length, cache)
-        hidden, present = decoder_layer(config, weights, i, hidden, inputs, kv_cache)
-        presents.append(present)
-    x = ops.rms_norm(
-        ops.select_rows(hidden, logits_indices), _norm(network, weights, "model.norm", dtype), config.rms_norm_eps
-    )
-    head = config.output_product
-    network.mark_output(ops.cast(linear(x, head, [weights(f"{head}.weight")]), torch.float32), "logits")
-    for i, present in enumerate(presents):
+        hidden, presents[i] = decoder_layer(config, weights, i, hidden, inputs, kv_cache, mapping)
+    if logits_indices:
+        network.mark_output(output(config, weights, ops.select_rows(hidden, logits_indices), mapping), "logits")
+    else:
+        ops.send(hidden, mapping.rank + mapping.tp_size)
+    for i, present in presents.items():
         for kind, tensor in zip(KINDS, present, strict=True):
             network.mark_output(tensor, f"present_{kind}.{i}")
             network.states[f"{kind}_cache.{i}"] = f"present_{kind}.{i}"
@@ -78,20 +77,32 @@ def decoder(
 
 
 def embedding(
-    network: Network, config: ModelConfig, weights: Weights, dtype: torch.dtype, max_length: int
+    network: Network,
+    config: ModelConfig,
+    weights: Weights,
+    dtype: torch.dtype,
+    max_length: int,
+    mapping: Mapping = Mapping(),
 ) -> tuple[Tensor, LayerInputs]:
     """Declares a step's inputs; the first layer's hidden states, `[tokens, hidden]`, and what all layers share.
 
-    What a model does to sequences longer than `max_length` alone is left out.
+    Hidden states come from the stage before, if there is one. What a model does to sequences longer than `max_length`
+    alone is left out.
     """
-    names = ("input_ids", "position_ids", "query_starts", "past_lengths")
-    input_ids, position_ids, query_starts, past_lengths = (step_input(network, name) for name in names)
-    shared = _positional(network, config, position_ids, dtype, max_length)
+    input_ids = step_input(network, "input_ids") if mapping.is_first else None
+    names = ("position_ids", "query_starts", "past_lengths")
+    position_ids, query_starts, past_lengths = (step_input(network, name) for name in names)
+    shared = _positional(network, config, position_ids, dtype, max_length, mapping)
     if 0 < config.logn_length < max_length:
         shared["logn"] = ops.log_n(position_ids, config.logn_length, dtype)
     inputs = LayerInputs(position_ids, query_starts, past_lengths, **shared)
+    if input_ids is None:
+        return ops.receive(position_ids, mapping.rank - mapping.tp_size, dtype, config.hidden_size), inputs
     table = network.constant("model.embed_tokens.weight", weights("model.embed_tokens.weight").to(dtype))
-    return ops.embedding(input_ids, table), inputs
+    words = mapping.words(config.vocab_size)
+    if len(words) == config.vocab_size:
+        return ops.embedding(input_ids, table), inputs
+    return ops.all_reduce(ops.embedding_part(input_ids, table, words.start), mapping.stage), inputs
 
 
 def layer_cache(
@@ -116,6 +127,7 @@ def decoder_layer(
     hidden: Tensor,
     inputs: LayerInputs,
     cache: dict[str, Tensor] | None = None,
+    mapping: Mapping = Mapping(),
 ) -> tuple[Tensor, list[Tensor]]:
     """Layer `i`: hidden states `[tokens, hidden]` in and out, and the layer's new caches.
 
@@ -138,21 +150,33 @@ def decoder_layer(
     sequences = inputs.position_ids, inputs.query_starts, inputs.past_lengths
     attended = ops.attention(q, k, v, *sequences, slopes=inputs.slopes, **(cache or {}))
     x, *present = attended if cache else (attended,)
-    hidden = ops.add(hidden, project(x, "self_attn.o_proj", config.attention_out_bias))
+    x = project(x, "self_attn.o_proj", config.attention_out_bias)
+    hidden = ops.add(hidden, ops.all_reduce(x, mapping.stage))
 
     x = ops.rms_norm(hidden, _norm(network, weights, f"{layer}.post_attention_layernorm", dtype), config.rms_norm_eps)
     x = ops.swiglu(project(x, "mlp.gate_up_proj", config.mlp_bias))
-    return ops.add(hidden, project(x, "mlp.down_proj", config.mlp_bias)), present
+    x = project(x, "mlp.down_proj", config.mlp_bias)
+    return ops.add(hidden, ops.all_reduce(x, mapping.stage)), present
+
+
+def output(config: ModelConfig, weights: Weights, hidden: Tensor, mapping: Mapping) -> Tensor:
+    """Float32 logits `[rows, vocab]` of the last layer's hidden states `[rows, hidden]`."""
+    norm = _norm(hidden.network, weights, "model.norm", hidden.dtype)
+    head = config.output_product
+    x = linear(ops.rms_norm(hidden, norm, config.rms_norm_eps), head, [weights(f"{head}.weight")])
+    if x.shape[1] < config.vocab_size:
+        x = ops.all_gather(x, mapping.stage)
+    return ops.cast(x, torch.float32)
 
 
 def cache_of_network(network: Network) -> CacheScales | None:
     """The scales of a network's KV cache, where it is quantized."""
-    layers = len(network.states) // len(KINDS)
-    names = [[f"model.layers.{i}.self_attn.{kind}_scale" for i in range(layers)] for kind in KINDS]
+    layers = [name.removeprefix("key_cache.") for name in network.states if name.startswith("key_cache.")]
+    names = [[f"model.layers.{i}.self_attn.{kind}_scale" for i in layers] for kind in KINDS]
     if names[0][0] not in network.constants:
         return None
     scales = (torch.stack([network.constants[name].load() for name in kind]) for kind in names)
-    return CacheScales(network.tensors["key_cache.0"].dtype, *scales)
+    return CacheScales(network.tensors[f"key_cache.{layers[0]}"].dtype, *scales)
 
 
 def _norm(network: Network, weights: Weights, name: str, dtype: torch.dtype) -> Tensor:
@@ -160,12 +184,13 @@ def _norm(network: Network, weights: Weights, name: str, dtype: torch.dtype) -> 
 
 
 def _positional(
-    network: Network, config: ModelConfig, position_ids: Tensor, dtype: torch.dtype, max_length: int
+    network: Network, config: ModelConfig, position_ids: Tensor, dtype: torch.dtype, max_length: int, mapping: Mapping
 ) -> dict[str, Tensor]:
     """RoPE's cos and sin, or ALiBi's slopes, by name."""
     rope = config.rope
     if rope is None:
-        return {"slopes": network.constant("alibi.slopes", from_tensor(alibi_slopes(config.num_attention_heads)))}
+        slopes = alibi_slopes(config.num_attention_heads * mapping.tp_size).chunk(mapping.tp_size)[mapping.tp_rank]
+        return {"slopes": network.constant("alibi.slopes", from_tensor(slopes))}
 
     def frequencies(values: torch.Tensor) -> Tensor:
         return network.constant("rotary.inverse_frequencies", from_tensor(values))

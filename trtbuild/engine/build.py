@@ -9,6 +9,7 @@ import trtbuild
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.decoder.decoder import CacheScales, decoder
 from trtbuild.decoder.mapping import Mapping
+from trtbuild.decoder.sharding import shard
 from trtbuild.engine.config import BuildLimits, marker, rank_file, write_config
 from trtbuild.engine.portable import read_portable, write_portable
 from trtbuild.errors import UserError
@@ -51,7 +52,8 @@ def build_portable(
     if not extrapolate_positions:
         check_positions(checkpoint.config, limits)
     weights = lambda name: checkpoint[name].fitting(dtype, name)  # noqa: E731
-    network = decoder(checkpoint.config, weights, dtype, limits.max_length, cache, mapping)
+    config, weights, cache = shard(checkpoint.config, weights, cache, mapping)
+    network = decoder(config, weights, dtype, limits.max_length, cache, mapping)
     total = sum(constant.nbytes for constant in network.constants.values())
     with byte_bar(total, path.name) as bar:
         write_portable(path, network, limits, bar.update)

@@ -30,6 +30,7 @@ class Op:
     """
 
     kinds: ClassVar[dict[str, type["Op"]]] = {}
+    selects: ClassVar[bool] = False  # whether it reads only some rows of its constant
 
     def __init_subclass__(cls) -> None:
         Op.kinds[cls.__name__] = cls
@@ -104,9 +105,9 @@ class Network:
     def add(self, op: Op, /, **inputs: Tensor | None) -> Any:
         """Appends a node; returns its output tensor, or the tuple of them. An input that is None is absent."""
         given = {parameter: x for parameter, x in inputs.items() if x is not None}
-        names = [f"{type(op).__name__}.{len(self.nodes)}"]
         specs = op.infer(**given)
-        names += [f"{names[0]}.{i}" for i in range(1, len(specs))]
+        name = f"{type(op).__name__}.{len(self.nodes)}"
+        names = [name if i == 0 else f"{name}.{i}" for i in range(len(specs))]
         outputs = tuple(self._tensor(name, *spec) for name, spec in zip(names, specs, strict=True))
         self._append(Node(op, {parameter: x.name for parameter, x in given.items()}, tuple(names)))
         return outputs[0] if len(outputs) == 1 else outputs
@@ -144,7 +145,7 @@ class Network:
     @property
     def weight_bytes(self) -> int:
         """Bytes of weights that one generation step reads: everything but an embedding table that is only indexed."""
-        read = {name for node in self.nodes if type(node.op).__name__ != "Embedding" for name in node.inputs.values()}
+        read = {name for node in self.nodes if not node.op.selects for name in node.inputs.values()}
         return sum(constant.nbytes for name, constant in self.constants.items() if name in read)
 
     def holds(self, dtype: torch.dtype) -> bool:

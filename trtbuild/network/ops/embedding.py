@@ -11,6 +11,8 @@ from trtbuild.network.network import Op, Tensor
 class Embedding(Op):
     """Rows of a table."""
 
+    selects = True
+
     def infer(self, input_ids: Tensor, weight: Tensor):
         return [(weight.dtype, (*input_ids.shape, weight.shape[1]))]
 
@@ -21,6 +23,31 @@ class Embedding(Op):
         return lowering.gather(weight, input_ids)
 
 
+@dataclass(frozen=True)
+class EmbeddingPart(Op):
+    """Rows of a table that holds those of the ids from `first` on; zeros for other ids, which other ranks have."""
+
+    first: int
+
+    selects = True
+
+    def infer(self, input_ids: Tensor, weight: Tensor):
+        return [(weight.dtype, (*input_ids.shape, weight.shape[1]))]
+
+    def reference(self, input_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        rows = input_ids - self.first
+        there = (rows >= 0) & (rows < len(weight))
+        return torch.nn.functional.embedding(rows.where(there, 0), weight) * there[:, None]
+
+    def to_tensorrt(self, lowering, input_ids, weight):
+        raise NotImplementedError(f"{self}: networks of several ranks are not lowered to TensorRT yet")
+
+
 def embedding(input_ids: Tensor, weight: Tensor) -> Tensor:
     """`[tokens]` int32 ids and a `[vocab, hidden]` table to `[tokens, hidden]`."""
     return input_ids.network.add(Embedding(), input_ids=input_ids, weight=weight)
+
+
+def embedding_part(input_ids: Tensor, weight: Tensor, first: int) -> Tensor:
+    """The same of a table `[words, hidden]` that begins at the word `first`: zeros for words that it does not have."""
+    return input_ids.network.add(EmbeddingPart(first), input_ids=input_ids, weight=weight)

@@ -1,0 +1,276 @@
+"""Ranks in lock-step against one rank: small models of every family, prompts and decode steps, quantized too."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, partial
+
+import pytest
+import torch
+from published_models import LLAMA, QWEN, Tensors, baichuan_config, baichuan_tensors, llama_tensors, qwen_tensors
+
+from trtbuild.decoder.decoder import CacheScales, decoder
+from trtbuild.decoder.mapping import Mapping
+from trtbuild.decoder.sharding import shard
+from trtbuild.linear.format import round_8bit
+from trtbuild.linear.int4 import Int4Grid
+from trtbuild.linear.linear import Weight
+from trtbuild.models.config import ModelConfig
+from trtbuild.models.families import canonical_config, config_from_hugging_face, family_of
+from trtbuild.network import Network, lockstep
+from trtbuild.network.network import Op
+from trtbuild.network.ops.collectives import Collective
+from trtbuild.network.step import Chunk, step_tensors
+from trtbuild.tensors.lazy import LazyTensor, from_tensor
+from trtbuild.tensors.quantized_weight import QuantizedWeight
+from trtbuild.tensors.rounding import DTYPES, LIMIT
+
+LAYOUTS = [(2, 1), (4, 1), (1, 2), (2, 2), (4, 3)]
+PROMPTS, STEPS, LENGTH = (13, 1, 22), 3, 26
+# Norm of the difference over the norm of all logits: float32 sums in another order.
+EXACT = 2e-6
+layouts = pytest.mark.parametrize(("tp_size", "pp_size"), LAYOUTS)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@dataclass(frozen=True)
+class Model:
+    config: ModelConfig
+    tensors: dict[str, LazyTensor]
+
+
+def published(config: dict, tensors: Tensors, version: str | None = None) -> Model:
+    canonical = canonical_config(config, "test", version)
+    lazy = {name: from_tensor(x) for name, x in tensors.items()}
+    lazy = family_of(config, "test").canonical_tensors(lazy, canonical)
+    model = config_from_hugging_face(canonical, "test")
+    return Model(model, {name: lazy[name] for name in model.tensor_shapes()})
+
+
+def llama(**changes) -> Model:
+    config = LLAMA | {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4} | changes
+    tensors = llama_tensors(config)
+    generator = torch.Generator().manual_seed(1)
+    shapes = config_from_hugging_face(config, "test").tensor_shapes()
+    biases = {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items() if "bias" in name}
+    return published(config, tensors | biases)
+
+
+def qwen(**changes) -> Model:
+    config = QWEN | {"hidden_size": 64, "num_attention_heads": 4} | changes
+    return published(config, qwen_tensors(config))
+
+
+def baichuan(version: str, **changes) -> Model:
+    config = baichuan_config(version, hidden_size=96, num_attention_heads=12, **changes)
+    return published(config, baichuan_tensors(config), version)
+
+
+MODELS = {
+    "llama": llama,
+    "llama, 2 KV heads": partial(llama, num_key_value_heads=2),
+    "llama, 1 KV head": partial(llama, num_key_value_heads=1),
+    "llama, tied": partial(llama, tie_word_embeddings=True),
+    "llama, biases": partial(llama, attention_bias=True, mlp_bias=True),
+    "llama, a vocabulary that does not divide": partial(llama, vocab_size=321),
+    "llama, tied, a vocabulary that does not divide": partial(llama, vocab_size=321, tie_word_embeddings=True),
+    "llama, dynamic NTK": partial(
+        llama, max_position_embeddings=16, rope_scaling={"rope_type": "dynamic", "factor": 2.0}
+    ),
+    "codellama": partial(llama, rope_theta=1e6, num_key_value_heads=8),
+    "yi": partial(llama, rope_theta=5e6, num_key_value_heads=2, num_hidden_layers=4),
+    "qwen": qwen,
+    "qwen beyond its length": partial(qwen, seq_length=6),
+    "baichuan 7b": partial(baichuan, "v1_7b"),
+    "baichuan2 7b": partial(baichuan, "v2_7b"),
+    "baichuan 13b": partial(baichuan, "v1_13b"),
+    "baichuan2 13b": partial(baichuan, "v2_13b"),
+}
+
+
+def world(tp_size: int, pp_size: int) -> list[Mapping]:
+    return [Mapping(tp_size, pp_size, rank) for rank in range(tp_size * pp_size)]
+
+
+def networks_of(
+    config: ModelConfig,
+    weights: Callable[[str], Weight],
+    dtype: torch.dtype,
+    scales: CacheScales | None,
+    ranks: list[Mapping],
+) -> list[Network]:
+    """Those of some ranks, written and read again."""
+    networks = []
+    for mapping in ranks:
+        share, own, own_scales = shard(config, weights, scales, mapping)
+        network = decoder(share, own, dtype, LENGTH, own_scales, mapping)
+        networks.append(Network.from_json(json.loads(json.dumps(network.to_json())), network.constants))
+    return networks
+
+
+def steps() -> Iterator[list[Chunk]]:
+    """All prompts, then their next tokens, one a step."""
+    draw = torch.Generator().manual_seed(0)
+    for i in range(STEPS + 1):
+        yield [
+            Chunk(
+                torch.randint(320, (n if i == 0 else 1,), generator=draw).tolist(),
+                prompt_length=n,
+                past=n + i - 1 if i else 0,
+                slot=slot,
+                all_logits=True,
+            )
+            for slot, n in enumerate(PROMPTS)
+        ]
+
+
+def logits(networks: list[Network]) -> list[torch.Tensor]:
+    """Of all prompts' tokens and of those that follow, `[rows, vocab]`, as each rank of the last stage has them."""
+    caches = []
+    for network in networks:
+        kinds = {name: network.tensors[name] for name in network.states}
+        caches.append({name: torch.zeros((len(PROMPTS), *x.shape[1:]), dtype=x.dtype) for name, x in kinds.items()})
+    rows: dict[int, list[torch.Tensor]] = {}
+    for chunks in steps():
+        inputs = [step_tensors(chunks, network.inputs) | own for network, own in zip(networks, caches, strict=True)]
+        for rank, outputs in enumerate(lockstep.run(networks, inputs)):
+            caches[rank] = {name: outputs[state] for name, state in networks[rank].states.items()}
+            if "logits" in outputs:
+                rows.setdefault(rank, []).append(outputs["logits"])
+    return [torch.cat(own) for own in rows.values()]
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@cache
+def made(name: str) -> Model:
+    return MODELS[name]()
+
+
+@cache
+def alone(name: str) -> torch.Tensor:
+    model = made(name)
+    (result,) = logits(networks_of(model.config, model.tensors.__getitem__, torch.float32, None, [Mapping()]))
+    return result
+
+
+@layouts
+@pytest.mark.parametrize("name", MODELS)
+def test_ranks_equal_one(name, tp_size, pp_size):
+    model = made(name)
+    ranks = world(tp_size, pp_size)
+    results = logits(networks_of(model.config, model.tensors.__getitem__, torch.float32, None, ranks))
+    assert len(results) == tp_size
+    assert all(torch.equal(result, results[0]) for result in results)
+    if tp_size == 1:
+        assert torch.equal(results[0], alone(name))
+    assert error(results[0], alone(name)) < EXACT
+
+
+@layouts
+@pytest.mark.parametrize("name", ["llama, biases", "qwen", "baichuan 13b"])
+def test_only_several_ranks_meet(name, tp_size, pp_size):
+    """Where: after what is shared by input channels, around the vocabulary, and between stages."""
+    model = made(name)
+    for mapping in (Mapping(), *(Mapping(tp_size, pp_size, rank) for rank in range(tp_size * pp_size))):
+        (network,) = networks_of(model.config, model.tensors.__getitem__, torch.float32, None, [mapping])
+        counts = Counter(type(node.op).__name__ for node in network.nodes if isinstance(node.op, Collective))
+        layers, several = len(mapping.layers(model.config.num_hidden_layers)), mapping.tp_size > 1
+        expected = {
+            "AllReduce": several * (2 * layers + mapping.is_first),
+            "AllGather": several * mapping.is_last,
+            "Send": not mapping.is_last,
+            "Receive": not mapping.is_first,
+        }
+        assert counts == {kind: n for kind, n in expected.items() if n}
+        assert ("input_ids" in network.inputs, "logits" in network.outputs) == (mapping.is_first, mapping.is_last)
+        caches = [name for name in network.inputs if name.startswith("key_cache.")]
+        assert caches == [f"key_cache.{i}" for i in mapping.layers(model.config.num_hidden_layers)]
+
+
+# Quantized weights and caches: in float64, in which no number lies so near to the middle of two that it is rounded
+# to one by some ranks and to the other by more
+
+
+def rounded(weight: torch.Tensor, kind: str) -> QuantizedWeight:
+    name, _, option = kind.partition(" ")
+    if name == "int4":
+        size = weight.shape[1] if option == "rows" else GROUP
+        values, scales, zeros = Int4Grid(size, option == "symmetric", torch.float32).round(weight)
+        kept = None if option == "symmetric" else from_tensor(zeros.to(torch.int8))
+        return QuantizedWeight("int4", from_tensor(values.to(torch.int8)), from_tensor(scales), kept)
+    values, scales = round_8bit(weight, DTYPES[name], per_tensor=False)
+    input_scale = from_tensor(torch.tensor([4 / LIMIT[DTYPES[name]]])) if option == "static" else None
+    return QuantizedWeight(name, from_tensor(values), from_tensor(scales), None, option or "16bit", input_scale)
+
+
+def quantized(model: Model, kind: str | None) -> Callable[[str], Weight]:
+    """Its weights, those of all products rounded."""
+    products = ("proj.weight", "lm_head.weight") if kind else ()
+    return lambda name: rounded(model.tensors[name].load(), kind) if name.endswith(products) else model.tensors[name]
+
+
+def scales_of(config: ModelConfig, dtype: torch.dtype | None) -> CacheScales | None:
+    """Other ones for every head."""
+    if dtype is None:
+        return None
+    draw = torch.Generator().manual_seed(2)
+    shape = config.num_hidden_layers, config.num_key_value_heads
+    keys, values = ((0.5 + torch.rand(shape, generator=draw)) * 4 / LIMIT[dtype] for _ in range(2))
+    return CacheScales(dtype, keys, values)
+
+
+GROUP = 8
+QUANTIZED = {
+    "llama": partial(llama, num_key_value_heads=2, intermediate_size=128, attention_bias=True, mlp_bias=True),
+    "qwen": partial(qwen, intermediate_size=256, seq_length=6),
+    "baichuan 13b": partial(baichuan, "v2_13b", intermediate_size=128),
+}
+CASES = [
+    *[(kind, None) for kind in ("int8", "int4 symmetric", "int4 asymmetric", "int4 rows", "int8 static", "fp8 static")],
+    *[(kind, dtype) for kind in (None, "int4 asymmetric") for dtype in DTYPES.values()],
+]
+models = pytest.mark.parametrize("name", QUANTIZED)
+some_layouts = pytest.mark.parametrize(("tp_size", "pp_size"), [(2, 1), (4, 1), (2, 2)])
+
+
+@some_layouts
+@models
+@pytest.mark.parametrize(("kind", "dtype"), CASES, ids=str)
+def test_quantized_ranks_equal_one(name, kind, dtype, tp_size, pp_size):
+    model = QUANTIZED[name]()
+    given = model.config, quantized(model, kind), torch.float64, scales_of(model.config, dtype)
+    (expected,) = logits(networks_of(*given, [Mapping()]))
+    for result in logits(networks_of(*given, world(tp_size, pp_size))):
+        assert error(result, expected) < EXACT
+
+
+@dataclass(frozen=True)
+class InSlices:
+    """A product whose input is rounded in slices, with a scale of its own for each slice of a token."""
+
+    op: Op
+    count: int
+
+    def reference(self, x, weight, scales, bias=None):
+        parts = zip(x.chunk(self.count, 1), weight.chunk(self.count, 1), strict=True)
+        product = sum(self.op.reference(x=x, weight=w, scales=scales) for x, w in parts)
+        return product if bias is None else product + bias
+
+
+@some_layouts
+@models
+def test_a_token_has_a_scale_on_every_rank(name, tp_size, pp_size):
+    """Where ranks share a product's input channels each rounds its own by their largest."""
+    model = QUANTIZED[name]()
+    given = model.config, quantized(model, "int8 token"), torch.float64, None
+    (network,) = networks_of(*given, [Mapping()])
+    for i, node in enumerate(network.nodes):
+        if node.inputs.get("weight", "").endswith(("o_proj.weight", "down_proj.weight")):
+            network.nodes[i] = replace(node, op=InSlices(node.op, tp_size))
+    (expected,) = logits([network])
+    for result in logits(networks_of(*given, world(tp_size, pp_size))):
+        assert error(result, expected) < EXACT
