@@ -19,8 +19,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 import torch.nn.functional as F
 
+from trtbuild.kernels.add_rms_norm import add_rms_norm
 from trtbuild.kernels.decode_attention import decode_attention
 from trtbuild.kernels.quantize_rows import quantize_rows, scale_product
+from trtbuild.kernels.swiglu import swiglu
 from trtbuild.linear.int4 import Int4Linear
 from trtbuild.linear.int8 import Int8Linear
 from trtbuild.linear.w8a8 import W8A8Linear
@@ -209,6 +211,33 @@ def quantization(table: Table) -> None:
         )  # fmt: skip
 
 
+def fusion(table: Table) -> None:
+    """Kernels that replace chains of operations, beside torch's kernels for these."""
+
+    def norm(a, b, weight):
+        total = a + b
+        return total, F.rms_norm(total, weight.shape, weight, 1e-5)
+
+    def gated(gate_up):
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    for rows in (*ROWS, 2048):
+        for width in (4096, 8192):
+            count, weight = copies(8 * rows * width) if rows > 64 else 4, torch.rand(width, device="cuda").half() + 0.5
+            call = [(*torch.randn(2, rows, width, device="cuda").half(), weight) for _ in range(count)]
+            expected = norm(*(x.double() for x in call[0]))
+            wrong = max(map(error, add_rms_norm(*call[0], 1e-5), expected))
+            us = microseconds(add_rms_norm, [(*x, 1e-5) for x in call])
+            table.add("add, norm", f"{width}", rows, us, 8 * rows * width, microseconds(norm, call), wrong)
+        for width in (11008, 28672):
+            count = copies(6 * rows * width) if rows > 64 else 4
+            call = [(torch.randn(rows, 2 * width, device="cuda").half(),) for _ in range(count)]
+            wrong = error(swiglu(*call[0]), gated(call[0][0].double()))
+            us = microseconds(swiglu, call)
+            table.add("swiglu", f"{width}", rows, us, 6 * rows * width, microseconds(gated, call), wrong)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="a part of a kernel's name")
@@ -222,6 +251,8 @@ def main() -> None:
         attention(table)
     if only in "quantization":
         quantization(table)
+    if only in "fusion":
+        fusion(table)
     if table.wrong:
         sys.exit(f"{table.wrong} results are wrong")
 

@@ -31,10 +31,10 @@ def _kernel(a, b, weight, total, normed, width, eps, BLOCK: tl.constexpr):
     column = tl.arange(0, BLOCK)
     inside = column < width
     at = tl.program_id(0).to(tl.int64) * width + column
+    scale = tl.load(weight + column, mask=inside, other=0).to(tl.float32)  # waits for no sum
     x = tl.load(a + at, mask=inside, other=0).to(tl.float32) + tl.load(b + at, mask=inside, other=0).to(tl.float32)
     rounded = x.to(total.dtype.element_ty)  # the norm is that of the sum as the next layer reads it
     tl.store(total + at, rounded, mask=inside)
     x = rounded.to(tl.float32)
-    x *= tl.rsqrt(tl.sum(x * x, 0) / width + eps)
-    x *= tl.load(weight + column, mask=inside, other=0).to(tl.float32)
+    x *= tl.rsqrt(tl.sum(x * x, 0) / width + eps) * scale
     tl.store(normed + at, x.to(normed.dtype.element_ty), mask=inside)
