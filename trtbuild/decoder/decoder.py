@@ -164,7 +164,7 @@ def output(config: ModelConfig, weights: Weights, hidden: Tensor, mapping: Mappi
     norm = _norm(hidden.network, weights, "model.norm", hidden.dtype)
     head = config.output_product
     x = linear(ops.rms_norm(hidden, norm, config.rms_norm_eps), head, [weights(f"{head}.weight")])
-    if x.shape[1] < config.vocab_size:
+    if len(mapping.words(config.vocab_size)) < config.vocab_size:
         x = ops.all_gather(x, mapping.stage)
     return ops.cast(x, torch.float32)
 

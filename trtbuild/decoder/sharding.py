@@ -45,9 +45,9 @@ def shard(
         weight, dim = weights(name), _shared_dimension(name)
         if dim is None:
             return weight
-        if dim == len(whole[name]):  # a bias of outputs that are summed
+        if isinstance(weight, LazyTensor) and dim == len(weight.shape):  # a bias of outputs that are summed
             return weight if mapping.tp_rank == 0 else _zeros(weight)
-        if dim == 1 and isinstance(weight, QuantizedWeight):
+        if isinstance(weight, QuantizedWeight) and dim == 1:
             _check_columns(config, mapping, name, weight)
         return weight.narrow(dim, *part(whole[name][dim], shapes[name][dim]))
 

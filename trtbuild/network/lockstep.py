@@ -8,6 +8,7 @@ from trtbuild.network.network import Network
 from trtbuild.network.ops.collectives import Collective
 
 Values = dict[str, torch.Tensor]
+Run = Generator[tuple[Collective, Values], torch.Tensor | tuple | None, Values]
 
 
 def run(networks: Sequence[Network], inputs: Sequence[Values]) -> list[Values]:
@@ -45,7 +46,7 @@ def run(networks: Sequence[Network], inputs: Sequence[Values]) -> list[Values]:
     return results
 
 
-def _run(network: Network, inputs: Values) -> Generator[tuple[Collective, Values], torch.Tensor | tuple, Values]:
+def _run(network: Network, inputs: Values) -> Run:
     """Yields at every collective operation, with its inputs by name; is sent its result. Returns the outputs."""
     values = inputs | {name: constant.load() for name, constant in network.constants.items()}
     for node in network.nodes:

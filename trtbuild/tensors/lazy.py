@@ -40,12 +40,10 @@ class LazyTensor:
             raise ValueError(f"{start} + {length} of dimension {dim} of a tensor {list(self.shape)}")
         if length == self.shape[dim]:
             return self
-        shape = (*self.shape[:dim], length, *self.shape[dim + 1 :])
+        load: Callable[[], torch.Tensor] = _Narrow(self, dim, start, length)
         if isinstance(self.load, _Cast):
             load = replace(self.load, source=self.load.source.narrow(dim, start, length))
-        else:
-            load = _Narrow(self, dim, start, length)
-        return LazyTensor(self.dtype, shape, load)
+        return LazyTensor(self.dtype, (*self.shape[:dim], length, *self.shape[dim + 1 :]), load)
 
 
 @dataclass(frozen=True)
