@@ -15,7 +15,7 @@ from trtbuild.decoder.mapping import Mapping
 from trtbuild.decoder.sharding import shard
 from trtbuild.linear.format import round_8bit
 from trtbuild.linear.int4 import Int4Grid
-from trtbuild.linear.linear import Weight
+from trtbuild.linear.linear import WEIGHT_FORMATS, Weight
 from trtbuild.models.config import ModelConfig
 from trtbuild.models.families import canonical_config, config_from_hugging_face, family_of
 from trtbuild.network import Network, lockstep
@@ -204,7 +204,7 @@ def rounded(weight: torch.Tensor, kind: str) -> QuantizedWeight:
         return QuantizedWeight("int4", from_tensor(values.to(torch.int8)), from_tensor(scales), kept)
     values, scales = round_8bit(weight, DTYPES[name], per_tensor=False)
     input_scale = from_tensor(torch.tensor([4 / LIMIT[DTYPES[name]]])) if option == "static" else None
-    return QuantizedWeight(name, from_tensor(values), from_tensor(scales), None, option or "16bit", input_scale)
+    return QuantizedWeight(name, from_tensor(values), from_tensor(scales), None, option, input_scale)
 
 
 def quantized(model: Model, kind: str | None) -> Callable[[str], Weight]:
@@ -229,8 +229,10 @@ QUANTIZED = {
     "qwen": partial(qwen, intermediate_size=256, seq_length=6),
     "baichuan 13b": partial(baichuan, "v2_13b", intermediate_size=128),
 }
+EIGHT_BITS = [f"{known.dtype} {known.activations}" for known in WEIGHT_FORMATS if known.dtype in DTYPES]
+TOKEN = [kind for kind in EIGHT_BITS if kind.endswith("token")]
 CASES = [
-    *[(kind, None) for kind in ("int8", "int4 symmetric", "int4 asymmetric", "int4 rows", "int8 static", "fp8 static")],
+    *[(kind, None) for kind in (*EIGHT_BITS, "int4 symmetric", "int4 asymmetric", "int4 rows") if kind not in TOKEN],
     *[(kind, dtype) for kind in (None, "int4 asymmetric") for dtype in DTYPES.values()],
 ]
 models = pytest.mark.parametrize("name", QUANTIZED)
@@ -263,10 +265,11 @@ class InSlices:
 
 @some_layouts
 @models
-def test_a_token_has_a_scale_on_every_rank(name, tp_size, pp_size):
+@pytest.mark.parametrize("kind", TOKEN)
+def test_a_token_has_a_scale_on_every_rank(name, kind, tp_size, pp_size):
     """Where ranks share a product's input channels each rounds its own by their largest."""
     model = QUANTIZED[name]()
-    given = model.config, quantized(model, "int8 token"), torch.float64, None
+    given = model.config, quantized(model, kind), torch.float64, None
     (network,) = networks_of(*given, [Mapping()])
     for i, node in enumerate(network.nodes):
         if node.inputs.get("weight", "").endswith(("o_proj.weight", "down_proj.weight")):
