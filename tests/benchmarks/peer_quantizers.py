@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 PEERS = [
-    *(f"llmcompressor-{method}" for method in ("gptq", "awq", "smoothquant", "fp8", "int8", "int4")),
+    *(f"llmcompressor-{method}" for method in ("gptq", "awq", "smoothquant", "fp8", "fp8-dynamic", "int8", "int4")),
     "gptqmodel-gptq",
 ]
 
@@ -44,6 +44,7 @@ def llmcompressor_recipe(args: argparse.Namespace) -> list:
         "int8": (int8, None),
         "smoothquant": (int8, per_token if args.dynamic else per_tensor),
         "fp8": (fp8, {**fp8, "observer": "static_minmax"}),
+        "fp8-dynamic": ({**fp8, "strategy": "channel"}, {**per_token, "type": "float"}),
     }[args.method]
     scheme = QuantizationScheme(
         targets=["Linear"],
@@ -69,7 +70,7 @@ def with_llmcompressor(args: argparse.Namespace, samples: list[list[int]]) -> fl
     if not torch.accelerator.is_available():
         IntermediatesCache.pin_memory = lambda *_: None  # AWQ pins its cache, which fails on a machine without a GPU
     data = None
-    if args.method not in ("int8", "int4"):
+    if args.method not in ("int8", "int4", "fp8-dynamic"):
         rows = [{"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()} for ids in samples]
         data = DataLoader(rows, batch_size=None, shuffle=False)
     start = time.perf_counter()
@@ -121,7 +122,7 @@ def main() -> None:
     parser.add_argument("--damping", type=float, default=0.01, help="of GPTQ, a fraction of the mean diagonal")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="to load as")
     args = parser.parse_args()
-    args.package, args.method = args.peer.split("-")
+    args.package, args.method = args.peer.split("-", 1)
     args.dtype = getattr(torch, args.dtype)
     samples = json.loads(args.tokens.read_text())["input_ids"]
     torch.manual_seed(0)

@@ -42,6 +42,7 @@ OURS = {
     "smoothquant static": {"weights": {"dtype": "int8"}, "activations": STATIC},
     "smoothquant per token": {"weights": {"dtype": "int8"}, "activations": STATIC | {"per": "token"}},
     "fp8": {"weights": {"dtype": "fp8"}, "activations": {"dtype": "fp8"}},
+    "fp8 per token": {"weights": {"dtype": "fp8", "per": "channel"}, "activations": {"dtype": "fp8", "per": "token"}},
 }
 PEERS = [
     ("llmcompressor", "int8", "int8", []),
@@ -54,6 +55,7 @@ PEERS = [
     ("llmcompressor", "smoothquant", "smoothquant static", []),
     ("llmcompressor", "smoothquant", "smoothquant per token", ["--dynamic"]),
     ("llmcompressor", "fp8", "fp8", []),
+    ("llmcompressor", "fp8-dynamic", "fp8 per token", []),
 ]
 
 

@@ -35,6 +35,7 @@ FIXTURES = {
     "llmcompressor-w8a8-static": (("int8", 128, True, "static"), torch.bfloat16),
     "llmcompressor-w8a8-dynamic": (("int8", 128, True, "token"), torch.bfloat16),
     "llmcompressor-fp8": (("fp8", 128, True, "static"), torch.bfloat16),
+    "llmcompressor-fp8-dynamic": (("fp8", 128, True, "token"), torch.bfloat16),
 }
 PROJECTIONS = [
     f"model.layers.{i}.{name}_proj"
@@ -126,6 +127,7 @@ WRITTEN = {
     "int8-static": ("compressed-tensors", "int8", True, "static"),
     "int8-token": ("compressed-tensors", "int8", True, "token"),
     "fp8-static": ("compressed-tensors", "fp8", True, "static"),
+    "fp8-token": ("compressed-tensors", "fp8", True, "token"),
 }
 written = pytest.mark.parametrize(("layout", "format", "symmetric", "activations"), WRITTEN.values(), ids=WRITTEN)
 
@@ -626,7 +628,9 @@ CONFIGS = [
     ("llmcompressor-w8a8-dynamic", activations(dynamic=False), r"activations \('int', 8, 'token'\) are not supported"),
     ("llmcompressor-w8a8-dynamic", activations(num_bits=4), r"activations \('int', 4, 'token'\) are not supported"),
     ("llmcompressor-fp8", activations(dynamic=True), r"activations \('float', 8, 'tensor'\) are not supported"),
-    ("llmcompressor-fp8", activations(dynamic=True, strategy="token"), r"\('float', 8, 'token'\) are not supported"),
+    ("llmcompressor-fp8", activations(strategy="token"), r"\('float', 8, 'token'\) are not supported"),
+    ("llmcompressor-fp8-dynamic", activations(type="int"), r"\('int', 8, 'token'\) are not supported"),
+    ("llmcompressor-fp8-dynamic", activations(symmetric=False), r"\('float', 8, 'token'\) are not supported"),
     ("llmcompressor-fp8", group(input_activations=None), "weights float8 per tensor with activations None are not"),
     (
         "llmcompressor-fp8",

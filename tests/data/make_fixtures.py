@@ -47,6 +47,7 @@ FIXTURES = {
         "llmcompressor-w8a8-static": ["--peer", "llmcompressor-smoothquant", "--dtype", "bfloat16"],
         "llmcompressor-w8a8-dynamic": ["--peer", "llmcompressor-smoothquant", "--dynamic", "--dtype", "bfloat16"],
         "llmcompressor-fp8": ["--peer", "llmcompressor-fp8", "--dtype", "bfloat16"],
+        "llmcompressor-fp8-dynamic": ["--peer", "llmcompressor-fp8-dynamic", "--dtype", "bfloat16"],
     },
     "autoawq": {"autoawq-gemm": []},
 }

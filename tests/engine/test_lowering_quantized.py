@@ -72,6 +72,7 @@ LINEARS = {
     "int8 by int8, static": ("int8 static",),
     "int8 by int8, per token": ("int8 token",),
     "fp8": ("fp8 static",),
+    "fp8, per token": ("fp8 token",),
     "int4 with zeros, reordered": ("int4 zeros", 64),
 }
 
@@ -208,7 +209,13 @@ def quantized_decoder(config: dict, dtype: torch.dtype, kind: str, cache_dtype: 
 @layouts
 @pytest.mark.parametrize(
     ("kind", "cache_dtype"),
-    [("int8", None), ("int4 in groups of 32", torch.int8), ("int8 by int8, per token", FP8), ("fp8", FP8)],
+    [
+        ("int8", None),
+        ("int4 in groups of 32", torch.int8),
+        ("int8 by int8, per token", FP8),
+        ("fp8", FP8),
+        ("fp8, per token", None),
+    ],
     ids=str,
 )
 def test_decoder(tiny_config, kind, cache_dtype, packed):
@@ -237,6 +244,7 @@ def test_decoder(tiny_config, kind, cache_dtype, packed):
         ("int8 by int8, static", 8),
         ("int8 by int8, per token", 8),
         ("fp8", 8),
+        ("fp8, per token", 8),
     ],
 )
 def test_weights_stay_small(case, bits):

@@ -22,6 +22,7 @@ RECIPES = {
     "static": {"weights": {"dtype": "int8"}, "activations": STATIC, "quantize_lm_head": True},
     "token": {"weights": {"dtype": "int8"}, "activations": {"dtype": "int8", "per": "token"}},
     "fp8": {"weights": {"dtype": "fp8"}, "activations": {"dtype": "fp8"}, "keep_16bit": ["*.o_proj"]},
+    "fp8 token": {"weights": {"dtype": "fp8", "per": "channel"}, "activations": {"dtype": "fp8", "per": "token"}},
 }
 
 
@@ -109,7 +110,7 @@ def test_activations_are_rounded_where_the_recipe_says(quantized, name):
         assert (y[0] - expected).norm() / expected.norm() < 2e-3, module
 
 
-@pytest.mark.parametrize("name", ["static", "token", "fp8"])
+@pytest.mark.parametrize("name", ["static", "token", "fp8", "fp8 token"])
 def test_rounding_shows(quantized, name):
     """The inputs of a product are not levels before it, so that imitating has something to do."""
     checkpoint = Checkpoint(quantized(name))

@@ -113,6 +113,7 @@ def linear_formats(out: int, width: int) -> dict[str, tuple]:
         "int4 zeros": (Int4Linear(), int4() | {"zeros": zeros}),
         "w8a8 token": (W8A8Linear("int8", "token"), {"weight": int8(), "scales": scale}),
         "w8a8 static": (W8A8Linear("int8", "static"), {"weight": int8(), "scales": scale, "input_scale": input_scale}),
+        "fp8 token": (W8A8Linear("fp8", "token"), {"weight": narrow, "scales": scale}),
         "fp8": (W8A8Linear("fp8", "static"), {"weight": narrow, "scales": scale, "input_scale": input_scale}),
     }
 

@@ -56,6 +56,7 @@ RECIPES = {  # formats of the weights, of activations, and of the cache
     "int8kv": ("int8", "16bit", torch.int8),
     "fp16-int8kv": (None, None, torch.int8),
     "fp8": ("fp8", "static", torch.float8_e4m3fn),
+    "fp8-dynamic": ("fp8", "token", None),
     "sq": ("int8", "static", None),
 }
 
@@ -98,7 +99,7 @@ def ours(session: PortableSession, prompts: list[list[int]]) -> tuple[float, lis
 
 
 def round_to_nearest(weight: LazyTensor, format: str, activations: str) -> QuantizedWeight:
-    """`[out, in]`: INT4 in groups of 128, INT8 with a scale an output channel, FP8 with one scale.
+    """`[out, in]`: INT4 in groups of 128, INT8 with a scale an output channel, FP8 with one or, per token, as INT8.
 
     "int4 reordered": as if groups were of channels that lie anywhere, the same for all products of one width.
     """
@@ -113,7 +114,7 @@ def round_to_nearest(weight: LazyTensor, format: str, activations: str) -> Quant
         if format == "int4":
             values, scales, _ = Int4Grid(128, True, scales_dtype).round(weight.load().float())
             return values.to(dtype), scales.to(scales_dtype)
-        return round_8bit(weight.load(), dtype, per_tensor=format == "fp8")
+        return round_8bit(weight.load(), dtype, per_tensor=format == "fp8" and activations == "static")
 
     values = LazyTensor(dtype, weight.shape, lambda: rounded()[0])
     scales = LazyTensor(scales_dtype, (weight.shape[0], groups), lambda: rounded()[1])

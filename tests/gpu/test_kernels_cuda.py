@@ -12,7 +12,7 @@ from trtbuild.network.ops.attention import Attention
 from trtbuild.network.ops.rotate import Rotate
 from trtbuild.network.ops.split_heads import SplitHeads
 from trtbuild.network.step import Step, whole_prompts
-from trtbuild.tensors.rounding import quantize
+from trtbuild.tensors.rounding import DTYPES, quantize
 
 pytestmark = pytest.mark.gpu
 
@@ -97,6 +97,7 @@ def test_w8a8_and_fp8(rows, out, width, dtype):
         check(W8A8Linear("int8", "token"), tolerance, x, weight=integers, **constants)
         check(W8A8Linear("int8", "static"), tolerance, x, weight=integers, **static)
         check(W8A8Linear("fp8", "static"), 2 * tolerance, x, weight=narrow, **static)
+        check(W8A8Linear("fp8", "token"), 2 * tolerance, x, weight=narrow, **constants)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
@@ -106,12 +107,12 @@ def test_quantized_rows_equal_the_cpus(width, dtype):
 
     x = (torch.randn(7, width) * 3).to(dtype)
     x[2] = 0
-    integers, scales = quantize_rows(x.cuda(), None, torch.int8)
-    expected, expected_scales = W8A8Linear("int8", "token")._quantized(x)
-    assert torch.equal(scales.cpu(), expected_scales)
-    assert torch.equal(integers.cpu(), expected)
     scale = torch.tensor([0.013])
-    for narrow in (torch.int8, FP8):
+    for name, narrow in DTYPES.items():
+        values, scales = quantize_rows(x.cuda(), None, narrow)
+        expected, expected_scales = W8A8Linear(name, "token")._quantized(x)
+        assert torch.equal(scales.cpu(), expected_scales)
+        assert torch.equal(values.float().cpu(), expected.float())
         actual, _ = quantize_rows(x.cuda(), scale.cuda(), narrow)
         assert torch.equal(actual.float().cpu(), quantize(x.float(), scale, narrow).float())
 

@@ -28,9 +28,10 @@ RECIPES = {
     "gptq": {"weights": INT4 | {"method": "gptq"}},
     "awq": {"weights": INT4 | {"method": "awq"}},
     "fp8": {"weights": {"dtype": "fp8"}, "activations": {"dtype": "fp8"}},
+    "fp8-dynamic": {"weights": {"dtype": "fp8", "per": "channel"}, "activations": {"dtype": "fp8", "per": "token"}},
 }
 # How far logits may move, in float32: INT8 and FP8 weights and static activations, INT4 in groups of 32.
-COSTS = {"int8": 0.03, "int4": 0.3, "smoothquant": 0.1, "gptq": 0.25, "awq": 0.25, "fp8": 0.15}
+COSTS = {"int8": 0.03, "int4": 0.3, "smoothquant": 0.1, "gptq": 0.25, "awq": 0.25, "fp8": 0.15, "fp8-dynamic": 0.15}
 IDS = list(range(2, 60))
 recipes = pytest.mark.parametrize("name", RECIPES)
 

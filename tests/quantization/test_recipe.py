@@ -216,6 +216,7 @@ def test_settings_are_all_of_a_quantization(name):
         ("sq-per-token", "token"),
         ("sq-per-token-per-channel", "token"),
         ("fp8", "static"),
+        ("fp8-dynamic", "token"),
     ],
 )
 def test_rounding_of_activations(name, expected):
@@ -241,6 +242,7 @@ def test_names_of_artifacts_do_not_change():
         ({"kv_cache": {"dtype": "fp8"}}, "fp8"),
         ({"weights": {"dtype": "int8"}, "kv_cache": {"dtype": "fp8"}}, "fp8"),
         ({"weights": {"dtype": "fp8"}, "activations": {"dtype": "fp8"}}, "fp8"),
+        ({"weights": {"dtype": "fp8", "per": "channel"}, "activations": {"dtype": "fp8", "per": "token"}}, "fp8"),
         ({"weights": {"dtype": "int8"}, "activations": {"dtype": "int8"}}, "w8a8"),
         ({"weights": {"dtype": "int4", "group_size": 64}, "kv_cache": {"dtype": "int8"}}, "int4-groups"),
         ({"weights": {"dtype": "int4"}}, "int4"),

@@ -63,10 +63,6 @@ CONTRADICTIONS = {
     ],
     "weights int8 go with activations int8 (or none)": [{"weights": INT8, "activations": FP8}],
     "weights fp8 need activations fp8": [{"weights": FP8}, {"weights": FP8, "activations": INT8}],
-    "fp8 is scaled per tensor": [
-        {"weights": FP8 | {"per": "channel"}, "activations": FP8},
-        {"weights": FP8, "activations": FP8 | {"per": "token"}},
-    ],
     "smoothquant is for int8 activations": [{"weights": FP8, "activations": FP8 | {"smoothquant": 0.5}}],
     "methods gptq and awq make weights int4": [
         {"weights": {"dtype": "int8", "method": "gptq"}},
@@ -98,6 +94,7 @@ CONTRADICTIONS = {
         {"calibration": SETTINGS, "weights": INT8},
         {"calibration": SETTINGS, "weights": {"dtype": "int4", "method": "round"}},
         {"calibration": SETTINGS, "weights": INT8, "activations": TOKEN},
+        {"calibration": SETTINGS, "weights": FP8, "activations": FP8 | {"per": "token"}},
         {"calibration": SETTINGS, "quant_checkpoint": PUBLISHED},
     ],
 }
@@ -130,6 +127,7 @@ def test_contradiction(refused, beginning, recipe):
         {"weights": INT8, "activations": TOKEN | {"smoothquant": 1}, "calibration": SETTINGS},
         {"weights": INT8, "kv_cache": FP8 | {"per": "head"}, "calibration": SETTINGS},
         {"weights": FP8 | {"per": "tensor"}, "activations": FP8 | {"per": "tensor"}, "calibration": SETTINGS},
+        {"weights": FP8 | {"per": "channel"}, "activations": FP8 | {"per": "token"}},
         {"weights": {"dtype": "int4", "symmetric": False}, "quantize_lm_head": True},
         {"weights": GPTQ, "calibration": SETTINGS, "keep_16bit": ["model.layers.0.*"]},
         {"kv_cache": INT8, "calibration": SETTINGS},

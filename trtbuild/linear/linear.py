@@ -19,6 +19,7 @@ WEIGHT_FORMATS: tuple[WeightFormat, ...] = (
     W8A8Linear("int8", "static"),
     W8A8Linear("int8", "token"),
     W8A8Linear("fp8", "static"),
+    W8A8Linear("fp8", "token"),
 )
 
 

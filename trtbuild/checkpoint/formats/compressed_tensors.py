@@ -81,7 +81,7 @@ def _format(weights: dict, activations: dict | None, where: str) -> WeightFormat
     raise UserError(
         f"{where}: weights {weights['type']}{weights['num_bits']} per {weights['strategy']} with activations "
         f"{activations and (activations['type'], activations['num_bits'], activations['strategy'])} are not "
-        "supported; int4 groups, int8, int8 with int8 activations and fp8 with static fp8 activations are"
+        "supported; int4 groups, int8, int8 with int8 activations and fp8 with fp8 activations are"
     )
 
 
