@@ -405,6 +405,7 @@ def test_option(quantized, tmp_path, name, dtype):
     check(quantized, family, options | {"dtype": dtype, "calibration": SAMPLES}, tmp_path / "engine")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", RECIPES)
 def test_builds(quantized, tmp_path, family, name):

@@ -305,6 +305,7 @@ def test_serialized_engine(tiny_engine, packed):
     assert head[:64] in bytes(engine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("positions", ["alibi", "qwen"])
 def test_positions_build(tiny_config, positions, dtype):
@@ -315,6 +316,7 @@ def test_positions_build(tiny_config, positions, dtype):
     assert lowered.build(LIMITS, ["8.6"]).nbytes > sum(constant.nbytes for constant in network.constants.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache_dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
 def test_biases_build_with_a_cache_of_8_bits(tiny_config, cache_dtype):
     network = random_decoder(tiny_config | POSITIONS["alibi"], torch.float16, cache_dtype)

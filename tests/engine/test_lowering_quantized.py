@@ -234,6 +234,7 @@ def test_decoder(tiny_config, kind, cache_dtype, packed):
 # Engines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "bits"),
     [
@@ -256,6 +257,7 @@ def test_weights_stay_small(case, bits):
     assert weights * bits / 8 < engine.nbytes < weights * bits / 8 + 700_000
 
 
+@pytest.mark.slow
 @layouts
 @cache_dtypes
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -199,6 +199,7 @@ def bytes_in_memory(file: Path) -> int:
     return sum(value.nbytes for value in PortableEngine.load(file)._values if value is not None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_sizes(wide, tmp_path, name):
     """INT8 halves the linear weights, INT4 quarters them: in the file, in memory, and in TensorRT's engine."""
