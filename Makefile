@@ -1,11 +1,12 @@
 # make demo: one whole chain, from a download to ROUGE.   make test: the whole suite.   Both make .venv themselves.
+# make test-fast: what is not slow, in under 4 minutes.   make lint: style and types.
 # make fuzz [CASES=20000] [SEED=1]: damaged inputs at random; make fuzz CASE=...: one of them again (docs/reliability.md).
 # Linux wheels of torch on PyPI hold CUDA; for the small CPU build: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := results/smollm2-135m
 
-.PHONY: demo test fuzz lint clean
+.PHONY: demo test test-fast fuzz lint clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -17,9 +18,11 @@ demo: .venv/installed
 	$(BIN)/snakemake $(DEMO)/fp16/rouge.json $(DEMO)/hf/rouge.json
 	$(BIN)/trtbuild score --summaries $(DEMO)/fp16/summaries.jsonl --baseline $(DEMO)/hf/rouge.json
 
-test: .venv/installed
-	$(BIN)/pytest -n 2 -m "not slow and not gpu"
+test: test-fast
 	$(BIN)/pytest -m "slow and not gpu"
+
+test-fast: .venv/installed
+	$(BIN)/pytest -n 2 -m "not slow and not gpu"
 
 fuzz: .venv/installed
 	$(BIN)/python tests/fuzz CASES='$(CASES)' SEED='$(SEED)' ONLY='$(ONLY)' CASE='$(CASE)'
