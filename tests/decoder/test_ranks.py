@@ -13,6 +13,7 @@ from published_models import LLAMA, QWEN, Tensors, baichuan_config, baichuan_ten
 from trtbuild.decoder.decoder import CacheScales, decoder
 from trtbuild.decoder.mapping import Mapping
 from trtbuild.decoder.sharding import shard
+from trtbuild.engine.fusion import Fused, fuse
 from trtbuild.linear.format import round_8bit
 from trtbuild.linear.int4 import Int4Grid
 from trtbuild.linear.linear import WEIGHT_FORMATS, Weight
@@ -189,6 +190,19 @@ def test_only_several_ranks_meet(name, tp_size, pp_size):
         assert ("input_ids" in network.inputs, "logits" in network.outputs) == (mapping.is_first, mapping.is_last)
         caches = [name for name in network.inputs if name.startswith("key_cache.")]
         assert caches == [f"key_cache.{i}" for i in mapping.layers(model.config.num_hidden_layers)]
+
+
+@pytest.mark.parametrize("name", ["llama, biases", "baichuan 13b"])
+def test_a_rank_can_be_fused(name):
+    """Around the collective operations; what a stage hands on is summed by itself."""
+    model = made(name)
+    networks = networks_of(model.config, model.tensors.__getitem__, torch.float32, None, world(2, 2))
+    fused = [fuse(network) for network in networks]
+    for network, mapping in zip(fused, world(2, 2), strict=True):
+        layers = len(mapping.layers(model.config.num_hidden_layers))
+        kernels = Counter(node.op.kernel.__name__ for node in network.nodes if isinstance(node.op, Fused))
+        assert kernels == +Counter(add_rms_norm=2 * layers - 1, swiglu=layers)
+    assert all(torch.equal(a, b) for a, b in zip(logits(fused), logits(networks), strict=True))
 
 
 # Quantized weights and caches: in float64, in which no number lies so near to the middle of two that it is rounded

@@ -14,7 +14,7 @@ from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.fusion import Fused, Rule, fuse
 from trtbuild.engine.portable import PortableEngine
 from trtbuild.linear.linear import linear
-from trtbuild.network import Network, Tensor, ops
+from trtbuild.network import Network, Tensor, lockstep, ops
 from trtbuild.network.ops.add import Add
 from trtbuild.network.ops.rms_norm import RmsNorm
 from trtbuild.network.ops.swiglu import SwiGlu
@@ -93,12 +93,9 @@ def pair(network) -> tuple[Tensor, Tensor]:
 def run(network: Network) -> list[torch.Tensor]:
     """The outputs, by references."""
     generator = torch.Generator().manual_seed(0)
-    values = {name: constant.load() for name, constant in network.constants.items()}
-    values |= {name: torch.randn(3, network.tensors[name].shape[1], generator=generator) for name in network.inputs}
-    for node in network.nodes:
-        result = node.op.reference(**{parameter: values[name] for parameter, name in node.inputs.items()})
-        values |= zip(node.outputs, result if isinstance(result, tuple) else (result,), strict=True)
-    return [values[name] for name in network.outputs]
+    shapes = {name: (3, network.tensors[name].shape[1]) for name in network.inputs}
+    inputs = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return [*lockstep.run([network], [inputs])[0].values()]
 
 
 def check(network: Network, expected: dict[str, int], *rules: Rule) -> None:
