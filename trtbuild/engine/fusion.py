@@ -115,4 +115,5 @@ def _applied(rule: Rule, nodes: list[Node], given: set[str]) -> list[Node]:
             outputs = tuple(name for part in (parts if rule.keeps else parts[-1:]) for name in part.outputs)
             fused = Fused(kernel, parts, outputs)
             replaced |= dict.fromkeys(chain) | {chain[-1]: Node(fused, fused.inputs, outputs)}
-    return [node for i, old in enumerate(nodes) if (node := replaced.get(i, old))]
+    now = (replaced.get(i, node) for i, node in enumerate(nodes))
+    return [node for node in now if node]
