@@ -55,7 +55,7 @@ class PortableEngine:
     """A network prepared once for running: a flat list of bound calls over numbered slots.
 
     Every weight is mapped from the file and, on a GPU, copied there once. `nodes` are those that run: on a GPU the
-    network's with chains of them fused.
+    network's with chains of them fused. A network of several ranks needs a step that leads to the others.
     """
 
     def __init__(self, network: Network, limits: BuildLimits, device: torch.device) -> None:
@@ -67,7 +67,7 @@ class PortableEngine:
         slots = {name: i for i, name in enumerate(names)}
         self._values: list[torch.Tensor | None] = [None] * len(slots)
         self._inputs = {name: slots[name] for name in network.inputs}
-        self._logits = slots["logits"]
+        self._logits = slots.get("logits", ABSENT)
         last_uses, constants = network.last_uses(), _Constants(network, device, self._values)
         self._plan = []
         for i, node in enumerate(network.nodes):
@@ -84,8 +84,11 @@ class PortableEngine:
         return cls(*read_portable(path), torch.device(device))
 
     @torch.inference_mode()
-    def run(self, step: Step, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """One step: logits, `[rows, vocab]` float32. The KV caches among `inputs` are updated in place."""
+    def run(self, step: Step, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """One step: logits, `[rows, vocab]` float32; None of a pipeline's stage before the last.
+
+        The KV caches among `inputs` are updated in place.
+        """
         values = self._values.copy()
         for name, slot in self._inputs.items():
             values[slot] = inputs[name]
@@ -102,9 +105,13 @@ class PortableEngine:
 
     @contextmanager
     def checked(self) -> Iterator[None]:
-        """Inside, `run` raises `FloatingPointError` where numbers stop being finite: at which product or norm."""
+        """Inside, `run` ends with `NotFinite` where numbers stopped being finite.
+
+        Not before its end: other ranks are in the same step.
+        """
         plan, last, names = self._plan, "", {}
         self._plan = []
+        found: list[tuple[str, int]] = []
         for node, (run, *slots) in zip(self.nodes, plan, strict=True):
             for part in node.op.nodes if isinstance(node.op, Fused) else (node,):
                 constants = [name for name in part.inputs.values() if name in self.network.constants]
@@ -112,11 +119,26 @@ class PortableEngine:
                 last = weights[0].rpartition(".")[0] if weights else last
                 names |= dict.fromkeys(part.outputs, last)
             names |= dict.fromkeys(self.network.states.values())  # caches have positions that nothing was written to
-            self._plan.append((_checked(run, [names[x] for x in node.outputs]), *slots))
+            self._plan.append((_checked(run, [(names[x], len(self._plan)) for x in node.outputs], found), *slots))
+
+        def finish(step: Step) -> tuple:
+            if found:
+                raise NotFinite(*found[0])
+            return ()
+
+        self._plan.append((finish, (), (), ()))
         try:
             yield
         finally:
             self._plan = plan
+
+
+class NotFinite(FloatingPointError):
+    """Where numbers stopped being finite: `str()` is the product or norm, `node` its place in the network."""
+
+    def __init__(self, name: str, node: int) -> None:
+        super().__init__(name)
+        self.node = node
 
 
 ABSENT = -1  # the last slot, which stays empty: of an input that a node does not have
@@ -172,14 +194,14 @@ class _Constants:
         return len(self.values) - 1
 
 
-def _checked(run: Callable, names: list[str | None]) -> Callable:
-    """`run` with a look at those of its results that have a name."""
+def _checked(run: Callable, places: list[tuple[str | None, int]], found: list[tuple[str, int]]) -> Callable:
+    """`run`, which adds to `found` the places, where they have names, of those of its results that are not finite."""
 
     def call(step: Step, *values: torch.Tensor):
         result = run(step, *values)
-        for x, name in zip(result if isinstance(result, tuple) else (result,), names, strict=True):
+        for x, (name, node) in zip(result if isinstance(result, tuple) else (result,), places, strict=True):
             if name is not None and not x.isfinite().all():
-                raise FloatingPointError(name)
+                found.append((name, node))
         return result
 
     return call

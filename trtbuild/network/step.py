@@ -7,6 +7,7 @@ from itertools import accumulate
 import torch
 
 from trtbuild.network.network import Network, Tensor
+from trtbuild.network.ranks import Ranks
 
 ALIGNMENT = 4  # integers: inputs that are copied together begin at multiples of 16 bytes, as kernels like them
 
@@ -117,12 +118,19 @@ class Step:
     Either `chunks`, in any mix of lengths and slots; or, in the generation phase, None: every sequence has one token,
     its slot is its place in the batch, and its position is known to the device alone, so that a captured graph serves
     all. Then `kv_bound` is the number of cache positions to read, and `exact` says that every sequence has that many.
+    `ranks` lead to the other ranks of a network that has several.
     """
 
     def __init__(
-        self, chunks: Sequence[Chunk] | None, batch_index: torch.Tensor | None, kv_bound: int, exact: bool = False
+        self,
+        chunks: Sequence[Chunk] | None,
+        batch_index: torch.Tensor | None,
+        kv_bound: int,
+        exact: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         self.chunks = chunks
+        self.ranks = ranks
         self.batch_index = batch_index
         self.kv_bound = kv_bound
         self.exact = exact
@@ -132,13 +140,15 @@ class Step:
         self._causal: dict[tuple[int, int], torch.Tensor] = {}
 
     @classmethod
-    def of_chunks(cls, chunks: Sequence[Chunk]) -> "Step":
-        return cls(chunks, None, max(chunk.end for chunk in chunks))
+    def of_chunks(cls, chunks: Sequence[Chunk], ranks: Ranks | None = None) -> "Step":
+        return cls(chunks, None, max(chunk.end for chunk in chunks), ranks=ranks)
 
     @classmethod
-    def generation(cls, batch_index: torch.Tensor, kv_bound: int, exact: bool = False) -> "Step":
+    def generation(
+        cls, batch_index: torch.Tensor, kv_bound: int, exact: bool = False, ranks: Ranks | None = None
+    ) -> "Step":
         """`batch_index`: 0, 1, ... int64 `[batch]`."""
-        return cls(None, batch_index, kv_bound, exact)
+        return cls(None, batch_index, kv_bound, exact, ranks)
 
     def alike(self) -> list[Sequence[Chunk]]:
         """The chunks, in order, in groups that one attention serves: all where they are prompts of one length."""

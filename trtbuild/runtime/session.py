@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from trtbuild.engine.config import BuildLimits
-from trtbuild.engine.portable import PortableEngine
+from trtbuild.engine.portable import NotFinite, PortableEngine
 from trtbuild.errors import UserError
 from trtbuild.network import Network
+from trtbuild.network.ranks import Ranks
 from trtbuild.network.step import Chunk, Step, step_tensors, whole_prompts
 from trtbuild.runtime.kv_cache import KVCache
 
@@ -26,7 +27,7 @@ class Session(ABC):
 
     def __init__(self, network: Network, limits: BuildLimits, device: torch.device) -> None:
         self.limits, self.device = limits, device
-        self.vocab_size = network.tensors["logits"].shape[1]
+        self.vocab_size = network.tensors["logits"].shape[1] if "logits" in network.outputs else 0
         self.weight_bytes = network.weight_bytes
         self._is_float16 = network.holds(torch.float16)
         self.cache = KVCache(network, limits.max_batch_size, device)
@@ -75,8 +76,12 @@ class Session(ABC):
 
     def check_finite(self, prompts: list[list[int]], logits: torch.Tensor) -> None:
         """`UserError` where `logits`, or the prompts' keys in the cache, are not finite; waits for the device."""
-        if not (logits.sum() + self.cache.sum_of_keys(len(prompts), max(map(len, prompts)))).isfinite():
+        if not (logits.sum() + self._sum_of_keys(len(prompts), max(map(len, prompts)))).isfinite():
             raise self.not_finite(prompts)
+
+    def _sum_of_keys(self, batch_size: int, length: int) -> torch.Tensor:
+        """As the cache's."""
+        return self.cache.sum_of_keys(batch_size, length)
 
     def not_finite(self, prompts: list[list[int]]) -> UserError:
         """What to say of numbers that are NaN or infinite after these prompts. The prompts are run again to find where,
@@ -145,9 +150,9 @@ class PortableSession(Session):
 
     kind = "portable"
 
-    def __init__(self, engine: PortableEngine) -> None:
+    def __init__(self, engine: PortableEngine, ranks: Ranks | None = None) -> None:
         super().__init__(engine.network, engine.limits, engine.device)
-        self.engine = engine
+        self.engine, self.ranks = engine, ranks
         self._slots = torch.arange(engine.limits.max_batch_size, device=engine.device)
         self._batches: dict[int, dict[str, torch.Tensor]] = {}
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
@@ -162,18 +167,25 @@ class PortableSession(Session):
             if name in self._decode_state:
                 self._decode_state[name].copy_(values)
         inputs = step_tensors(chunks, self.engine.network.inputs, self.device)
-        return self.engine.run(Step.of_chunks(chunks), inputs | self.cache.views(batch))
+        return self.engine.run(Step.of_chunks(chunks, self.ranks), inputs | self.cache.views(batch))
 
     def _where_not_finite(self, prompts: list[list[int]]) -> str:
-        self.lengths, self.prompt_lengths = [], []
+        found = self._search(whole_prompts(prompts))
+        if found is None:
+            return super()._where_not_finite(prompts)
+        layer = re.match(r"model\.layers\.(\d+)\.", str(found))
+        return f"in layer {layer[1]}, from {found} on" if layer else f"from {found} on"
+
+    @torch.inference_mode()
+    def _search(self, chunks: Sequence[Chunk]) -> NotFinite | None:
+        """Where a step of whole prompts stops being finite."""
+        self.lengths, self.prompt_lengths = ([chunk.end for chunk in chunks] for _ in range(2))
         try:
             with self.engine.checked():
-                self.step(whole_prompts(prompts))
-        except FloatingPointError as error:
-            name = str(error)
-            layer = re.match(r"model\.layers\.(\d+)\.", name)
-            return f"in layer {layer[1]}, from {name} on" if layer else f"from {name} on"
-        return super()._where_not_finite(prompts)
+                PortableSession._step(self, chunks)
+        except NotFinite as found:
+            return found
+        return None
 
     def _decode_inputs(self, batch: int) -> dict[str, torch.Tensor]:
         """The buffers that the generation steps of a batch size read; `position_ids` counts up by itself."""
@@ -183,14 +195,16 @@ class PortableSession(Session):
 
     def _decode(self, tokens: torch.Tensor) -> torch.Tensor:
         state, longest = self._decode_state, max(self.lengths)
-        state["input_ids"].copy_(tokens)
+        if "input_ids" in state:
+            state["input_ids"].copy_(tokens)
         if "sequence_lengths" in state:
             torch.add(state["position_ids"], 1, out=state["sequence_lengths"])
         if self.device.type == "cuda":
             logits = self._replay(len(self.lengths), kv_bound(longest, self.limits.max_length))
         else:
             exact = min(self.lengths) == longest
-            logits = self.engine.run(Step.generation(self._slots[: len(self.lengths)], longest, exact), state)
+            step = Step.generation(self._slots[: len(self.lengths)], longest, exact, self.ranks)
+            logits = self.engine.run(step, state)
         state["position_ids"].add_(1)
         return logits
 
@@ -200,7 +214,7 @@ class PortableSession(Session):
             state = self._decode_state
 
             def run() -> torch.Tensor:
-                return self.engine.run(Step.generation(self._slots[:batch], bound), state)
+                return self.engine.run(Step.generation(self._slots[:batch], bound, ranks=self.ranks), state)
 
             warm_up = torch.cuda.Stream()
             warm_up.wait_stream(torch.cuda.current_stream())

@@ -1,6 +1,7 @@
 """What passes between ranks: operations that only networks of several ranks have.
 
-Each is defined by what all its ranks together make of what they bring; `network/lockstep.py` runs them so.
+Each is defined by what all its ranks together make of what they bring; `network/lockstep.py` runs them so. In processes
+of their own they meet through their step's `ranks`.
 """
 
 from dataclasses import dataclass
@@ -26,8 +27,8 @@ class Collective(Op):
     def reference(self, **inputs: torch.Tensor):
         raise NotImplementedError(f"{self} is no rank's alone; run all ranks in lock-step")
 
-    def portable(self, step, *inputs: torch.Tensor, **named: torch.Tensor):
-        raise NotImplementedError(f"{self}: the portable engine does not run several ranks yet")
+    def portable(self, step, *inputs: torch.Tensor):
+        raise NotImplementedError
 
     def to_tensorrt(self, lowering, **inputs):
         raise NotImplementedError(f"{self}: networks of several ranks are not lowered to TensorRT yet")
@@ -35,7 +36,10 @@ class Collective(Op):
 
 @dataclass(frozen=True)
 class AllReduce(Collective):
-    """The sum over the ranks `first .. first + size - 1` of what each of them has, in its dtype."""
+    """The sum over the ranks `first .. first + size - 1` of what each of them has, in its dtype.
+
+    The portable engine writes it over `x`, which nothing else may read.
+    """
 
     first: int
     size: int
@@ -48,6 +52,9 @@ class AllReduce(Collective):
 
     def together(self, *brought):
         return [torch.stack([inputs["x"] for inputs in brought]).sum(0)] * self.size
+
+    def portable(self, step, x):
+        return step.ranks.all_reduce(x, self.first, self.size)
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,9 @@ class AllGather(Collective):
     def together(self, *brought):
         return [torch.cat([inputs["x"] for inputs in brought], 1)] * self.size
 
+    def portable(self, step, x):
+        return step.ranks.all_gather(x, self.first, self.size)
+
 
 @dataclass(frozen=True)
 class Send(Collective):
@@ -82,6 +92,10 @@ class Send(Collective):
 
     def together(self, *brought):
         return [(), brought[0]["x"]]
+
+    def portable(self, step, x):
+        step.ranks.send(x, self.target)
+        return ()
 
 
 @dataclass(frozen=True)
@@ -99,6 +113,10 @@ class Receive(Collective):
         return "pass", (self.source, rank)
 
     together = Send.together
+
+    def portable(self, step, position_ids):
+        dtype = getattr(torch, self.dtype)
+        return step.ranks.receive(position_ids.new_empty((len(position_ids), self.columns), dtype=dtype), self.source)
 
 
 def all_reduce(x: Tensor, ranks: range) -> Tensor:

@@ -1,0 +1,127 @@
+"""How tensors pass between the processes of an engine: through MPI on CPUs, through NCCL on GPUs."""
+
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+
+from trtbuild.decoder.mapping import Mapping
+from trtbuild.network.ranks import Ranks
+from trtbuild.runtime.world import World
+
+
+class MpiRanks(Ranks):
+    """Tensors of the CPU, in place: MPI reads and writes torch's memory. 16-bit numbers are summed in float32."""
+
+    def __init__(self, world: World) -> None:
+        self.rank, self._world = world.rank, world
+        self._groups: dict[tuple[int, int], object] = {}
+
+    def all_reduce(self, x, first, size):
+        x = x.contiguous()
+        total = x.float() if x.dtype.itemsize < 4 else x
+        self._group(first, size).Allreduce(self._world.in_place, total.numpy())
+        return x if total is x else x.copy_(total)
+
+    def all_gather(self, x, first, size):
+        rows, columns = x.shape
+        out = x.new_empty(size, rows, columns)
+        self._group(first, size).Allgather(_bytes(x), _bytes(out))
+        return out.transpose(0, 1).reshape(rows, size * columns)
+
+    def send(self, x, target):
+        self._world.comm.Send(_bytes(x), target)
+
+    def receive(self, out, source):
+        self._world.comm.Recv(_bytes(out), source)
+        return out
+
+    def broadcast(self, x):
+        x = x.contiguous()
+        self._world.comm.Bcast(_bytes(x))
+        return x
+
+    def _group(self, first: int, size: int):
+        if (first, size) not in self._groups:
+            self._groups[first, size] = self._world.group(range(first, first + size))
+        return self._groups[first, size]
+
+
+def _bytes(x: torch.Tensor):
+    """A tensor's memory; of one that is not contiguous a copy's."""
+    return x.contiguous().view(torch.uint8).numpy()
+
+
+class NcclRanks(Ranks):
+    """Tensors of the GPU, through torch.distributed.
+
+    What passes between two ranks alone is a broadcast of that pair's. All ranks make the same groups in the same order.
+    """
+
+    def __init__(self, world: World, mapping: Mapping, device: torch.device) -> None:
+        import torch.distributed as dist
+
+        self.rank, self._dist, self._world = world.rank, dist, world
+        self._device = device
+        if not dist.is_initialized():
+            dist.init_process_group("nccl", store=self._store, rank=world.rank, world_size=world.size, device_id=device)
+        everyone = tuple(range(world.size))
+        self._groups = {everyone: dist.group.WORLD}
+        for ranks in sorted({*_meetings(mapping.tp_size, mapping.pp_size)} - {everyone}):
+            self._groups[ranks] = dist.new_group(ranks)
+        for group in self._groups.values():  # connects them, which cannot be done while a graph is captured
+            if group is not dist.GroupMember.NON_GROUP_MEMBER:
+                dist.all_reduce(torch.zeros(1, device=device), group=group)
+
+    @cached_property
+    def _store(self):
+        """Where NCCL's ranks find each other: rank 0's, of which MPI tells the others."""
+        import torch.distributed as dist
+
+        if self.rank == 0:
+            store = dist.TCPStore(self._world.host, 0, self._world.size, is_master=True, wait_for_workers=False)
+            self._world.share((self._world.host, store.port))
+            return store
+        return dist.TCPStore(*self._world.share(None), self._world.size, is_master=False)
+
+    def all_reduce(self, x, first, size):
+        x = x.contiguous()
+        self._dist.all_reduce(x, group=self._group(first, size))
+        return x
+
+    def all_gather(self, x, first, size):
+        rows, columns = x.shape
+        out = x.new_empty(size * rows, columns)
+        self._dist.all_gather_into_tensor(out, x.contiguous(), group=self._group(first, size))
+        return out.view(size, rows, columns).transpose(0, 1).reshape(rows, size * columns)
+
+    def send(self, x, target):
+        self._pass(x.contiguous(), self.rank, target)
+
+    def receive(self, out, source):
+        self._pass(out, source, self.rank)
+        return out
+
+    def broadcast(self, x):
+        self._dist.broadcast(x, 0)
+        return x
+
+    def _pass(self, x: torch.Tensor, source: int, target: int) -> None:
+        self._dist.broadcast(x, source, group=self._groups[tuple(sorted((source, target)))])
+
+    def _group(self, first: int, size: int):
+        return self._groups[tuple(range(first, first + size))]
+
+    def close(self) -> None:
+        """Leaves NCCL; the graphs that hold calls of it must be gone."""
+        if self._dist.is_initialized():
+            torch.cuda.synchronize()
+            self._dist.destroy_process_group()
+
+
+def _meetings(tp_size: int, pp_size: int) -> list[tuple[int, ...]]:
+    """Which ranks of an engine meet: a stage's, neighbours in the pipeline, and who makes logits and who reads them."""
+    size = tp_size * pp_size
+    stages = [tuple(range(first, first + tp_size)) for first in range(0, size, tp_size)]
+    pairs = [pair for before, after in pairwise(stages) for pair in zip(before, after, strict=True)]
+    return [ranks for ranks in (*stages, *pairs, (0, size - tp_size)) if len({*ranks}) > 1]
