@@ -14,6 +14,7 @@ rule portable_engine:
     params:
         recipe=lambda wildcards: recipe_of(wildcards).engine_settings,
         limits=build_limits(),
+        layout=layout_of,
         extrapolate_positions=config["build"]["extrapolate_positions"],
     threads: 4
     conda:
@@ -52,6 +53,7 @@ rule engine:
     params:
         recipe=lambda wildcards: recipe_of(wildcards).engine_settings,
         limits=build_limits(),
+        layout=layout_of,
         engines=config["build"]["engines"],
         options=tensorrt_options(),
     conda:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from trtbuild.cli import app
+from trtbuild.engine.config import read_config
 from trtbuild.errors import UserError
 from trtbuild.evaluation import benchmark as benchmark_module
 from trtbuild.files import sha256
@@ -511,11 +512,21 @@ def test_run_refuses(made, arguments, message):
     refused(message, *made.run, *arguments)
 
 
+def test_build_all_ranks(made, tmp_path):
+    layout = ["--tp-size", 2, "--pp-size", 2, "--no-use-parallel-embedding"]
+    invoke("build", "--checkpoint-dir", made.checkpoint, "--engine-dir", tmp_path / "engine", *layout, *SIZES)
+    config = read_config(tmp_path / "engine")
+    assert list(config["outputs"]) == [f"rank{rank}.safetensors" for rank in range(4)]
+    assert config["mapping"] == {"tp_size": 2, "pp_size": 2, "use_parallel_embedding": False}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "max_input_len 1024 and max_output_len 128 are more than the 256 positions"),
         (["--max-batch-size", 0], "max_batch_size is 0; it must be at least 1"),
+        (["--pp-size", 0], "tp_size 1 x pp_size 0: both must be at least 1"),
+        (["--tp-size", 8, *SIZES], "tp_size 8 does not divide 4 heads, 2 KV heads and an intermediate_size of 96"),
         (["--checkpoint-dir", "no/where"], "the model folder no/where does not exist"),
         (["--engine", "tensorrt"], "build with --engine portable --engine tensorrt"),
     ],

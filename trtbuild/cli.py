@@ -215,6 +215,11 @@ def build(
     ] = [  # noqa: B006
         Engine.portable
     ],
+    tp_size: Annotated[int, typer.Option(help="Ranks that share each layer (tensor parallelism).")] = 1,
+    pp_size: Annotated[int, typer.Option(help="Stages of layers that follow one another (pipeline parallelism).")] = 1,
+    use_parallel_embedding: Annotated[
+        bool, typer.Option(help="Ranks share the vocabulary of the embedding and the output product, if it divides.")
+    ] = True,
     max_batch_size: Annotated[int, typer.Option(help="Sequences in a batch.")] = 8,
     max_input_len: Annotated[int, typer.Option(help="Tokens in a prompt.")] = 1024,
     max_output_len: Annotated[int, typer.Option(help="Tokens generated after a prompt.")] = 128,
@@ -233,10 +238,13 @@ def build(
 
     Example: trtbuild build --checkpoint-dir checkpoint --engine-dir engine --engine portable --engine tensorrt
 
+    On two GPUs: trtbuild build --checkpoint-dir checkpoint --engine-dir engine --tp-size 2
+
     Without weights, as large as the real one: trtbuild build --model-config llama2-70b --dummy --num-layers 2
     --recipe int8kv --engine-dir engine
     """
     from trtbuild.checkpoint.sources import dummy_model
+    from trtbuild.decoder.mapping import Mapping
     from trtbuild.engine.build import build_engine_dir, check_positions
     from trtbuild.quantization.kv_cache import cache_of
     from trtbuild.quantization.quantize import check_weights
@@ -247,6 +255,7 @@ def build(
     _check_weights_options(checkpoint_dir, model_config, dummy, num_layers, calibration, model)
     content = _recipe(recipe, recipes) if recipe else Recipe.parse({"dtype": dtype or Dtype.float16.value})
     limits = BuildLimits(max_batch_size, max_input_len, max_output_len)
+    mapping = Mapping(tp_size, pp_size, use_parallel_embedding=use_parallel_embedding)
     if Engine.tensorrt in engine:
         from trtbuild.engine.tensorrt_api import api
 
@@ -270,6 +279,7 @@ def build(
             recipe=content.engine_settings,
             limits=limits,
             engines=[e.value for e in engine],
+            mapping=mapping,
             remove_input_padding=remove_input_padding,
             compute_capabilities=compute_capability,
             cache=cache_of(content, checkpoint_dir, calibration),

@@ -16,7 +16,7 @@ with rule_log(snakemake):
         model=snakemake.wildcards.model,
         recipe=snakemake.params.recipe,
         limits=BuildLimits(**snakemake.params.limits),
-        mapping=Mapping(),
+        mapping=Mapping(**snakemake.params.layout),
         engines=snakemake.params.engines,
         calibration=Path(calibration) if calibration else None,
         **snakemake.params.options,

@@ -13,7 +13,8 @@ with rule_log(snakemake):
     from trtbuild.quantization.kv_cache import cache_of
     from trtbuild.quantization.recipe import Recipe
 
-    limits, mapping = BuildLimits(**snakemake.params.limits), Mapping(rank=int(snakemake.wildcards.rank))
+    limits = BuildLimits(**snakemake.params.limits)
+    mapping = Mapping(**snakemake.params.layout, rank=int(snakemake.wildcards.rank))
     weights, calibration = Path(snakemake.input.weights), snakemake.input.get("cache")
     recipe = Recipe.parse(snakemake.params.recipe)
     cache = cache_of(recipe, weights, Path(calibration) if calibration else None)

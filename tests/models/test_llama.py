@@ -10,7 +10,6 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.decoder.decoder import decoder
 from trtbuild.decoder.mapping import Mapping
-from trtbuild.engine.build import build_portable
 from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.portable import PortableEngine
 from trtbuild.errors import UserError
@@ -132,13 +131,6 @@ def test_a_scaling_without_its_factor_is_refused(tiny_config, kind):
 def test_what_is_not_supported_is_named(tiny_config, change, message):
     with pytest.raises(UserError, match=message):
         config_from_hugging_face(tiny_config | change, "x")
-
-
-@pytest.mark.parametrize(("tp_size", "pp_size"), [(2, 1), (1, 2)])
-def test_several_ranks_are_refused(tmp_path, tp_size, pp_size):
-    mapping = Mapping(tp_size, pp_size)
-    with pytest.raises(UserError, match=f"tp_size {tp_size} x pp_size {pp_size}.*not supported yet"):
-        build_portable(tmp_path, tmp_path / "engine", torch.float16, BuildLimits(), mapping)
 
 
 def test_a_rank_outside_the_world_is_refused():

@@ -1,6 +1,6 @@
 """Which part of the model a process holds."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trtbuild.errors import UserError
 
@@ -10,12 +10,14 @@ class Mapping:
     """Tensor and pipeline parallel coordinates of one rank; rank = pp_rank * tp_size + tp_rank.
 
     The `tp_size` ranks of a pipeline's stage share each of its layers (arXiv 1909.08053); the `pp_size` stages follow
-    one another (arXiv 1811.06965). Raises `UserError` for sizes below 1 and a rank that there is not.
+    one another (arXiv 1811.06965). With `use_parallel_embedding` the ranks of a stage share the vocabulary, too. Raises
+    `UserError` for sizes below 1 and a rank that there is not.
     """
 
     tp_size: int = 1
     pp_size: int = 1
     rank: int = 0
+    use_parallel_embedding: bool = True
 
     def __post_init__(self) -> None:
         if self.tp_size < 1 or self.pp_size < 1:
@@ -26,6 +28,11 @@ class Mapping:
     @property
     def world_size(self) -> int:
         return self.tp_size * self.pp_size
+
+    @property
+    def ranks(self) -> list["Mapping"]:
+        """Those of all ranks, in order."""
+        return [replace(self, rank=rank) for rank in range(self.world_size)]
 
     @property
     def tp_rank(self) -> int:
@@ -51,13 +58,19 @@ class Mapping:
         first = self.pp_rank * self.tp_size
         return range(first, first + self.tp_size)
 
+    @property
+    def layout(self) -> dict:
+        """All but the rank, as `config.json` of an engine has it."""
+        sizes = {"tp_size": self.tp_size, "pp_size": self.pp_size}
+        return sizes if self.use_parallel_embedding else sizes | {"use_parallel_embedding": False}
+
     def layers(self, count: int) -> range:
         """Which of a model's `count` layers its stage has; of stages that cannot be alike the later have one more."""
         return range(count * self.pp_rank // self.pp_size, count * (self.pp_rank + 1) // self.pp_size)
 
     def words(self, vocab_size: int) -> range:
-        """Which rows of the embedding and of the output product it has: all where ranks cannot have as many each."""
-        if vocab_size % self.tp_size:
+        """Which rows of the embedding and of the output product it has: all where ranks do not have as many each."""
+        if vocab_size % self.tp_size or not self.use_parallel_embedding:
             return range(vocab_size)
         share = vocab_size // self.tp_size
         return range(self.tp_rank * share, (self.tp_rank + 1) * share)

@@ -41,13 +41,8 @@ def build_portable(
 
     Weights are as in the checkpoint, quantized or not, and what is not quantized is in `dtype`. Raises `UserError` for
     a tensor that does not fit in that, before a file is there, and for more positions than the model was made for,
-    unless `extrapolate_positions`; and for several ranks.
+    unless `extrapolate_positions`; and for a model that `mapping`'s ranks cannot share (`shard`).
     """
-    if mapping.world_size != 1:
-        raise UserError(
-            f"tp_size {mapping.tp_size} x pp_size {mapping.pp_size}: engines for several ranks are not supported yet; "
-            "use tp_size 1 and pp_size 1"
-        )
     checkpoint = _opened(checkpoint)
     if not extrapolate_positions:
         check_positions(checkpoint.config, limits)
@@ -90,7 +85,7 @@ def write_engine_config(
 ) -> None:
     """Writes `config.json`: model, recipe, mapping, limits, builders, and the sha256 of source, inputs and outputs.
 
-    `calibration` is the file that a quantized KV cache's scales come from.
+    `mapping` is any rank's. `calibration` is the file that a quantized KV cache's scales come from.
     """
     checkpoint = _opened(checkpoint)
     builders = {"portable": {"trtbuild": trtbuild.__version__, "torch": torch.__version__}}
@@ -105,7 +100,7 @@ def write_engine_config(
         model=model,
         recipe=recipe,
         model_config=dataclasses.asdict(checkpoint.config),
-        mapping={"tp_size": mapping.tp_size, "pp_size": mapping.pp_size},
+        mapping=mapping.layout,
         limits=dataclasses.asdict(limits),
         remove_input_padding=remove_input_padding,
         builders=builders,
@@ -123,13 +118,14 @@ def build_engine_dir(
     recipe: dict,
     limits: BuildLimits,
     engines: list[str],
+    mapping: Mapping = Mapping(),
     remove_input_padding: bool = True,
     compute_capabilities: list[str] | None = None,
     cache: CacheScales | None = None,
     calibration: Path | None = None,
     extrapolate_positions: bool = False,
 ) -> None:
-    """Builds a whole engine folder; it appears only when it is complete.
+    """Builds a whole engine folder, one rank after another; it appears only when it is complete.
 
     `recipe` is what `config.json` records; its `dtype` is that of what is not quantized. `cache`: the scales of a
     quantized KV cache, and `calibration` the file that they come from; `extrapolate_positions` as in `build_portable`.
@@ -145,15 +141,14 @@ def build_engine_dir(
     checkpoint = _opened(checkpoint)
     if checkpoint.files:
         refuse_output_over_input(folder, checkpoint.folder)
-    dtype, world = getattr(torch, recipe["dtype"]), Mapping().world_size
+    dtype = getattr(torch, recipe["dtype"])
     with atomic(folder) as temporary:
         temporary.mkdir()
-        for rank in range(world):
-            mapping = Mapping(rank=rank)
-            portable = temporary / rank_file(rank, "portable")
-            build_portable(checkpoint, portable, dtype, limits, mapping, cache, extrapolate_positions)
+        for own in mapping.ranks:
+            portable = temporary / rank_file(own.rank, "portable")
+            build_portable(checkpoint, portable, dtype, limits, own, cache, extrapolate_positions)
             if "tensorrt" in engines:
-                target = temporary / rank_file(rank, "tensorrt")
+                target = temporary / rank_file(own.rank, "tensorrt")
                 build_tensorrt(portable, target, remove_input_padding, compute_capabilities)
         write_engine_config(
             temporary,

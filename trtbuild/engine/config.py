@@ -16,6 +16,7 @@ SHAPE = {
     "recipe": {"dtype": str},
     "limits": {"max_batch_size": int, "max_input_len": int, "max_output_len": int},
     "remove_input_padding": bool,
+    "mapping": {"tp_size": int, "pp_size": int},
     "builders": dict,
     "inputs": dict,
 }

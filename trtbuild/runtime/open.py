@@ -8,6 +8,7 @@ import torch
 from trtbuild.engine.config import BuildLimits, rank_file, read_config
 from trtbuild.engine.portable import PortableEngine, read_portable
 from trtbuild.errors import UserError
+from trtbuild.files import sha256_of
 from trtbuild.runtime.session import PortableSession, Session
 
 RUNTIMES = ("auto", "portable", "tensorrt", "interpreted")
@@ -15,7 +16,7 @@ RUNTIMES = ("auto", "portable", "tensorrt", "interpreted")
 
 @dataclass(frozen=True)
 class OpenedEngine:
-    """A session and what it was opened from: the folder's `config.json` and the engine file that runs."""
+    """A session and what it was opened from: the folder's `config.json` and the engine file that runs, a rank's."""
 
     session: Session
     config: dict
@@ -23,15 +24,20 @@ class OpenedEngine:
 
     @property
     def sha256(self) -> str:
-        return self.config["outputs"][self.file]["sha256"]
+        """That of the engine file; of several ranks' files the sha256 of theirs."""
+        suffix, outputs = Path(self.file).suffix, self.config["outputs"]
+        hashes = {name: outputs[name]["sha256"] for name in outputs if name.endswith(suffix)}
+        return hashes[self.file] if len(hashes) == 1 else sha256_of(hashes)
 
     @property
     def dtype(self) -> str:
         return self.config["recipe"]["dtype"]
 
 
-def open_engine(folder: Path | str, runtime: str = "auto", device: str = "auto", check: bool = False) -> OpenedEngine:
-    """Opens rank 0 of an engine folder after checking its files, with `check` down to the last byte (`read_config`).
+def open_engine(
+    folder: Path | str, runtime: str = "auto", device: str = "auto", check: bool = False, rank: int = 0
+) -> OpenedEngine:
+    """Opens a rank of an engine folder after checking its files, with `check` down to the last byte (`read_config`).
 
     `auto` takes TensorRT where the folder has its engine and this GPU can run it, else the portable engine;
     `interpreted` runs the TensorRT network on the CPU. Raises `UserError` for a folder, runtime or device that cannot
@@ -40,7 +46,7 @@ def open_engine(folder: Path | str, runtime: str = "auto", device: str = "auto",
     folder = Path(folder)
     config = read_config(folder, check)
     limits = BuildLimits(**config["limits"])
-    portable, tensorrt = rank_file(0, "portable"), rank_file(0, "tensorrt")
+    portable, tensorrt = rank_file(rank, "portable"), rank_file(rank, "tensorrt")
     if runtime not in RUNTIMES:
         raise UserError(f"unknown runtime {runtime!r}; choose one of {', '.join(RUNTIMES)}")
     if runtime == "auto":
