@@ -17,6 +17,10 @@ from trtbuild.network.ops.add import Add
 from trtbuild.network.ops.rms_norm import RmsNorm
 from trtbuild.network.ops.swiglu import SwiGlu
 
+# Of a step that is not a captured graph, the host is the limit below: to launch a Triton kernel takes it longer than to
+# launch the kernels of torch that it replaces.
+MIN_ROWS = 512
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -65,15 +69,23 @@ class Fused(Op):
         return {name: value for node in self.nodes for name, value in asdict(node.op).items()}
 
     def reference(self, **inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        return self._chain(inputs, lambda op, given: op.reference(**given))
+
+    def portable(self, step, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        given = dict(zip(self.inputs, inputs, strict=True))
+        if inputs[0].is_cuda and step.chunks is not None and len(inputs[0]) < MIN_ROWS:
+            return self._chain(given, lambda op, given: op.portable(step, **given))
+        return self.kernel(**given, **self.attributes)
+
+    def _chain(
+        self, inputs: dict[str, torch.Tensor], run: Callable[[Op, dict[str, torch.Tensor]], torch.Tensor | tuple]
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         values = {self.inputs[parameter]: x for parameter, x in inputs.items()}
         for node in self.nodes:
-            result = node.op.reference(**{parameter: values[name] for parameter, name in node.inputs.items()})
+            result = run(node.op, {parameter: values[name] for parameter, name in node.inputs.items()})
             values |= zip(node.outputs, result if isinstance(result, tuple) else (result,), strict=True)
         results = tuple(values[name] for name in self.outputs)
         return results if len(results) > 1 else results[0]
-
-    def portable(self, step, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        return self.kernel(**dict(zip(self.inputs, inputs, strict=True)), **self.attributes)
 
 
 def fuse(network: Network, rules: Iterable[Rule] = RULES) -> Network:
