@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from trtbuild.quantization.quantize import check_weights, quantize
 from trtbuild.quantization.recipe import Quantization, Recipe
 from trtbuild.tensors.quantized_weight import QuantizedWeight
 
+DATA = Path(__file__).parents[1] / "data"
 INT4 = {"dtype": "int4", "group_size": 32}
 STATIC = {"dtype": "int8", "per": "tensor", "smoothquant": 0.5}
 RECIPES = {
@@ -161,6 +163,38 @@ def test_int8_numbers(folder, tmp_path):
                 scale = (absmax if per == "channel" else absmax.amax().expand_as(absmax)) / 127
                 assert tensor.scales.load().equal(scale)
                 assert tensor.values.load().equal((weights[name] / scale).round().to(torch.int8))
+
+
+@pytest.mark.parametrize("per", ["channel", "tensor"])
+def test_fp8_numbers(folder, tmp_path, per):
+    """As INT8's, over 448; the four significant bits of FP8 are torch's."""
+    weights = {name: x.load() for name, x in Checkpoint(folder).tensors.items()}
+    activations = {"dtype": "fp8", "per": "token"}
+    recipe = {"weights": {"dtype": "fp8", "per": per}, "activations": activations}
+    quantize(folder, tmp_path / per, quantization(recipe), device="cpu")
+    for weight in Checkpoint(tmp_path / per).quantized():
+        assert (weight.activations, weight.input_scale) == ("token", None)
+    for name, tensor in Checkpoint(tmp_path / per).tensors.items():
+        if isinstance(tensor, QuantizedWeight):
+            absmax = weights[name].abs().amax(1, keepdim=True)
+            scale = (absmax if per == "channel" else absmax.amax().expand_as(absmax)) / 448
+            assert tensor.scales.load().equal(scale)
+            assert tensor.values.load().float().equal((weights[name] / scale).to(torch.float8_e4m3fn).float())
+
+
+def test_fp8_scales_are_those_of_llm_compressor(tmp_path):
+    """Of the model in `tests/data`, which it had in bfloat16, scales included."""
+    spec = spec_from_file_location("make_fixtures", DATA / "make_fixtures.py")
+    fixtures = module_from_spec(spec)
+    spec.loader.exec_module(fixtures)
+    fixtures.make_base(tmp_path / "base")
+    quantize(tmp_path / "base", tmp_path / "out", quantization("fp8-dynamic", dtype="bfloat16"), device="cpu")
+    ours, theirs = Checkpoint(tmp_path / "out"), Checkpoint(DATA / "llmcompressor-fp8-dynamic")
+    for name, tensor in theirs.tensors.items():
+        if isinstance(tensor, QuantizedWeight):
+            assert ours[name].kind == tensor.kind
+            torch.testing.assert_close(ours[name].scales.load(), tensor.scales.load().float(), rtol=2**-7, atol=0)
+            assert len(tensor.scales.load().unique()) > 10
 
 
 # Which weights
