@@ -7,7 +7,9 @@ import torch.nn.functional as F
 
 from trtbuild.linear.blockwise import blockwise_linear
 from trtbuild.linear.format import Granularity, Numbers, WeightFormat
-from trtbuild.network.network import Tensor
+from trtbuild.network.lowering import Lowered, Lowering
+from trtbuild.network.network import Spec, Tensor
+from trtbuild.network.step import Step
 from trtbuild.tensors.lazy import LazyTensor
 from trtbuild.tensors.quantized_weight import QuantizedWeight
 
@@ -48,19 +50,14 @@ class Int4Linear(WeightFormat):
         return {name: value for name, value in found.items() if value is not None}
 
     def infer(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        scales: Tensor,
-        zeros: Tensor | None = None,
-        bias: Tensor | None = None,
-    ):
-        out, groups = scales.shape
+        self, x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None = None, bias: Tensor | None = None
+    ) -> list[Spec]:
+        out, groups = scales.size(0), scales.size(1)
         if (
             weight.dtype != torch.uint8
-            or (weight.shape[0], 2 * weight.shape[1]) != (out, x.shape[1])
+            or (weight.shape[0], 2 * weight.size(1)) != (out, x.shape[1])
             or groups == 0
-            or x.shape[1] % groups
+            or x.size(1) % groups
             or scales.dtype != x.dtype
             or (zeros and (zeros.dtype, zeros.shape) != (torch.int8, scales.shape))
             or (bias and (bias.dtype, bias.shape) != (x.dtype, (out,)))
@@ -68,10 +65,19 @@ class Int4Linear(WeightFormat):
             raise ValueError(f"{self} of {x} with {weight}, {scales}, {zeros}, {bias}")
         return [(x.dtype, (x.shape[0], out))]
 
-    def reference(self, x, weight, scales, zeros=None, bias=None):
+    def reference(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         return F.linear(x, dequantize(weight, scales, zeros).to(x.dtype), bias)
 
-    def prepare(self, device, weight, scales, **others):
+    def prepare(
+        self, device: torch.device, weight: torch.Tensor, scales: torch.Tensor, **others: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         """On CUDA: the order of nibbles that the kernel reads, and scales and zeros transposed.
 
         On a CPU in bfloat16: torch's kernel wants its own order of nibbles, and scales beside offsets. Its groups have
@@ -81,8 +87,8 @@ class Int4Linear(WeightFormat):
         if device.type == "cuda":
             from trtbuild.kernels.weight_only import interleave_int4
 
-            weight, scales, interleaved = interleave_int4(weight, scales, zeros)
-            return others | {"weight": weight, "scales": scales} | ({} if zeros is None else {"zeros": interleaved})
+            laid = dict(zip(("weight", "scales", "zeros"), interleave_int4(weight, scales, zeros), strict=True))
+            return others | {name: value for name, value in laid.items() if value is not None}
         out, groups = scales.shape
         group_size = 2 * weight.shape[1] // groups
         kernel_size = next((size for size in reversed(GROUP_SIZES) if group_size % size == 0), None)
@@ -93,7 +99,15 @@ class Int4Linear(WeightFormat):
         both = torch.stack((scales, offsets), -1).repeat_interleave(group_size // kernel_size, 1)
         return others | {"weight": packed, "scales": both.transpose(0, 1).contiguous()}
 
-    def portable(self, step, x, weight, scales, zeros=None, bias=None):
+    def portable(
+        self,
+        step: Step,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         if x.is_cuda:
             from trtbuild.kernels.weight_only import weight_only_linear
 
@@ -108,7 +122,15 @@ class Int4Linear(WeightFormat):
         )
         return (product if bias is None else product.add_(bias)).to(x.dtype)
 
-    def to_tensorrt(self, lowering, x, weight, scales, zeros=None, bias=None):
+    def to_tensorrt(
+        self,
+        lowering: Lowering,
+        x: Lowered,
+        weight: Lowered,
+        scales: Lowered,
+        zeros: Lowered | None = None,
+        bias: Lowered | None = None,
+    ) -> Lowered:
         """Without zero points, which TensorRT lacks: `x @ (q * s).T - (sums of x over the groups) @ (zeros * s).T`.
 
         To subtract them from the weight would have it widened in memory in every step, and so would one group a row:

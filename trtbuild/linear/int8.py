@@ -7,7 +7,9 @@ import torch.nn.functional as F
 
 from trtbuild.linear.blockwise import blockwise_linear
 from trtbuild.linear.format import EightBits
-from trtbuild.network.network import Tensor
+from trtbuild.network.lowering import Lowered, Lowering
+from trtbuild.network.network import Spec, Tensor
+from trtbuild.network.step import Step
 
 SCALAR_KERNEL_MAX_ROWS = 2  # torch's INT8 kernel for a CPU is vectorized for bfloat16 alone; widening wins beyond
 
@@ -21,14 +23,18 @@ class Int8Linear(EightBits):
     dtype = "int8"
     activations = "16bit"
 
-    def infer(self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None):
+    def infer(self, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> list[Spec]:
         self.check(x, weight, scales, bias)
         return [(x.dtype, (x.shape[0], weight.shape[0]))]
 
-    def reference(self, x, weight, scales, bias=None):
+    def reference(
+        self, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return F.linear(x, (weight * scales[:, None]).to(x.dtype), bias)
 
-    def portable(self, step, x, weight, scales, bias=None):
+    def portable(
+        self, step: Step, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
         if x.is_cuda:
             from trtbuild.kernels.weight_only import weight_only_linear
 
@@ -42,6 +48,8 @@ class Int8Linear(EightBits):
             product = blockwise_linear(x, weight.shape, lambda rows: weight[rows].float()).mul_(scales)
         return (product if bias is None else product.add_(bias)).to(x.dtype)
 
-    def to_tensorrt(self, lowering, x, weight, scales, bias=None):
+    def to_tensorrt(
+        self, lowering: Lowering, x: Lowered, weight: Lowered, scales: Lowered, bias: Lowered | None = None
+    ) -> Lowered:
         product = lowering.matmul(x, lowering.dequantize(weight, scales, like=x, axis=0), transpose_b=True)
         return lowering.add_bias(product, bias)

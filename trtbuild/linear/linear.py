@@ -40,10 +40,14 @@ def linear(x: Tensor, name: str, parts: Sequence[Weight], biases: Sequence[LazyT
         return network.constant(f"{name}.{suffix}", value)
 
     bias = constant("bias", concatenate(list(biases)).to(x.dtype)) if biases else None
-    if isinstance(parts[0], LazyTensor):
-        weight = parts[0] if len(parts) == 1 else concatenate(parts)
+    dense = [part for part in parts if isinstance(part, LazyTensor)]
+    quantized = [part for part in parts if isinstance(part, QuantizedWeight)]
+    if dense and quantized:
+        raise ValueError(f"{name}: some of its weights are quantized and some are not")
+    if dense:
+        weight = dense[0] if len(dense) == 1 else concatenate(dense)
         return network.add(DenseLinear(), x=x, weight=constant("weight", weight.to(x.dtype)), bias=bias)
-    fused = fuse(parts)
+    fused = fuse(quantized)
     if fused.order is not None:
         x = ops.select_columns(x, constant("order", fused.order))
     op = weight_format(fused.format, fused.activations)

@@ -7,7 +7,9 @@ import torch
 
 from trtbuild.linear.blockwise import blockwise_linear
 from trtbuild.linear.format import EightBits
-from trtbuild.network.network import Tensor
+from trtbuild.network.lowering import Lowered, Lowering
+from trtbuild.network.network import Spec, Tensor
+from trtbuild.network.step import Step
 from trtbuild.tensors.rounding import LIMIT, quantize, scale_for
 
 MULTIPLE = {"int8": 8, "fp8": 16}  # of both sizes of a weight, for cuBLAS; others are widened
@@ -26,25 +28,35 @@ class W8A8Linear(EightBits):
     activations: Literal["static", "token"]
 
     def infer(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        scales: Tensor,
-        input_scale: Tensor | None = None,
-        bias: Tensor | None = None,
-    ):
+        self, x: Tensor, weight: Tensor, scales: Tensor, input_scale: Tensor | None = None, bias: Tensor | None = None
+    ) -> list[Spec]:
         self.check(x, weight, scales, bias)
         wanted = None if self.activations == "token" else ((1,), torch.float32)
         if wanted != (input_scale and (input_scale.shape, input_scale.dtype)):
             raise ValueError(f"{self} with the input scale {input_scale}")
         return [(x.dtype, (x.shape[0], weight.shape[0]))]
 
-    def reference(self, x, weight, scales, input_scale=None, bias=None):
+    def reference(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scales: torch.Tensor,
+        input_scale: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         narrow, s = self._quantized(x, input_scale)
         product = narrow.double() @ weight.double().T * s * scales
         return (product if bias is None else product + bias).to(x.dtype)
 
-    def portable(self, step, x, weight, scales, input_scale=None, bias=None):
+    def portable(
+        self,
+        step: Step,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scales: torch.Tensor,
+        input_scale: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Float32 sums of products: of integers exact for up to 1032 terms, within 1e-7 of exact beyond."""
         if x.is_cuda and self._has_kernel(weight):
             from trtbuild.kernels.quantize_rows import quantize_rows, scale_product
@@ -56,10 +68,18 @@ class W8A8Linear(EightBits):
         product = product.mul_(s).mul_(scales)
         return (product if bias is None else product.add_(bias)).to(x.dtype)
 
-    def to_tensorrt(self, lowering, x, weight, scales, input_scale=None, bias=None):
+    def to_tensorrt(
+        self,
+        lowering: Lowering,
+        x: Lowered,
+        weight: Lowered,
+        scales: Lowered,
+        input_scale: Lowered | None = None,
+        bias: Lowered | None = None,
+    ) -> Lowered:
         """In float32 around the product of 8 bits; a scale a token cannot be TensorRT's, so it is applied outside."""
         wide = lowering.cast(x, torch.float32)
-        if self.activations == "token":
+        if input_scale is None:
             one, limit, tiny = (
                 lowering.scalar(value, torch.float32, rank)
                 for value, rank in ((1, 0), (LIMIT[self.values], 2), (torch.finfo(torch.float32).tiny, 2))
@@ -72,7 +92,7 @@ class W8A8Linear(EightBits):
             product = lowering.quantized_matmul(wide, input_scale, weight, scales)
         return lowering.cast_like(lowering.add_bias(product, bias), x)
 
-    def _quantized(self, x, input_scale=None):
+    def _quantized(self, x: torch.Tensor, input_scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         wide = x.float()
         s = scale_for(wide.abs().amax(-1, keepdim=True), self.values) if input_scale is None else input_scale
         return quantize(wide, s, self.values), s

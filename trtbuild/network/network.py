@@ -4,11 +4,18 @@ import dataclasses
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from trtbuild.network.lowering import Lowered, Lowering
 from trtbuild.tensors.lazy import LazyTensor
+
+if TYPE_CHECKING:
+    from trtbuild.network.step import Step
+
+Shape = tuple[int | str, ...]
+Spec = tuple[torch.dtype, Shape]
 
 
 @dataclass(frozen=True)
@@ -17,10 +24,17 @@ class Tensor:
 
     name: str
     dtype: torch.dtype
-    shape: tuple[int | str, ...]
+    shape: Shape
     network: "Network" = field(repr=False, compare=False)
 
+    def size(self, dim: int) -> int:
+        """A dimension that is a number. Raises `ValueError` for a dynamic one."""
+        if isinstance(size := self.shape[dim], str):
+            raise ValueError(f"dimension {dim} of {self} is dynamic")
+        return size
 
+
+@dataclass(frozen=True)
 class Op:
     """An operation: its attributes (the fields of a frozen dataclass) and all that is known of it.
 
@@ -28,6 +42,8 @@ class Op:
     is worth having. Its inputs are the parameters of these methods, with the same names and in the same order; one that
     may be absent has the default None. Defining the class makes its name known to `Network.from_json`.
     """
+
+    # Every operation has parameters of its own, so here they are `*args: Any, **inputs: Any`.
 
     kinds: ClassVar[dict[str, type["Op"]]] = {}
     selects: ClassVar[bool] = False  # whether it reads only some rows of its constant
@@ -40,27 +56,27 @@ class Op:
         """Names of all inputs, in order."""
         return tuple(inspect.signature(self.infer).parameters)
 
-    def infer(self, **inputs: Tensor) -> list[tuple[torch.dtype, tuple[int | str, ...]]]:
+    def infer(self, *args: Any, **inputs: Any) -> list[Spec]:
         """Dtype and shape of every output. Raises `ValueError` where the inputs do not fit together."""
         raise NotImplementedError
 
-    def reference(self, **inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    def reference(self, *args: Any, **inputs: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """The definition of right, in plain torch on any device, in whatever dtype the inputs have."""
         raise NotImplementedError
 
-    def portable(self, step: Any, *inputs: torch.Tensor, **named: torch.Tensor):
+    def portable(self, step: "Step", *args: Any, **inputs: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """What the portable engine runs; `step` is its `Step` (`network/step.py`)."""
-        return self.reference(*inputs, **named)
+        return self.reference(*args, **inputs)
 
-    def prepare(self, device: torch.device, **constants: torch.Tensor) -> dict[str, torch.Tensor]:
+    def prepare(self, device: torch.device, *args: Any, **constants: Any) -> dict[str, torch.Tensor]:
         """The inputs that are constants, as `portable` wants them on a device; called when an engine is loaded.
 
         What needs no change must be returned as it came, so that its readers share it.
         """
         return constants
 
-    def to_tensorrt(self, lowering: Any, **inputs: Any) -> Any:
-        """Adds TensorRT layers through `lowering` (see `engine/lowering.py`); returns the output tensor, or a tuple."""
+    def to_tensorrt(self, lowering: Lowering, *args: Any, **inputs: Any) -> Lowered | tuple[Lowered, ...]:
+        """Adds TensorRT layers through `lowering`; returns the output tensor, or a tuple."""
         raise NotImplementedError
 
 

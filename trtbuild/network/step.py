@@ -152,15 +152,17 @@ class Step:
 
     def alike(self) -> list[Sequence[Chunk]]:
         """The chunks, in order, in groups that one attention serves: all where they are prompts of one length."""
-        first = self.chunks[0]
-        places = [(0, first.end, first.slot + i) for i in range(len(self.chunks))]
-        if [(chunk.past, chunk.end, chunk.slot) for chunk in self.chunks] == places:
-            return [self.chunks]
-        return [[chunk] for chunk in self.chunks]
+        chunks = self.chunks or ()
+        places = [(0, chunks[0].end, chunks[0].slot + i) for i in range(len(chunks))]
+        if [(chunk.past, chunk.end, chunk.slot) for chunk in chunks] == places:
+            return [chunks]
+        return [[chunk] for chunk in chunks]
 
     def slots(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Slot and position, int64, of the cache entry that each sequence's new token takes in the generation phase."""
         if self._slots is None:
+            if self.batch_index is None:
+                raise ValueError("a step of chunks writes more than one entry a sequence")
             self._slots = self.batch_index, position_ids.long()
         return self._slots
 

@@ -4,14 +4,15 @@ from dataclasses import dataclass
 
 import torch
 
-from trtbuild.network.network import Op, Tensor
+from trtbuild.network.lowering import Lowered, Lowering
+from trtbuild.network.network import Op, Spec, Tensor
 
 
 @dataclass(frozen=True)
 class Add(Op):
     """`a + b`, same shape and dtype."""
 
-    def infer(self, a: Tensor, b: Tensor):
+    def infer(self, a: Tensor, b: Tensor) -> list[Spec]:
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             raise ValueError(f"cannot add {a} and {b}")
         return [(a.dtype, a.shape)]
@@ -19,7 +20,7 @@ class Add(Op):
     def reference(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return a + b
 
-    def to_tensorrt(self, lowering, a, b):
+    def to_tensorrt(self, lowering: Lowering, a: Lowered, b: Lowered) -> Lowered:
         return lowering.elementwise("SUM", a, b)
 
 

@@ -1,12 +1,17 @@
 """Causal self-attention with grouped heads, ALiBi and a KV cache: the one operation that knows sequences."""
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 
-from trtbuild.network.network import Op, Tensor
+from trtbuild.network.lowering import Lowered, Lowering
+from trtbuild.network.network import Op, Spec, Tensor
+from trtbuild.network.step import Step
 from trtbuild.tensors.rounding import quantize
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,9 +43,8 @@ class Attention(Op):
         slopes: Tensor | None = None,
         key_scale: Tensor | None = None,
         value_scale: Tensor | None = None,
-    ):
-        tokens, heads, head_dim = q.shape
-        kv_heads = k.shape[1]
+    ) -> list[Spec]:
+        tokens, heads, head_dim, kv_heads = q.shape[0], q.size(1), q.size(2), k.size(1)
         if k.shape != v.shape or k.shape != (tokens, kv_heads, head_dim) or heads % kv_heads:
             raise ValueError(f"attention of {q} over {k}, {v}")
         if slopes and slopes.shape != (heads,):
@@ -59,19 +63,20 @@ class Attention(Op):
 
     def reference(
         self,
-        q,
-        k,
-        v,
-        position_ids,
-        query_starts,
-        past_lengths,
-        key_cache=None,
-        value_cache=None,
-        slopes=None,
-        key_scale=None,
-        value_scale=None,
-    ):
-        caches = None if key_cache is None else (key_cache.clone(), value_cache.clone())
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        position_ids: torch.Tensor,
+        query_starts: torch.Tensor,
+        past_lengths: torch.Tensor,
+        key_cache: torch.Tensor | None = None,
+        value_cache: torch.Tensor | None = None,
+        slopes: torch.Tensor | None = None,
+        key_scale: torch.Tensor | None = None,
+        value_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        caches, scales = _both(key_cache, value_cache), _both(key_scale, value_scale)
+        caches = caches and (caches[0].clone(), caches[1].clone())
         output = torch.empty_like(q)
         group = q.shape[1] // k.shape[1]
         for b in range(len(past_lengths)):
@@ -79,7 +84,7 @@ class Attention(Op):
             past, total = int(past_lengths[b]), int(past_lengths[b]) + rows.stop - rows.start
             both = [x[rows].transpose(0, 1) for x in (k, v)]
             if caches:
-                for i, (cache, scale) in enumerate(zip(caches, (key_scale, value_scale), strict=True)):
+                for i, (cache, scale) in enumerate(zip(caches, scales or (None, None), strict=True)):
                     cache[b, :, past:total] = _stored(both[i], cache.dtype, scale)
                     both[i] = _loaded(cache[b, :, :total], q.dtype, scale)
             keys, values = (x.repeat_interleave(group, 0) for x in both)
@@ -93,32 +98,32 @@ class Attention(Op):
 
     def portable(
         self,
-        step,
-        q,
-        k,
-        v,
-        position_ids,
-        query_starts,
-        past_lengths,
-        key_cache=None,
-        value_cache=None,
-        slopes=None,
-        key_scale=None,
-        value_scale=None,
-    ):
+        step: Step,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        position_ids: torch.Tensor,
+        query_starts: torch.Tensor,
+        past_lengths: torch.Tensor,
+        key_cache: torch.Tensor | None = None,
+        value_cache: torch.Tensor | None = None,
+        slopes: torch.Tensor | None = None,
+        key_scale: torch.Tensor | None = None,
+        value_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Equal to `reference`, except that the caches are updated in place.
 
         Of chunks (`step.chunks`) one fused causal attention a sequence is run, or one for all where they are prompts of
         one length. The generation phase reads the first `step.kv_bound` positions of the cache and masks those beyond
         each sequence's own.
         """
-        scales = None if key_scale is None else (key_scale, value_scale)
-        if scales:
-            stored = [_stored(new.transpose(0, 1), key_cache.dtype, s) for new, s in zip((k, v), scales, strict=True)]
+        caches, scales = _both(key_cache, value_cache), _both(key_scale, value_scale)
+        if caches and scales:
+            dtype = caches[0].dtype
+            stored = [_stored(new.transpose(0, 1), dtype, s) for new, s in zip((k, v), scales, strict=True)]
             k, v = (x.transpose(0, 1) for x in stored)
-        if step.chunks is None:
-            output = _generation(step, q, k, v, key_cache, value_cache, position_ids, slopes, scales)
-            return output, key_cache, value_cache
+        if caches and step.chunks is None:
+            return _generation(step, q, k, v, *caches, position_ids, slopes, scales), *caches
         biases = None if slopes is None else step.alibi(position_ids, slopes, k.shape[1], q.dtype)
         outputs, row = [], 0
         for chunks in step.alike():
@@ -126,37 +131,36 @@ class Attention(Op):
             slots, rows = slice(chunks[0].slot, chunks[0].slot + count), slice(row, row + count * n)
             row = rows.stop
             queries, keys, values = (x[rows].unflatten(0, (count, n)).transpose(1, 2) for x in (q, k, v))
-            if key_cache is not None:
-                key_cache[slots, :, past:end] = keys
-                value_cache[slots, :, past:end] = values
-            if past:
-                keys, values = key_cache[slots, :, :end], value_cache[slots, :, :end]
+            if caches:
+                for cache, new in zip(caches, (keys, values), strict=True):
+                    cache[slots, :, past:end] = new
+                if past:
+                    keys, values = (cache[slots, :, :end] for cache in caches)
             if scales:
                 keys, values = (_loaded(x, q.dtype, s) for x, s in zip((keys, values), scales, strict=True))
-            if biases is not None:
-                masked = {"attn_mask": biases[:, :, past:end, :end]}
-            else:
-                masked = {"attn_mask": step.causal(chunks[0], q.device)} if past else {"is_causal": True}
-            output = _attend(queries, keys, values, **masked, enable_gqa=True)
+            mask = None if biases is None else biases[:, :, past:end, :end]
+            if past and mask is None:
+                mask = step.causal(chunks[0], q.device)
+            output = _attend(queries, keys, values, mask, is_causal=mask is None, enable_gqa=True)
             outputs.append(output.transpose(1, 2).flatten(0, 1))
         output = torch.cat(outputs).flatten(1)
-        return output if key_cache is None else (output, key_cache, value_cache)
+        return (output, *caches) if caches else output
 
     def to_tensorrt(
         self,
-        lowering,
-        q,
-        k,
-        v,
-        position_ids,
-        query_starts,
-        past_lengths,
-        key_cache,
-        value_cache,
-        slopes=None,
-        key_scale=None,
-        value_scale=None,
-    ):
+        lowering: Lowering,
+        q: Lowered,
+        k: Lowered,
+        v: Lowered,
+        position_ids: Lowered,
+        query_starts: Lowered,
+        past_lengths: Lowered,
+        key_cache: Lowered,
+        value_cache: Lowered,
+        slopes: Lowered | None = None,
+        key_scale: Lowered | None = None,
+        value_scale: Lowered | None = None,
+    ) -> tuple[Lowered, ...]:
         """Padded attention with fused layers: append to the cache, attend, unpad; q, k and v are padded already.
 
         TensorRT-RTX refuses packed attention. Causality and the ragged batch are one mask made from the positions,
@@ -164,9 +168,8 @@ class Attention(Op):
         refuses to update 8-bit caches: in their place it returns what this step adds to them, `[batch, kv_heads,
         query_len, head_dim]`, to be written at `past_lengths`.
         """
-        caches = key_cache, value_cache
-        if key_scale is not None:
-            scales = key_scale, value_scale
+        caches, scales = (key_cache, value_cache), _both(key_scale, value_scale)
+        if scales:
             presents = [lowering.quantize(x, s, like=key_cache, axis=1) for x, s in zip((k, v), scales, strict=True)]
             read = [
                 lowering.extend_cache(cache, rows, scale, past_lengths, like=q)
@@ -175,12 +178,28 @@ class Attention(Op):
         else:
             presents = [lowering.update_cache(cache, x, past_lengths) for cache, x in zip(caches, (k, v), strict=True)]
             read = presents
+        keys, values = read
         heads, head_dim = q.shape[1], q.shape[3]
-        output = lowering.attend(lowering.scale(q, head_dim**-0.5), *read, position_ids, slopes)
+        output = lowering.attend(lowering.scale(q, head_dim**-0.5), keys, values, position_ids, slopes)
         return lowering.merge_heads(output, heads * head_dim), *presents
 
 
-def _generation(step, q, k, v, key_cache, value_cache, position_ids, slopes, scales):
+def _both(a: T | None, b: T | None) -> tuple[T, T] | None:
+    """Of keys and values; they are there together or not at all."""
+    return None if a is None or b is None else (a, b)
+
+
+def _generation(
+    step: Step,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    position_ids: torch.Tensor,
+    slopes: torch.Tensor | None,
+    scales: tuple[torch.Tensor, torch.Tensor] | None,
+) -> torch.Tensor:
     """One new token a sequence: `[batch, heads * head_dim]`."""
     sequences, positions = step.slots(position_ids)
     key_cache[sequences, :, positions] = k
@@ -188,16 +207,15 @@ def _generation(step, q, k, v, key_cache, value_cache, position_ids, slopes, sca
     if q.is_cuda and _has_kernel(q, key_cache):
         from trtbuild.kernels.decode_attention import decode_attention
 
-        return decode_attention(
-            q, key_cache, value_cache, *(scales or (None, None)), position_ids, step.kv_bound, slopes
-        )
+        key_scale, value_scale = scales or (None, None)
+        return decode_attention(q, key_cache, value_cache, key_scale, value_scale, position_ids, step.kv_bound, slopes)
     keys, values = key_cache[:, :, : step.kv_bound], value_cache[:, :, : step.kv_bound]
     if scales:
         keys, values = (_loaded(x, q.dtype, s) for x, s in zip((keys, values), scales, strict=True))
     kv_heads = key_cache.shape[1]
     grouped = q.unflatten(1, (kv_heads, -1))  # the heads of a group are the queries of its KV head
     mask = step.mask(position_ids, q.dtype) if slopes is None else step.alibi(position_ids, slopes, kv_heads, q.dtype)
-    return _attend(grouped, keys, values, attn_mask=mask).flatten(1)
+    return _attend(grouped, keys, values, mask).flatten(1)
 
 
 def _has_kernel(q: torch.Tensor, cache: torch.Tensor) -> bool:
@@ -217,13 +235,15 @@ def _loaded(cache: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None)
     return cache.to(dtype) if scale is None else cache.to(dtype) * scale.to(dtype)[:, None, None]
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> torch.Tensor:
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, **options: bool
+) -> torch.Tensor:
     """Fused attention; in float32 for float16 on a CPU, where torch's own float16 is several times slower."""
     if q.dtype == torch.float16 and not q.is_cuda:
-        if (mask := options.get("attn_mask")) is not None and mask.dtype != torch.bool:
-            options["attn_mask"] = mask.float()
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options).to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, **options)
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.float()
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, **options).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, mask, **options)
 
 
 def attention(

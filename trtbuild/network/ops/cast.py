@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from trtbuild.network.network import Op, Tensor
+from trtbuild.network.lowering import Lowered, Lowering
+from trtbuild.network.network import Op, Spec, Tensor
 
 
 @dataclass(frozen=True)
@@ -13,13 +14,13 @@ class Cast(Op):
 
     dtype: str
 
-    def infer(self, x: Tensor):
+    def infer(self, x: Tensor) -> list[Spec]:
         return [(getattr(torch, self.dtype), x.shape)]
 
     def reference(self, x: torch.Tensor) -> torch.Tensor:
         return x.to(getattr(torch, self.dtype))
 
-    def to_tensorrt(self, lowering, x):
+    def to_tensorrt(self, lowering: Lowering, x: Lowered) -> Lowered:
         return lowering.cast(x, getattr(torch, self.dtype))
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trtbuild.network.network import Op, Tensor
+from trtbuild.network.network import Op, Spec, Tensor
 
 Meeting = tuple[str, tuple[int, ...]]
 
@@ -44,7 +44,7 @@ class AllReduce(Collective):
     first: int
     size: int
 
-    def infer(self, x: Tensor):
+    def infer(self, x: Tensor) -> list[Spec]:
         return [(x.dtype, x.shape)]
 
     def meeting(self, rank: int) -> Meeting:
@@ -64,7 +64,7 @@ class AllGather(Collective):
     first: int
     size: int
 
-    def infer(self, x: Tensor):
+    def infer(self, x: Tensor) -> list[Spec]:
         rows, columns = x.shape
         return [(x.dtype, (rows, self.size * columns))]
 
@@ -84,7 +84,7 @@ class Send(Collective):
 
     target: int
 
-    def infer(self, x: Tensor):
+    def infer(self, x: Tensor) -> list[Spec]:
         return []
 
     def meeting(self, rank: int) -> Meeting:
@@ -106,7 +106,7 @@ class Receive(Collective):
     dtype: str
     columns: int
 
-    def infer(self, position_ids: Tensor):
+    def infer(self, position_ids: Tensor) -> list[Spec]:
         return [(getattr(torch, self.dtype), (*position_ids.shape, self.columns))]
 
     def meeting(self, rank: int) -> Meeting:

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from trtbuild.network.network import Op, Tensor
+from trtbuild.network.lowering import Lowered, Lowering
+from trtbuild.network.network import Op, Spec, Tensor
 
 
 @dataclass(frozen=True)
@@ -13,13 +14,13 @@ class Embedding(Op):
 
     selects = True
 
-    def infer(self, input_ids: Tensor, weight: Tensor):
+    def infer(self, input_ids: Tensor, weight: Tensor) -> list[Spec]:
         return [(weight.dtype, (*input_ids.shape, weight.shape[1]))]
 
     def reference(self, input_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.embedding(input_ids, weight)
 
-    def to_tensorrt(self, lowering, input_ids, weight):
+    def to_tensorrt(self, lowering: Lowering, input_ids: Lowered, weight: Lowered) -> Lowered:
         return lowering.gather(weight, input_ids)
 
 
@@ -31,7 +32,7 @@ class EmbeddingPart(Op):
 
     selects = True
 
-    def infer(self, input_ids: Tensor, weight: Tensor):
+    def infer(self, input_ids: Tensor, weight: Tensor) -> list[Spec]:
         return [(weight.dtype, (*input_ids.shape, weight.shape[1]))]
 
     def reference(self, input_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -39,7 +40,7 @@ class EmbeddingPart(Op):
         there = (rows >= 0) & (rows < len(weight))
         return torch.nn.functional.embedding(rows.where(there, 0), weight) * there[:, None]
 
-    def to_tensorrt(self, lowering, input_ids, weight):
+    def to_tensorrt(self, lowering: Lowering, input_ids: Lowered, weight: Lowered) -> Lowered:
         raise NotImplementedError(f"{self}: networks of several ranks are not lowered to TensorRT yet")
 
 

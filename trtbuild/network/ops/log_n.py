@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from trtbuild.network.network import Op, Tensor
+from trtbuild.network.lowering import Lowered, Lowering
+from trtbuild.network.network import Op, Spec, Tensor
 
 
 @dataclass(frozen=True)
@@ -18,14 +19,14 @@ class LogN(Op):
     dtype: str
     length: int
 
-    def infer(self, position_ids: Tensor):
+    def infer(self, position_ids: Tensor) -> list[Spec]:
         return [(getattr(torch, self.dtype), position_ids.shape)]
 
     def reference(self, position_ids: torch.Tensor) -> torch.Tensor:
         scale = (position_ids + 1).float().log() / math.log(self.length)
         return scale.clamp_min(1).to(getattr(torch, self.dtype))
 
-    def to_tensorrt(self, lowering, position_ids):
+    def to_tensorrt(self, lowering: Lowering, position_ids: Lowered) -> Lowered:
         one, base = (lowering.scalar(x, torch.float32, rank=1) for x in (1, math.log(self.length)))
         seen = lowering.elementwise("SUM", lowering.cast(position_ids, torch.float32), one)
         scale = lowering.elementwise("DIV", lowering.unary("LOG", seen), base)

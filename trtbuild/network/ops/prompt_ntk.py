@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from trtbuild.network.network import Op, Tensor
+from trtbuild.network.lowering import Lowered, Lowering
+from trtbuild.network.network import Op, Spec, Tensor
 
 
 @dataclass(frozen=True)
@@ -16,15 +17,15 @@ class PromptNtk(Op):
 
     limit: int
 
-    def infer(self, table: Tensor, prompt_lengths: Tensor):
-        if len(table.shape) != 2 or table.shape[0] < 2:
+    def infer(self, table: Tensor, prompt_lengths: Tensor) -> list[Spec]:
+        if len(table.shape) != 2 or table.size(0) < 2:
             raise ValueError(f"a choice of RoPE frequencies from {table}")
         return [(table.dtype, (*prompt_lengths.shape, table.shape[1]))]
 
     def reference(self, table: torch.Tensor, prompt_lengths: torch.Tensor) -> torch.Tensor:
         return table[sum((prompt_lengths > self.limit << k).long() for k in range(len(table) - 1))]
 
-    def to_tensorrt(self, lowering, table, prompt_lengths):
+    def to_tensorrt(self, lowering: Lowering, table: Lowered, prompt_lengths: Lowered) -> Lowered:
         limits = self.limit << torch.arange(table.shape[0] - 1, dtype=torch.int32)
         over = lowering.elementwise(
             "LESS", lowering.constant(limits.reshape(1, -1)), lowering.reshape(prompt_lengths, (-1, 1))

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from trtbuild.network.network import Op, Tensor
+from trtbuild.network.lowering import Lowered, Lowering
+from trtbuild.network.network import Op, Spec, Tensor
+from trtbuild.network.step import Step
 
 
 @dataclass(frozen=True)
@@ -13,7 +15,7 @@ class RmsNorm(Op):
 
     eps: float
 
-    def infer(self, x: Tensor, weight: Tensor):
+    def infer(self, x: Tensor, weight: Tensor) -> list[Spec]:
         if x.shape[-1:] != weight.shape or x.dtype != weight.dtype:
             raise ValueError(f"rms_norm of {x} with {weight}")
         return [(x.dtype, x.shape)]
@@ -23,13 +25,13 @@ class RmsNorm(Op):
         normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return weight * normalized.to(x.dtype)
 
-    def portable(self, step, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def portable(self, step: Step, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         # torch's own is one kernel on CUDA and faster for one row on a CPU; for many rows there, the formula is faster.
         if x.is_cuda or x.shape[0] < 16:
             return torch.nn.functional.rms_norm(x, weight.shape, weight, self.eps)
         return self.reference(x, weight)
 
-    def to_tensorrt(self, lowering, x, weight):
+    def to_tensorrt(self, lowering: Lowering, x: Lowered, weight: Lowered) -> Lowered:
         wide = lowering.cast(x, torch.float32)
         mean = lowering.mean(lowering.elementwise("PROD", wide, wide), axis=1)
         variance = lowering.elementwise("SUM", mean, lowering.scalar(self.eps, torch.float32, rank=2))

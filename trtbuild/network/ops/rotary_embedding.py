@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from trtbuild.network.network import Op, Tensor
+from trtbuild.network.lowering import Lowered, Lowering
+from trtbuild.network.network import Op, Spec, Tensor
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,9 @@ class RotaryEmbedding(Op):
     ntk_factor: float = 0.0
     max_positions: int = 0
 
-    def infer(self, position_ids: Tensor, inverse_frequencies: Tensor, sequence_lengths: Tensor | None = None):
+    def infer(
+        self, position_ids: Tensor, inverse_frequencies: Tensor, sequence_lengths: Tensor | None = None
+    ) -> list[Spec]:
         head_dim = 2 * inverse_frequencies.shape[-1]
         return [(getattr(torch, self.dtype), (*position_ids.shape, head_dim))] * 2
 
@@ -46,7 +49,13 @@ class RotaryEmbedding(Op):
         half = frequencies.shape[-1]
         return torch.arange(half, device=frequencies.device, dtype=frequencies.dtype) / (1 - half)
 
-    def to_tensorrt(self, lowering, position_ids, inverse_frequencies, sequence_lengths=None):
+    def to_tensorrt(
+        self,
+        lowering: Lowering,
+        position_ids: Lowered,
+        inverse_frequencies: Lowered,
+        sequence_lengths: Lowered | None = None,
+    ) -> tuple[Lowered, Lowered]:
         half = inverse_frequencies.shape[-1]
         frequencies = lowering.reshape(inverse_frequencies, (-1, half))
         if sequence_lengths is not None:

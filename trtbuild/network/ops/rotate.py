@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from trtbuild.network.network import Op, Tensor
+from trtbuild.network.lowering import Lowered, Lowering
+from trtbuild.network.network import Op, Spec, Tensor
 from trtbuild.network.ops.split_heads import SplitHeads
 
 
@@ -20,7 +21,7 @@ class Rotate(Op):
     def split(self) -> SplitHeads:
         return SplitHeads(self.num_heads, self.num_kv_heads, self.head_dim)
 
-    def infer(self, qkv: Tensor, cos: Tensor, sin: Tensor):
+    def infer(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> list[Spec]:
         if any(x.shape != (qkv.shape[0], self.head_dim) for x in (cos, sin)):
             raise ValueError(f"{self} of {qkv} by {cos}, {sin}")
         return self.split.infer(qkv)
@@ -34,7 +35,7 @@ class Rotate(Op):
         qk = torch.addcmul(qk * cos[:, None], torch.cat((second, first), -1), sin[:, None])
         return qk[:, : self.num_heads], qk[:, self.num_heads :], v
 
-    def to_tensorrt(self, lowering, qkv, cos, sin):
+    def to_tensorrt(self, lowering: Lowering, qkv: Lowered, cos: Lowered, sin: Lowered) -> tuple[Lowered, ...]:
         q, k, v = self.split.to_tensorrt(lowering, qkv)
         half = self.head_dim // 2
         angles = [lowering.padded_columns(x, start, half) for x, start in ((cos, 0), (sin, half))]

@@ -4,14 +4,15 @@ from dataclasses import dataclass
 
 import torch
 
-from trtbuild.network.network import Op, Tensor
+from trtbuild.network.lowering import Lowered, Lowering
+from trtbuild.network.network import Op, Spec, Tensor
 
 
 @dataclass(frozen=True)
 class ScaleTokens(Op):
     """`x * factors`; TensorRT has the heads in the layout that `SplitHeads` gives it."""
 
-    def infer(self, x: Tensor, factors: Tensor):
+    def infer(self, x: Tensor, factors: Tensor) -> list[Spec]:
         if len(x.shape) != 3 or (factors.dtype, factors.shape) != (x.dtype, x.shape[:1]):
             raise ValueError(f"factors {factors} of the tokens of {x}")
         return [(x.dtype, x.shape)]
@@ -19,7 +20,7 @@ class ScaleTokens(Op):
     def reference(self, x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
         return x * factors[:, None, None]
 
-    def to_tensorrt(self, lowering, x, factors):
+    def to_tensorrt(self, lowering: Lowering, x: Lowered, factors: Lowered) -> Lowered:
         return lowering.scale_tokens(x, factors)
 
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from trtbuild.network.network import Op, Tensor
+from trtbuild.network.lowering import Lowered, Lowering
+from trtbuild.network.network import Op, Spec, Tensor
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class SplitHeads(Op):
         """Heads of q, of k and of v."""
         return self.num_heads, self.num_kv_heads, self.num_kv_heads
 
-    def infer(self, qkv: Tensor):
+    def infer(self, qkv: Tensor) -> list[Spec]:
         tokens, width = qkv.shape
         if width != sum(self.sizes) * self.head_dim:
             raise ValueError(f"{self} of {qkv}")
@@ -32,7 +33,7 @@ class SplitHeads(Op):
     def reference(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return qkv.unflatten(1, (-1, self.head_dim)).split(self.sizes, 1)
 
-    def to_tensorrt(self, lowering, qkv):
+    def to_tensorrt(self, lowering: Lowering, qkv: Lowered) -> tuple[Lowered, ...]:
         widths = [heads * self.head_dim for heads in self.sizes]
         starts = 0, widths[0], widths[0] + widths[1]
         return tuple(

@@ -4,22 +4,22 @@ from dataclasses import dataclass
 
 import torch
 
-from trtbuild.network.network import Op, Tensor
+from trtbuild.network.lowering import Lowered, Lowering
+from trtbuild.network.network import Op, Spec, Tensor
 
 
 @dataclass(frozen=True)
 class SwiGlu(Op):
     """`silu(gate) * up` of a fused `[tokens, gate | up]`."""
 
-    def infer(self, gate_up: Tensor):
-        tokens, width = gate_up.shape
-        return [(gate_up.dtype, (tokens, width // 2))]
+    def infer(self, gate_up: Tensor) -> list[Spec]:
+        return [(gate_up.dtype, (gate_up.shape[0], gate_up.size(1) // 2))]
 
     def reference(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return torch.nn.functional.silu(gate).mul_(up)
 
-    def to_tensorrt(self, lowering, gate_up):
+    def to_tensorrt(self, lowering: Lowering, gate_up: Lowered) -> Lowered:
         width = gate_up.shape[1] // 2
         gate = lowering.columns(gate_up, 0, width)
         up = lowering.columns(gate_up, width, width)
