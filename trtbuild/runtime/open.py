@@ -1,4 +1,4 @@
-"""Opening an engine folder: which engine, on which device."""
+"""Opening an engine folder: which engine, on which device, by how many processes."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,11 +1,12 @@
 """The processes that MPI started together: rank 0 leads, the others obey."""
 
+import atexit
 import os
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 
 from trtbuild.errors import UserError
@@ -26,7 +27,12 @@ class World:
         self.in_place = MPI.IN_PLACE
         self.rank, self.size = self.comm.rank, self.comm.size
         self.host = socket.gethostname()
+        local = self.comm.Split_type(MPI.COMM_TYPE_SHARED, self.rank)
+        self.local_rank, self.local_size = local.rank, local.size  # among the processes of its host
         self.stuck = False  # whether rank 0 left off in the middle of what all do
+        self.closing: list[Callable[[], object]] = []  # what to do before a process ends
+        if self.rank == 0 < self.size - 1:
+            atexit.register(self.end)
 
     def group(self, ranks: Sequence[int]):
         """A communicator of some ranks, all of which call this."""
@@ -40,10 +46,11 @@ class World:
         """Every rank's value, in order, on rank 0; None elsewhere."""
         return self.comm.gather(value)
 
-    @property
-    def local_rank(self) -> int:
-        """Which of its host's processes it is."""
-        return self.comm.Split_type(self._mpi.COMM_TYPE_SHARED, self.rank).rank
+    def agree(self, problem: str | None) -> None:
+        """Raises `UserError` on all ranks where one has a problem: a line that names the first such rank."""
+        problems = self.gather(problem and (problem if self.rank == 0 else f"{self}: {problem}"))
+        if (line := self.share(problems and next(filter(None, problems), None))) is not None:
+            raise UserError(line)
 
     def tell(self, message: object) -> None:
         """Rank 0's next word to all others, each of which must `hear` it."""
@@ -66,25 +73,46 @@ class World:
             time.sleep(nap)
         return self.comm.recv(source=0, tag=COMMANDS)
 
+    def end(self, code: int = 0) -> None:
+        """Rank 0's last word: the others close what they have and exit with `code`."""
+        if self.stuck:
+            self.fail("ended in the middle of a step")
+        atexit.unregister(self.end)
+        self.tell(("end", code))
+        self.close()
+
+    def close(self) -> None:
+        while self.closing:
+            self.closing.pop()()
+
     def fail(self, line: str) -> None:
         """Ends all processes, whatever they wait for, with one line that names this one."""
-        print(f"error: rank {self.rank} on {self.host}: {line}", file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(f"error: {self}: {line}", file=sys.stderr, flush=True)
         self.comm.Abort(2)
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host}"
+
+
+def launched() -> int:
+    """How many processes the launcher started, if it says so; 1 without one."""
+    sizes = [int(os.environ[name]) for name in SIZES if os.environ.get(name, "").isdecimal()]
+    return max(sizes, default=2 if "PMIX_RANK" in os.environ else 1)
 
 
 @cache
 def world() -> World | None:
-    """The world, if an MPI launcher started this process together with others.
+    """The world, if a launcher started this process together with others.
 
-    MPI itself is asked only where the environment names a launcher, since without one it may not even start. Raises
-    `UserError` where mpi4py is missing.
+    MPI itself is asked only then, since without a launcher it may not even start. Raises `UserError` without mpi4py.
     """
-    sizes = [os.environ[name] for name in SIZES if name in os.environ]
-    if not (any(size != "1" for size in sizes) if sizes else "PMIX_RANK" in os.environ):
+    if launched() == 1:
         return None
     try:
         return World()
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:
         raise UserError(
-            f"several processes were started, which need mpi4py ({error}); 'pip install trtbuild[mpi]' brings it"
+            f"several processes were started, which need mpi4py and MPI ({error}); 'pip install trtbuild[mpi]' brings "
+            "them, or start one process"
         ) from error
