@@ -15,6 +15,7 @@ from trtbuild.errors import UserError, one_line
 from trtbuild.files import output_path, read_text
 from trtbuild.quantization.recipe import Recipe
 from trtbuild.runtime.sampling import SamplingParams
+from trtbuild.runtime.together import led
 
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -627,7 +628,8 @@ def main() -> None:
     """Entry point: what lies outside the program is one line on standard error and exit code 2."""
     try:
         try:
-            app()
+            with led():
+                app()
         finally:
             sys.stdout.flush()  # or a full disk would be found out when the interpreter ends, too late to say so
     except Exception as error:

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import torch
 
+from trtbuild.decoder.mapping import Mapping
 from trtbuild.engine.config import BuildLimits, rank_file, read_config
 from trtbuild.engine.portable import PortableEngine, read_portable
 from trtbuild.errors import UserError
 from trtbuild.files import sha256_of
 from trtbuild.runtime.session import PortableSession, Session
+from trtbuild.runtime.together import check_processes, obey, open_together
+from trtbuild.runtime.world import world
 
 RUNTIMES = ("auto", "portable", "tensorrt", "interpreted")
 
@@ -34,26 +37,30 @@ class OpenedEngine:
         return self.config["recipe"]["dtype"]
 
 
-def open_engine(
-    folder: Path | str, runtime: str = "auto", device: str = "auto", check: bool = False, rank: int = 0
-) -> OpenedEngine:
-    """Opens a rank of an engine folder after checking its files, with `check` down to the last byte (`read_config`).
+def open_engine(folder: Path | str, runtime: str = "auto", device: str = "auto", check: bool = False) -> OpenedEngine:
+    """Opens an engine folder after checking its files, with `check` down to the last byte (`read_config`).
 
     `auto` takes TensorRT where the folder has its engine and this GPU can run it, else the portable engine;
-    `interpreted` runs the TensorRT network on the CPU. Raises `UserError` for a folder, runtime or device that cannot
-    be.
+    `interpreted` runs the TensorRT network on the CPU. An engine of several ranks is portable; rank 0's session leads
+    the others, and on those this does not return, but does what that is asked until rank 0 ends, and exits. Raises
+    `UserError` for a folder, runtime or device that cannot be, and unless there is a process for each rank.
     """
+    if (here := world()) and here.rank:
+        obey(here)
     folder = Path(folder)
     config = read_config(folder, check)
-    limits = BuildLimits(**config["limits"])
-    portable, tensorrt = rank_file(rank, "portable"), rank_file(rank, "tensorrt")
+    mapping, limits = Mapping(**config["mapping"]), BuildLimits(**config["limits"])
+    check_processes(folder, mapping)
+    portable, tensorrt = rank_file(0, "portable"), rank_file(0, "tensorrt")
     if runtime not in RUNTIMES:
         raise UserError(f"unknown runtime {runtime!r}; choose one of {', '.join(RUNTIMES)}")
+    if mapping.world_size > 1 and runtime not in ("auto", "portable"):
+        raise UserError(f"runtime {runtime} runs one rank, {folder} has {mapping.world_size}; use --runtime portable")
     if runtime == "auto":
         from trtbuild.engine.tensorrt_api import runs_here
 
-        usable = tensorrt in config["outputs"] and device != "cpu" and runs_here(config["builders"]["tensorrt"])
-        runtime = "tensorrt" if usable else "portable"
+        usable = tensorrt in config["outputs"] and device != "cpu" and mapping.world_size == 1
+        runtime = "tensorrt" if usable and runs_here(config["builders"]["tensorrt"]) else "portable"
     file = tensorrt if runtime == "tensorrt" else portable
     for needed in {file, portable}:  # the portable file also holds the network that a TensorRT engine was lowered from
         if needed not in config["outputs"]:
@@ -61,7 +68,9 @@ def open_engine(
                 f"{folder} has no {needed}; build it with '--engine {'tensorrt' if needed == tensorrt else 'portable'}'"
             )
     packed = config["remove_input_padding"]
-    if runtime == "portable":
+    if mapping.world_size > 1:
+        session = open_together(folder, pick_device(device))
+    elif runtime == "portable":
         session = PortableSession(PortableEngine.load(folder / portable, pick_device(device)))
     else:
         from trtbuild.runtime.lowered_session import InterpretedSession, TensorRTSession

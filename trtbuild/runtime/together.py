@@ -2,7 +2,7 @@
 
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from hashlib import sha256
 from os import cpu_count
@@ -50,21 +50,18 @@ def obey(here: World) -> NoReturn:
             match here.hear():
                 case ("end", code):
                     here.close()
-                    break
+                    raise SystemExit(code)
                 case ("open", *arguments):
                     session = None  # its memory, before the next engine's
-                    try:
+                    with suppress(UserError):  # which rank 0 has, too
                         session = open_rank(here, *arguments)
-                    except UserError:
-                        pass  # which rank 0 has, too
                 case (name, *arguments):
                     session.obey(name, *arguments)
     except Exception as error:
         _fail(here, error)
-    raise SystemExit(code)
 
 
-def _fail(here: World, error: Exception) -> None:
+def _fail(here: World, error: Exception) -> NoReturn:
     line = one_line(error)
     if line is None:
         traceback.print_exception(error)
@@ -79,8 +76,8 @@ def check_processes(folder: Path, mapping: Mapping) -> None:
         return
     if processes == 1 < launched():
         raise UserError(
-            f"the launcher started {launched()} processes, but each finds itself alone: it does not fit to the MPI that "
-            "mpi4py uses; start them with that MPI's mpiexec"
+            f"the launcher started {launched()} processes, but each finds itself alone: it does not fit to the MPI "
+            "that mpi4py uses; start them with that MPI's mpiexec"
         )
     has = f"{folder} is an engine of {ranks} {'ranks' if ranks > 1 else 'rank'}, {processes} process"
     if processes == 1:

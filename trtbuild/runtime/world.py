@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
+from typing import NoReturn
 
 from trtbuild.errors import UserError
 
@@ -20,7 +21,6 @@ class World:
     """All processes of a run, this one among them. There is one of it, `world()`."""
 
     def __init__(self) -> None:
-        os.environ.setdefault("MPIR_CVAR_SUPPRESS_ABORT_MESSAGE", "1")  # of MPICH; `fail` says what there is to say
         from mpi4py import MPI
 
         self._mpi, self.comm = MPI, MPI.COMM_WORLD
@@ -85,11 +85,14 @@ class World:
         while self.closing:
             self.closing.pop()()
 
-    def fail(self, line: str) -> None:
+    def fail(self, line: str) -> NoReturn:
         """Ends all processes, whatever they wait for, with one line that names this one."""
         with suppress(OSError):
+            sys.stdout.flush()
             print(f"error: {self}: {line}", file=sys.stderr, flush=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPI has a line of its own
         self.comm.Abort(2)
+        os._exit(2)  # Abort may return before the launcher has ended this process
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host}"
