@@ -178,6 +178,25 @@ def test_written_weights_are_read_back(layout, format, symmetric, activations, e
     assert_equal(read_back(layout, weight), weight)
 
 
+@pytest.mark.parametrize("part", [(0, 8, 16), (0, 4, 8), (1, 32, 64)], ids=str)
+@written
+def test_parts_are_parts_of_the_whole(layout, format, symmetric, activations, part, tmp_path):
+    """As a rank reads them; four rows are no whole words of AWQ's, so all are read."""
+    weight = random_weight(32, 3, 32, format, symmetric, activations, 0)
+    write_file(tmp_path / "x.safetensors", FORMATS[layout].write("p", weight))
+    tensors, _ = open_file(tmp_path / "x.safetensors")
+    read = read_quantized(FORMATS[layout].describe(weight, [], False), tensors, "file")["p.weight"]
+    assert_equal(read.narrow(*part), weight.narrow(*part))
+
+
+@pytest.mark.parametrize("fixture", FIXTURES)
+def test_rows_of_published_weights_are_rows_of_the_whole(fixture):
+    for weight in Checkpoint(DATA / fixture).quantized():
+        out = weight.values.shape[0]
+        rows = weight.narrow(0, out // 2, out // 2)
+        assert torch.equal(rows.dequantize().load(), weight.dequantize().load()[out // 2 :])
+
+
 @written
 def test_written_to_a_file_and_read_back(layout, format, symmetric, activations, tmp_path):
     """Every tensor is of the dtype and shape that was announced, or the writer refuses it."""

@@ -167,6 +167,22 @@ def test_group_sizes_that_fit_are_named():
         first("model.layers.0.mlp.down_proj.weight")
 
 
+@pytest.mark.parametrize(("tp_size", "size"), [(2, 64), (4, 32)])
+def test_groups_that_fit_are_named(tp_size, size):
+    """Baichuan 13B has 107 groups of 128 within the MLP."""
+    sizes = {"hidden_size": 5120, "num_attention_heads": 40, "num_key_value_heads": 40, "intermediate_size": 13696}
+    config = config_from_hugging_face(LLAMA | sizes, "test")
+    values, scales = torch.empty(5120, 13696, dtype=torch.int8, device="meta"), torch.empty(5120, 107, device="meta")
+    weight = QuantizedWeight("int4", from_tensor(values), from_tensor(scales))
+    (_, first, _), *_ = shares(config, lambda name: weight, tp_size)
+    with pytest.raises(UserError) as caught:
+        first("model.layers.0.mlp.down_proj.weight")
+    assert str(caught.value) == (
+        "model.layers.0.mlp.down_proj.weight: 13696 input channels in groups of 128 do not divide by tp_size "
+        f"{tp_size}; use one of 1, or weights in groups of {size}"
+    )
+
+
 # Sizes that do not divide
 
 

@@ -1,5 +1,8 @@
 """Engine folders of several ranks: what lies in them, and that all ranks' files together are the model."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,6 +98,25 @@ def test_a_rank_that_is_missing(tiny_checkpoint, tmp_path):
     (folder / "rank1.safetensors").unlink()
     with pytest.raises(UserError, match=r"is incomplete: rank1\.safetensors is missing; build the engine again"):
         read_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("scale", "sources"),
+    [
+        (2, ["float16", "awq"]),
+        pytest.param(1, ["float16", "gptq", "awq", "int4", "int8"], marks=pytest.mark.slow),
+    ],
+    ids=["half", "70b"],
+)
+def test_a_rank_holds_its_share_alone(tmp_path, scale, sources):
+    """Of the shapes of LLaMA-2 70B, at tp 8, from every layout of weights: files of eight times the size or more."""
+    script = Path(__file__).parent / "memory_of_builds.py"
+    command = [sys.executable, script, tmp_path, str(scale), "8", *sources]
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=600).stdout
+    results = [json.loads(line) for line in output.splitlines()]
+    assert [result["source"] for result in results] == sources
+    for result in results:
+        assert result["peak"] < 1.5 * result["file"], result
 
 
 @pytest.mark.parametrize(

@@ -41,13 +41,13 @@ WEIGHTS = {
 
 
 @parts
-def test_of_a_file_it_is_a_view(tmp_path, part):
+def test_of_a_file_it_is_read_alone(tmp_path, part):
     x = torch.randn(12, 48, generator=DRAW)
     save_file({"x": x}, tmp_path / "x.safetensors")
     lazy = open_file(tmp_path / "x.safetensors")[0]["x"].narrow(*part)
     assert (lazy.dtype, lazy.shape) == (torch.float32, x.narrow(*part).shape)
     assert torch.equal(lazy.load(), x.narrow(*part))
-    assert lazy.load().untyped_storage().nbytes() >= x.nbytes  # the file's
+    assert lazy.load().untyped_storage().nbytes() == x.narrow(*part).nbytes or lazy.shape == x.shape
 
 
 @parts

@@ -7,6 +7,7 @@ import torch
 from trtbuild.decoder.decoder import CacheScales, Weights
 from trtbuild.decoder.mapping import Mapping
 from trtbuild.errors import UserError
+from trtbuild.linear.int4 import GROUP_SIZES
 from trtbuild.linear.linear import Weight
 from trtbuild.models.config import SHARED_DIMENSIONS, ModelConfig
 from trtbuild.tensors.lazy import LazyTensor
@@ -90,9 +91,10 @@ def _check_columns(config: ModelConfig, mapping: Mapping, name: str, weight: Qua
     groups_fit = lambda size: weight.scales.shape[1] == 1 or width // size % weight.group_size == 0  # noqa: E731
     if not groups_fit(mapping.tp_size):
         fit = ", ".join(str(size) for size in tp_sizes(config) if groups_fit(size))
+        smaller = [str(size) for size in GROUP_SIZES if width // mapping.tp_size % size == 0]
         raise UserError(
             f"{name}: {width} input channels in groups of {weight.group_size} do not divide by tp_size "
-            f"{mapping.tp_size}; use one of {fit}"
+            f"{mapping.tp_size}; use one of {fit}" + (f", or weights in groups of {smaller[-1]}" if smaller else "")
         )
 
 

@@ -192,8 +192,7 @@ class Int4Grid:
 
 def pack(values: torch.Tensor) -> torch.Tensor:
     """int8 `[..., n]` within -8 .. 7 to uint8 `[..., n / 2]`, the even element in the low nibble."""
-    nibbles = values.view(torch.uint8) & 15
-    return nibbles[..., ::2] | nibbles[..., 1::2] << 4
+    return (values[..., 1::2] << 4).bitwise_or_(values[..., ::2] & 15).view(torch.uint8)
 
 
 def unpack(packed: torch.Tensor) -> torch.Tensor:

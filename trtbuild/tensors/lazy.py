@@ -13,7 +13,10 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of wei
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor to come. `load()` maps or computes it anew on every call, so nothing is held between calls."""
+    """A tensor to come. `load()` maps or computes it anew on every call, so nothing is held between calls.
+
+    A `load` may have a method `narrow` with the parameters of `LazyTensor.narrow`: what loads that part alone, or None.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -32,7 +35,7 @@ class LazyTensor:
         return LazyTensor(dtype, self.shape, _Cast(self, dtype, name))
 
     def narrow(self, dim: int, start: int, length: int) -> "LazyTensor":
-        """Elements `start .. start + length` along a dimension: of a mapped tensor a view, and only these are rounded.
+        """Elements `start .. start + length` along a dimension: of a file only these are read, and only these rounded.
 
         Raises `ValueError` for what reaches beyond the tensor.
         """
@@ -40,9 +43,8 @@ class LazyTensor:
             raise ValueError(f"{start} + {length} of dimension {dim} of a tensor {list(self.shape)}")
         if length == self.shape[dim]:
             return self
-        load: Callable[[], torch.Tensor] = _Narrow(self, dim, start, length)
-        if isinstance(self.load, _Cast):
-            load = replace(self.load, source=self.load.source.narrow(dim, start, length))
+        narrow = getattr(self.load, "narrow", None)
+        load = (narrow and narrow(dim, start, length)) or _Narrow(self, dim, start, length)
         return LazyTensor(self.dtype, (*self.shape[:dim], length, *self.shape[dim + 1 :]), load)
 
 
@@ -58,6 +60,9 @@ class _Cast:
         value = self.source.load()
         return value.to(self.dtype) if self.fitting is None else fitted(value, self.dtype, self.fitting)
 
+    def narrow(self, dim: int, start: int, length: int) -> "_Cast":
+        return replace(self, source=self.source.narrow(dim, start, length))
+
 
 @dataclass(frozen=True)
 class _Narrow:
@@ -70,6 +75,34 @@ class _Narrow:
 
     def __call__(self) -> torch.Tensor:
         return self.source.load().narrow(self.dim, self.start, self.length)
+
+
+@dataclass(frozen=True)
+class Rearranged:
+    """A `load` of what a function makes of another tensor, of each part of which it makes a part.
+
+    For each dimension of the result, `places` has the dimension of `source` that it comes from, and how many elements
+    along it one of the source's makes; None where a part of the result is of no part of the source.
+    """
+
+    source: LazyTensor
+    function: Callable[[torch.Tensor], torch.Tensor]
+    places: tuple[tuple[int, int] | None, ...]
+
+    def __call__(self) -> torch.Tensor:
+        return self.function(self.source.load())
+
+    def narrow(self, dim: int, start: int, length: int) -> "Rearranged | None":
+        place = self.places[dim]
+        if place is None or start % place[1] or length % place[1]:
+            return None
+        return replace(self, source=self.source.narrow(place[0], start // place[1], length // place[1]))
+
+
+def transposed(tensor: LazyTensor) -> LazyTensor:
+    """`[a, b]` as `[b, a]`."""
+    load = Rearranged(tensor, lambda x: x.T.contiguous(), ((1, 1), (0, 1)))
+    return LazyTensor(tensor.dtype, tensor.shape[::-1], load)
 
 
 def fitted(value: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:

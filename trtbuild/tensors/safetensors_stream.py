@@ -6,7 +6,10 @@ https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSO
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -97,15 +100,69 @@ def write_sharded(
 
 def header_sha256(path: Path) -> str:
     """Hex digest of a file's header, which is all but the tensors' values: names, dtypes, shapes, places, metadata."""
+    return hashlib.sha256(_header(path)).hexdigest()
+
+
+def _header(path: Path) -> bytes:
+    """The length of the header, and it."""
     with open(path, "rb") as file:
         length = file.read(8)
-        header = file.read(min(int.from_bytes(length, "little"), LONGEST_HEADER))
-    return hashlib.sha256(length + header).hexdigest()
+        return length + file.read(min(int.from_bytes(length, "little"), LONGEST_HEADER))
+
+
+def _places(path: Path) -> dict[str, int]:
+    """Where in a file that the library has found to be right each tensor's first byte is."""
+    header = _header(path)
+    tensors = json.loads(header[8:])
+    return {name: len(header) + spec["data_offsets"][0] for name, spec in tensors.items() if name != "__metadata__"}
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A `load` of a tensor of an open file, which begins at the byte `place`."""
+
+    file: safe_open
+    name: str
+    path: Path
+    place: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def __call__(self) -> torch.Tensor:
+        return self.file.get_tensor(self.name)
+
+    def narrow(self, dim: int, start: int, length: int) -> "_Part":
+        return _Part(self, dim, start, length)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A `load` of some elements of a stored tensor along a dimension."""
+
+    whole: _Stored
+    dim: int
+    start: int
+    length: int
+
+    def __call__(self) -> torch.Tensor:
+        """Reads them row by row, a row being what lies together."""
+        *outer, size, inner = *self.whole.shape[: self.dim + 1], math.prod(self.whole.shape[self.dim + 1 :])
+        step = inner * self.whole.dtype.itemsize
+        rows = torch.empty(math.prod(outer), self.length * step, dtype=torch.uint8)
+        with open(self.whole.path, "rb", buffering=0) as file:
+            for i, row in enumerate(rows.numpy()):
+                place, view = self.whole.place + (i * size + self.start) * step, memoryview(row)
+                while view:
+                    if not (count := os.preadv(file.fileno(), [view], place)):
+                        raise UserError(f"{self.whole.path} is shorter than it was; fetch or build it again")
+                    view, place = view[count:], place + count
+        return rows.view(-1).view(self.whole.dtype).view(*outer, self.length, *self.whole.shape[self.dim + 1 :])
 
 
 def open_file(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file, memory-mapped: nothing is read until `load()`.
+    """The tensors and the metadata of a safetensors file: nothing is read until `load()`, which maps a whole tensor.
 
+    A part of one (`narrow`) is read instead: what is mapped counts as memory of the process until the file is closed.
     Raises `UserError` if the file is missing, truncated or not safetensors.
     """
     if not path.exists():
@@ -115,12 +172,11 @@ def open_file(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
         file = safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is truncated or not a safetensors file ({error}); fetch or build it again") from error
-    tensors = {}
+    tensors, places = {}, _places(path)
     for name in file.keys():  # noqa: SIM118 (safe_open is not iterable)
         view = file.get_slice(name)
         if view.get_dtype() not in DTYPES:
             raise UserError(f"{path}: tensor {name} has the dtype {view.get_dtype()}; known are {', '.join(DTYPES)}")
-        tensors[name] = LazyTensor(
-            DTYPES[view.get_dtype()], tuple(view.get_shape()), lambda name=name: file.get_tensor(name)
-        )
+        dtype, shape = DTYPES[view.get_dtype()], tuple(view.get_shape())
+        tensors[name] = LazyTensor(dtype, shape, _Stored(file, name, path, places[name], dtype, shape))
     return tensors, file.metadata() or {}

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 
 import torch
 
-from trtbuild.checkpoint.formats.int32 import count_groups, expect, pack, unpack
+from trtbuild.checkpoint.formats.int32 import count_groups, expect, pack, signed
 from trtbuild.errors import UserError
-from trtbuild.tensors.lazy import FLOATS, LazyTensor
+from trtbuild.tensors.lazy import FLOATS, LazyTensor, Rearranged, transposed
 from trtbuild.tensors.quantized_weight import QuantizedWeight
 
 EIGHTS = -0x77777778  # 0x88888888 as int32: zero points of 8
@@ -45,27 +45,22 @@ def _weight(
     expect(f"{prefix}.qzeros", qzeros, (torch.int32,), (groups, out // 8), where)
     expect(f"{prefix}.scales", scales, FLOATS, (groups, out), where)
 
-    def zeros() -> torch.Tensor:
-        return _signed(qzeros.load()).T.contiguous()
+    def values(words: torch.Tensor) -> torch.Tensor:
+        return signed(words, order=ORDER).T.contiguous()
 
+    zeros = Rearranged(qzeros, values, ((1, 8), (0, 1)))
     if symmetric and zeros().any():
         raise UserError(f"{where}: zero_point: false, but {prefix}.qzeros are not all 8")
     return QuantizedWeight(
         "int4",
-        LazyTensor(torch.int8, (out, width), lambda: _signed(qweight.load()).T.contiguous()),
-        LazyTensor(scales.dtype, (out, groups), lambda: scales.load().T.contiguous()),
+        LazyTensor(torch.int8, (out, width), Rearranged(qweight, values, ((1, 8), (0, 1)))),
+        transposed(scales),
         None if symmetric else LazyTensor(torch.int8, (out, groups), zeros),
     )
 
 
-def _signed(words: torch.Tensor) -> torch.Tensor:
-    """int32 `[rows, n / 8]` in AWQ's order to int8 `[rows, n]`, 8 being 0."""
-    values = unpack(words).unflatten(1, (-1, 8))
-    return (torch.empty_like(values).index_copy_(2, torch.tensor(ORDER), values) - 8).to(torch.int8).flatten(1)
-
-
 def _packed(values: torch.Tensor) -> torch.Tensor:
-    """The inverse of `_signed`."""
+    """int8 `[rows, n]` to int32 `[rows, n / 8]` in AWQ's order, 0 being 8."""
     return pack((values.unflatten(1, (-1, 8))[..., list(ORDER)].flatten(1)).int() + 8)
 
 

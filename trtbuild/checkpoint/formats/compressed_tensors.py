@@ -12,11 +12,11 @@ from collections.abc import Mapping
 
 import torch
 
-from trtbuild.checkpoint.formats.int32 import count_groups, expect, group_order, pack, unpack
+from trtbuild.checkpoint.formats.int32 import count_groups, expect, group_order, pack, signed
 from trtbuild.errors import UserError
 from trtbuild.linear.format import WeightFormat
 from trtbuild.linear.linear import WEIGHT_FORMATS, weight_format
-from trtbuild.tensors.lazy import FLOATS, LazyTensor
+from trtbuild.tensors.lazy import FLOATS, LazyTensor, Rearranged
 from trtbuild.tensors.quantized_weight import QuantizedWeight
 
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "input_scale")
@@ -101,8 +101,8 @@ def _weight(
     if packed := tensors.get(f"{prefix}.weight_packed"):
         out, width = packed.shape[0], packed.shape[1] * 32 // bits
         expect(f"{prefix}.weight_packed", packed, (torch.int32,), packed.shape, where)
-        offset = 1 << bits - 1
-        values = LazyTensor(torch.int8, (out, width), lambda: (unpack(packed.load(), bits) - offset).to(torch.int8))
+        words = Rearranged(packed, lambda words: signed(words, bits), ((0, 1), (1, 32 // bits)))
+        values = LazyTensor(torch.int8, (out, width), words)
     else:
         values = tensors[f"{prefix}.weight"]
         out, width = values.shape
@@ -118,7 +118,9 @@ def _weight(
         order = group_order(g_idx, tensors[g_idx], width, groups, where)
     if order is not None:
         stored = values
-        values = LazyTensor(torch.int8, (out, width), lambda: stored.load()[:, order.load()])
+        values = LazyTensor(
+            torch.int8, (out, width), Rearranged(stored, lambda rows: rows[:, order.load()], ((0, 1), None))
+        )
     zeros = None
     if not scheme["symmetric"]:
         zeros = tensors[f"{prefix}.weight_zero_point"]
@@ -145,7 +147,9 @@ def _weight(
 def _unpacked(name: str, zero_point: LazyTensor, out: int, groups: int, where: str) -> LazyTensor:
     expect(name, zero_point, (torch.int32,), (out // 8, groups), where)
     return LazyTensor(
-        torch.int8, (out, groups), lambda: (unpack(zero_point.load().T) - 8).to(torch.int8).T.contiguous()
+        torch.int8,
+        (out, groups),
+        Rearranged(zero_point, lambda words: signed(words.T).T.contiguous(), ((0, 8), (1, 1))),
     )
 
 

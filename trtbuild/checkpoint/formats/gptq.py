@@ -12,9 +12,9 @@ from collections.abc import Mapping
 
 import torch
 
-from trtbuild.checkpoint.formats.int32 import count_groups, expect, group_order, pack, unpack
+from trtbuild.checkpoint.formats.int32 import count_groups, expect, group_order, pack, signed
 from trtbuild.errors import UserError
-from trtbuild.tensors.lazy import FLOATS, LazyTensor
+from trtbuild.tensors.lazy import FLOATS, LazyTensor, Rearranged, transposed
 from trtbuild.tensors.quantized_weight import QuantizedWeight
 
 ONES = 0x11111111
@@ -51,21 +51,20 @@ def _weight(
     if f"{prefix}.g_idx" in tensors or (quantization.get("desc_act") and groups > 1):
         order = group_order(f"{prefix}.g_idx", tensors[f"{prefix}.g_idx"], width, groups, where)
 
-    def values() -> torch.Tensor:
-        words = unpack(qweight.load().T)
-        return ((words if order is None else words[:, order.load()]) - 8).to(torch.int8)
+    def values(words: torch.Tensor) -> torch.Tensor:
+        return signed(words.T) if order is None else signed(words.T)[:, order.load()]
 
-    def zeros() -> torch.Tensor:
-        words = qzeros.load()
-        return (unpack(words + ONES if version == "gptq" else words) - 8).to(torch.int8).T.contiguous()
-
+    zeros = Rearranged(
+        qzeros, lambda words: signed(words + ONES if version == "gptq" else words).T.contiguous(), ((1, 8), (0, 1))
+    )
     symmetric = quantization.get("sym", True)
     if symmetric and zeros().any():
         raise UserError(f"{where}: sym: true, but {prefix}.qzeros are not all 8")
+    channels = (0, 8) if order is None else None
     return QuantizedWeight(
         "int4",
-        LazyTensor(torch.int8, (out, width), values),
-        LazyTensor(scales.dtype, (out, groups), lambda: scales.load().T.contiguous()),
+        LazyTensor(torch.int8, (out, width), Rearranged(qweight, values, ((1, 1), channels))),
+        transposed(scales),
         None if symmetric else LazyTensor(torch.int8, (out, groups), zeros),
         order=order,
     )

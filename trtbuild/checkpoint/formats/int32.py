@@ -1,5 +1,7 @@
 """What the layouts share: small integers packed into int32 words, the first in the lowest bits, and groups."""
 
+from collections.abc import Sequence
+
 import torch
 
 from trtbuild.errors import UserError
@@ -21,6 +23,19 @@ def unpack(words: torch.Tensor, bits: int = 4) -> torch.Tensor:
     values = torch.empty((*words.shape[:-1], words.shape[-1] * per_word), dtype=torch.int16)
     for i in range(per_word):
         values[..., i::per_word] = words >> bits * i & (1 << bits) - 1
+    return values
+
+
+def signed(words: torch.Tensor, bits: int = 4, order: Sequence[int] | None = None) -> torch.Tensor:
+    """The same less half their range, which all the layouts add to signed values: int8.
+
+    `order`: the places of a word's values, from the lowest bits on. Nothing wider is held than the words and one value
+    of each.
+    """
+    per_word = 32 // bits
+    values = torch.empty((*words.shape[:-1], words.shape[-1] * per_word), dtype=torch.int8)
+    for i, place in enumerate(order or range(per_word)):
+        values[..., place::per_word] = (words >> bits * i).bitwise_and_((1 << bits) - 1).sub_(1 << bits - 1)
     return values
 
 
