@@ -552,6 +552,10 @@ def test_build_refuses(made, tmp_path, arguments, message):
         (["--model-config", "dep", "--dummy"], "unknown model 'dep'; closest: deep; known models: bare, deep; or give"),
         (["--model-config", "bare", "--dummy"], r"models.yaml has no 'config' for bare; add its published config.json"),
         (["--model-config", "none.json", "--dummy"], "none.json does not exist"),
+        (
+            ["--model-config", "deep", "--dummy", "--models", "x/y.yaml"],
+            "x/y.yaml, which would declare 'deep', does not",
+        ),
         (["--model-config", "deep", "--dummy", "--max-input-len", 999], "999 and .* are more than the 256 positions"),
         (["--model-config", "deep", "--dummy", "--num-layers", 9], "num_layers is 9; the model has 3"),
         (["--model-config", "deep", "--dummy", "--recipe", "wide"], "group_size 64 does not divide the 96 input"),

@@ -596,6 +596,8 @@ def _dummy(name: str, models: Path, model_version: str | None) -> tuple[str, dic
     if file.suffix == ".json" or file.is_file():
         shape = file.resolve().parent.name if file.stem == "config" else file.stem
         return shape, {"config": str(file)} | version
+    if not models.exists():
+        raise UserError(f"{models}, which would declare {name!r}, does not exist; give --models or a config.json")
     table = load_table(str(models), MODELS_SCHEMA)
     if name not in table:
         raise UserError(f"{unknown('model', name, table)}; or give a config.json")

@@ -166,6 +166,16 @@ def test_decoding_goes_on_after_chunks():
         assert (row - wanted).norm() / wanted.norm() < 2e-6
 
 
+def test_a_prompt_of_another_length_is_no_generation_step():
+    """Qwen's base follows the chunk's prompt, as it does beside another sequence."""
+    tokens, logits = PROMPTS[0], []
+    for others in ([], [Chunk([1], 1, slot=1)]):
+        session = session_of("portable", network_of("qwen beyond", "float32"))
+        session.step([Chunk(tokens, 40)])
+        logits.append(session.step([Chunk([7], 10, past=len(tokens)), *others])[0].clone())
+    assert (logits[0] - logits[1]).norm() / logits[1].norm() < 2e-6
+
+
 def test_a_sequence_goes_back():
     """What follows an earlier position replaces what was there."""
     session = session_of("portable", network_of("llama", "float32"))
@@ -184,6 +194,7 @@ def test_a_sequence_goes_back():
         (Chunk([1], 9, past=6), "slot 0 holds 5 positions; tokens cannot follow 6"),
         (Chunk([1], 9, past=1, slot=1), "slot 1 holds 0 positions; tokens cannot follow 1"),
         (Chunk([], 5), "prompt 0 is empty"),
+        (Chunk([1], 0, slot=1), "slot 1: a prompt of 0 tokens"),
         (Chunk([1] * 41, 41), "prompt 0 has 41 tokens, the engine's max_input_len is 40"),
         (Chunk([1] * 40, 49), "would have 49 positions; the engine's max_length is 48"),
         (Chunk([320], 1), "the token 320"),

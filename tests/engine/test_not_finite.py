@@ -12,7 +12,7 @@ from trtbuild.engine.config import BuildLimits
 from trtbuild.errors import UserError
 from trtbuild.evaluation.hugging_face import HuggingFaceModel
 from trtbuild.evaluation.stages import measure_perplexity
-from trtbuild.network.step import whole_prompts
+from trtbuild.network.step import Chunk, whole_prompts
 from trtbuild.quantization.quantize import quantize
 from trtbuild.quantization.recipe import Quantization
 from trtbuild.runtime.generation import generate
@@ -128,6 +128,8 @@ def test_keys_that_leave_finite_logits(tmp_path):
     assert not session.cache.buffers["key_cache.1"].isfinite().all()
     with pytest.raises(UserError, match=r"in layer 1, from model\.layers\.1\.self_attn\.qkv_proj on; float16"):
         generate(session, PROMPTS, SamplingParams(4))
+    with pytest.raises(UserError, match="slot 0 holds 0 positions"):
+        session.step([Chunk([70], 3, past=3)])
     assert session.prefill(PROMPTS[:1], all_logits=True).isfinite().all()
 
 

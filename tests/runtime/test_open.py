@@ -124,6 +124,14 @@ def test_missing_file(copy):
         open_engine(copy)
 
 
+def test_an_engine_from_before_headers_were_recorded(copy):
+    config = json.loads((copy / "config.json").read_text())
+    del config["outputs"]["rank0.safetensors"]["header_sha256"]
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"{copy} was built by an earlier version of trtbuild; build the engine again"):
+        open_engine(copy)
+
+
 def test_no_engine_folder(tiny_checkpoint, tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path} is not an engine folder: it has no config.json"):
         open_engine(tmp_path)

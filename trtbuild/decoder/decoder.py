@@ -171,12 +171,12 @@ def output(config: ModelConfig, weights: Weights, hidden: Tensor, mapping: Mappi
 
 def cache_of_network(network: Network) -> CacheScales | None:
     """The scales of a network's KV cache, where it is quantized."""
-    layers = [name.removeprefix("key_cache.") for name in network.states if name.startswith("key_cache.")]
-    names = [[f"model.layers.{i}.self_attn.{kind}_scale" for i in layers] for kind in KINDS]
-    if names[0][0] not in network.constants:
+    layers = [node.inputs for node in network.nodes if "key_scale" in node.inputs]
+    if not layers:
         return None
+    names = ([layer[f"{kind}_scale"] for layer in layers] for kind in KINDS)
     scales = (torch.stack([network.constants[name].load() for name in kind]) for kind in names)
-    return CacheScales(network.tensors[f"key_cache.{layers[0]}"].dtype, *scales)
+    return CacheScales(network.tensors[layers[0]["key_cache"]].dtype, *scales)
 
 
 def _norm(network: Network, weights: Weights, name: str, dtype: torch.dtype) -> Tensor:

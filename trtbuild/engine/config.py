@@ -10,7 +10,6 @@ from trtbuild.tensors.safetensors_stream import header_sha256
 
 CONFIG_FILE = "config.json"
 FILE = {"bytes": int, "sha256": str}
-WITH_HEADER = FILE | {"header_sha256": str}
 SHAPE = {
     "model": str,
     "recipe": {"dtype": str},
@@ -77,13 +76,14 @@ def read_config(folder: Path, check: bool = False) -> dict:
     config = read_json(folder / CONFIG_FILE)
     if not isinstance(config.get("outputs"), dict):  # a model's config.json has the same name
         raise UserError(f"{folder} is not an engine folder: its {CONFIG_FILE} lists no engine files")
-    outputs = {name: WITH_HEADER if _is_portable(name) else FILE for name in config["outputs"]}
-    check_shape(config, SHAPE | {"outputs": outputs}, folder / CONFIG_FILE)
+    check_shape(config, SHAPE | {"outputs": dict.fromkeys(config["outputs"], FILE)}, folder / CONFIG_FILE)
     BuildLimits(**config["limits"])
     for name, expected in config["outputs"].items():
         path = folder / name
         if Path(name).name != name:
             raise UserError(f"{folder / CONFIG_FILE} lists {name!r}, which is no file of this folder; build it again")
+        if _is_portable(name) and "header_sha256" not in expected:
+            raise UserError(f"{folder} was built by an earlier version of trtbuild; build the engine again")
         if kind_of(path) != "file":
             raise UserError(f"{folder} is incomplete: {name} is missing; build the engine again")
         if different := _difference(path, expected, check):

@@ -47,12 +47,15 @@ class Session(ABC):
         slots = [chunk.slot for chunk in chunks]
         if len(set(slots)) < len(slots):
             raise UserError(f"the slots {slots} of one step are not different sequences'")
-        self.lengths += [0] * (max(slots) + 1 - len(self.lengths))
-        # Generation steps know nothing of a prompt that goes on.
-        continued = all(len(c.tokens) == 1 and c.prompt_length <= c.past == self.lengths[c.slot] for c in chunks)
+        new = max(slots) + 1 - len(self.lengths)
+        self.lengths, self.prompt_lengths = ([*known, *[0] * new] for known in (self.lengths, self.prompt_lengths))
+        # Generation steps know nothing of a prompt that goes on, nor of another prompt's length.
+        continued = all(
+            len(c.tokens) == 1 and c.prompt_length == self.prompt_lengths[c.slot] <= c.past == self.lengths[c.slot]
+            for c in chunks
+        )
         if continued and slots == list(range(len(self.lengths))):
             return self.decode(torch.tensor([chunk.tokens[0] for chunk in chunks], dtype=torch.int32).to(self.device))
-        self.prompt_lengths += [0] * (len(self.lengths) - len(self.prompt_lengths))
         for chunk in chunks:
             self.lengths[chunk.slot], self.prompt_lengths[chunk.slot] = chunk.end, chunk.prompt_length
         return self._step(chunks)
@@ -85,10 +88,11 @@ class Session(ABC):
 
     def not_finite(self, prompts: list[list[int]]) -> UserError:
         """What to say of numbers that are NaN or infinite after these prompts. The prompts are run again to find where,
-        and what is left of them in the cache is cleared.
+        and the cache is cleared: it holds no sequence any more.
         """
         where = self._where_not_finite(prompts)
         self.cache.clear()
+        self.lengths, self.prompt_lengths = [], []
         advice = "float16 ends at 65504, use bfloat16" if self._is_float16 else "the checkpoint's weights are damaged"
         return UserError(f"numbers are not finite {where}; {advice}")
 
@@ -119,6 +123,8 @@ class Session(ABC):
         held = self.lengths[chunk.slot] if chunk.slot < len(self.lengths) else 0
         if not 0 <= chunk.past <= held:
             raise UserError(f"slot {chunk.slot} holds {held} positions; tokens cannot follow {chunk.past}")
+        if chunk.prompt_length < 1:
+            raise UserError(f"slot {chunk.slot}: a prompt of {chunk.prompt_length} tokens; it has at least one")
         if max(chunk.end, chunk.prompt_length) > self.limits.max_length:
             raise UserError(
                 f"the sequence in slot {chunk.slot} would have {max(chunk.end, chunk.prompt_length)} positions; the "
