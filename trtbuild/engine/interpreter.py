@@ -6,6 +6,7 @@ Semantics: the operator pages of the TensorRT documentation.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from graphlib import TopologicalSorter
 
 import torch
@@ -14,14 +15,38 @@ import torch.nn.functional as F
 from trtbuild.engine.tensorrt import LoweredNetwork
 from trtbuild.engine.tensorrt_api import api
 from trtbuild.linear.int4 import unpack
+from trtbuild.network import lockstep
+from trtbuild.network.ops.collectives import Meeting
 from trtbuild.tensors.rounding import quantize
 
 Values = dict[str, torch.Tensor]
 FP8_READERS = ("DEQUANTIZE", "CONCATENATION", "SHUFFLE", "SHAPE", "IDENTITY")  # TensorRT refuses any other layer
 
 
+@dataclass(frozen=True)
+class DistCollective:
+    """What TensorRT's layer makes of all its ranks' inputs: their sum, or one's rows after another's."""
+
+    operation: str
+    ranks: tuple[int, ...]
+
+    def meeting(self, rank: int) -> Meeting:
+        return self.operation, self.ranks
+
+    def together(self, *brought: Values) -> list[torch.Tensor]:
+        parts = [inputs["x"] for inputs in brought]
+        result = torch.stack(parts).sum(0) if self.operation == "ALL_REDUCE" else torch.cat(parts)
+        return [result] * len(parts)
+
+
+Layers = dict[str, tuple[list[str], Callable | DistCollective]]
+
+
 class Interpreter:
-    """A lowered network prepared for running: one closure a layer, over values by tensor name."""
+    """A lowered network prepared for running: one closure a layer, over values by tensor name.
+
+    Layers at which ranks meet are run by `lockstep.meet`.
+    """
 
     def __init__(self, lowered: LoweredNetwork) -> None:
         self.lowered = lowered
@@ -29,7 +54,7 @@ class Interpreter:
         self.inputs = [definition.get_input(i).name for i in range(definition.num_inputs)]
         self.outputs = [definition.get_output(i).name for i in range(definition.num_outputs)]
         self._constants: Values = {}
-        layers: dict[str, tuple[list[str], Callable]] = {}  # by the name of the tensor that they make
+        layers: Layers = {}  # by the name of the tensor that they make
         for i in range(definition.num_layers):
             self._prepare(definition.get_layer(i), layers)
         # A definition lists layers in any order: a slice may precede the layer that computes its size.
@@ -44,15 +69,22 @@ class Interpreter:
 
     @torch.inference_mode()
     def run(self, inputs: Values) -> Values:
-        """Values by engine input name to values by engine output name. Inputs are not modified."""
+        """Values by engine input name to values by engine output name, of one rank. Inputs are not modified."""
+        return lockstep.meet([self.walk(inputs)])[0]
+
+    def walk(self, inputs: Values) -> lockstep.Run:
+        """The same, to be run in lock-step with other ranks'."""
         values = self._constants | {name: inputs[name] for name in self.inputs}
         for target, sources, compute, dead in self._steps:
-            values[target] = compute(*(values[name] for name in sources))
+            if isinstance(compute, DistCollective):
+                values[target] = yield compute, {"x": values[sources[0]]}
+            else:
+                values[target] = compute(*(values[name] for name in sources))
             for name in dead:
                 del values[name]
         return {name: values[name] for name in self.outputs}
 
-    def _prepare(self, layer, layers: dict[str, tuple[list[str], Callable]]) -> None:
+    def _prepare(self, layer, layers: Layers) -> None:
         trt = api()
         kind = layer.type.name
         if kind == "CONSTANT":
@@ -61,11 +93,19 @@ class Interpreter:
             return
         if kind == "ATTENTION_INPUT":
             return  # an attention is two layers; the output layer computes all of it
-        make, interface = LAYERS[kind]
-        layer.__class__ = getattr(trt, interface)
         if kind == "ATTENTION_OUTPUT":
+            layer.__class__ = trt.IAttentionOutputLayer
             layers[layer.attention.get_output(0).name] = _attention(layer.attention)
             return
+        if kind == "DIST_COLLECTIVE":
+            layer.__class__ = trt.IDistCollectiveLayer
+            operation, ranks = self.lowered.lowering.collectives[layer.name]
+            if layer.num_ranks != len(ranks):
+                raise ValueError(f"{operation} of {layer.num_ranks} ranks among {ranks}")
+            layers[layer.get_output(0).name] = [layer.get_input(0).name], DistCollective(operation, tuple(ranks))
+            return
+        make, interface = LAYERS[kind]
+        layer.__class__ = getattr(trt, interface)
         inputs = [tensor for i in range(layer.num_inputs) if (tensor := layer.get_input(i)) is not None]
         if kind not in FP8_READERS and any(tensor.dtype == trt.fp8 for tensor in inputs):
             raise TypeError(f"{kind} of an FP8 tensor")
@@ -126,6 +166,7 @@ def _elementwise(layer):
         "MIN": torch.minimum,
         "POW": torch.pow,
         "LESS": torch.lt,
+        "EQUAL": torch.eq,
     }[op]
 
     def checked(a, b):
@@ -327,5 +368,4 @@ LAYERS = {
     "SHAPE": (_shape, "IShapeLayer"),
     "ROTARY_EMBEDDING": (_rotary, "IRotaryEmbeddingLayer"),
     "KV_CACHE_UPDATE": (_kv_cache_update, "IKVCacheUpdateLayer"),
-    "ATTENTION_OUTPUT": (_attention, "IAttentionOutputLayer"),
 }

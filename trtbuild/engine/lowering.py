@@ -11,6 +11,8 @@ import torch
 
 from trtbuild.engine.tensorrt_api import api
 
+RECEIVED, SENT = "received", "sent"  # an engine's input and output between stages of a pipeline
+
 
 class Lowering:
     """An `INetworkDefinition` under construction. Every method adds layers and returns `ITensor`s."""
@@ -21,6 +23,8 @@ class Lowering:
         self.packed = remove_input_padding
         self.buffers: dict[str, torch.Tensor] = {}  # TensorRT reads constants where they lie, until the build ends
         self.inputs: dict[str, object] = {}
+        self.sent = None  # hidden states for the next stage of a pipeline
+        self.collectives: dict[str, tuple[str, range]] = {}  # by layer: what its ranks do; the API does not tell
         self._once: dict[object, object] = {}
 
     def dtype(self, dtype: torch.dtype):
@@ -76,6 +80,10 @@ class Lowering:
 
     def unary(self, operation: str, x):
         return self.definition.add_unary(x, getattr(self.trt.UnaryOperation, operation)).get_output(0)
+
+    def select(self, condition, a, b):
+        """`a` where `condition`, else `b`; they broadcast."""
+        return self.definition.add_select(condition, a, b).get_output(0)
 
     def sigmoid(self, x):
         return self.definition.add_activation(x, self.trt.ActivationType.SIGMOID).get_output(0)
@@ -170,20 +178,25 @@ class Lowering:
         return self.once(("integer", value), lambda: self.constant(torch.tensor([value], dtype=torch.int64)))
 
     @property
+    def _by_token(self) -> str:
+        """An input that has a number a token; a stage that is not the first has no ids."""
+        return "input_ids" if "input_ids" in self.inputs else "position_ids"
+
+    @property
     def tokens(self):
         """The number of tokens as a shape tensor."""
         if self.packed:
-            return self.sizes("input_ids", self.inputs["input_ids"], 0)
+            return self.sizes(self._by_token, self.inputs[self._by_token], 0)
         return self.once("tokens", lambda: self.elementwise("PROD", self.batch, self.query_len))
 
     @property
     def batch(self):
-        name = "pad_index" if self.packed else "input_ids"
+        name = "pad_index" if self.packed else self._by_token
         return self.sizes(name, self.inputs[name], 0)
 
     @property
     def query_len(self):
-        name = "pad_index" if self.packed else "input_ids"
+        name = "pad_index" if self.packed else self._by_token
         return self.sizes(name, self.inputs[name], 1)
 
     def columns(self, x, start: int, size: int):
@@ -191,6 +204,37 @@ class Lowering:
         layer = self.definition.add_slice(x, (0, start), (0, 0), (1, 1))
         layer.set_input(2, self.once(("columns", size), lambda: self.shape(self.tokens, size)))
         return layer.get_output(0)
+
+    # Ranks. A session gives a stage's ranks a communicator of their own. There is no send and receive: what passes
+    # between stages are inputs and outputs.
+
+    def all_reduce(self, x, ranks: range):
+        """The sum of what all `ranks` have."""
+        return self._collective("ALL_REDUCE", "SUM", x, ranks)
+
+    def all_gather(self, x, ranks: range):
+        """`[rows, n]` of each of `ranks` to `[rows, n * ranks]`. TensorRT's layer puts rows below rows."""
+        size, columns = len(ranks), x.shape[1]
+        rows = self.reshape(self._collective("ALL_GATHER", "NONE", x, ranks), (size, -1, columns), after=(1, 0, 2))
+        return self.reshape(rows, (-1, size * columns))
+
+    def _collective(self, operation: str, reduction: str, x, ranks: range):
+        trt = self.trt
+        layer = self.definition.add_dist_collective(
+            x, getattr(trt.CollectiveOperation, operation), getattr(trt.ReduceOperation, reduction), -1, None
+        )
+        layer.num_ranks = len(ranks)
+        self.collectives[layer.name] = operation, ranks
+        return layer.get_output(0)
+
+    def received(self, dtype: torch.dtype, columns: int):
+        """The hidden states of the stage before, `[tokens, columns]`: an input of the engine."""
+        self.inputs[RECEIVED] = self.definition.add_input(RECEIVED, self.dtype(dtype), (-1, columns))
+        return self.inputs[RECEIVED]
+
+    def send(self, x) -> None:
+        """Makes the hidden states for the next stage an output of the engine."""
+        self.sent = x
 
     # Sequences
 
@@ -243,9 +287,7 @@ class Lowering:
         old, slots = self.once(("slots", past_lengths.name), lambda: self._slots(past_lengths, cache.shape[2]))
         layer = self.definition.add_gather(self.dequantize(rows, scale, like, axis=1), slots, 2)
         layer.num_elementwise_dims = 1
-        return self.definition.add_select(
-            old, self.dequantize(cache, scale, like, axis=1), layer.get_output(0)
-        ).get_output(0)
+        return self.select(old, self.dequantize(cache, scale, like, axis=1), layer.get_output(0))
 
     def _slots(self, past_lengths, max_length: int):
         """Which cache positions hold earlier tokens, `[batch, 1, max_length, 1]`, and this step's row for the others.
@@ -295,7 +337,7 @@ class Lowering:
         dtype = self.torch_dtype(like)
         masked = self.scalar(torch.finfo(dtype).min / 2, dtype, rank=4)
         allowed = self._mask(position_ids, max_length)
-        return self.definition.add_select(allowed, self.cast(bias, dtype), masked).get_output(0)
+        return self.select(allowed, self.cast(bias, dtype), masked)
 
     def _positions(self, position_ids, max_length: int):
         """Of the queries, `[batch, 1, query_len, 1]`, and of the keys, `[1, 1, 1, max_length]`."""

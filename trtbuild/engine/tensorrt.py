@@ -3,7 +3,7 @@
 import torch
 
 from trtbuild.engine.config import BuildLimits
-from trtbuild.engine.lowering import Lowering
+from trtbuild.engine.lowering import RECEIVED, SENT, Lowering
 from trtbuild.engine.tensorrt_api import api, logger, set_target
 from trtbuild.errors import UserError
 from trtbuild.network import Network
@@ -35,6 +35,11 @@ class LoweredNetwork:
         for name in network.outputs:
             tensors[name].name = name
             self.definition.mark_output(tensors[name])
+        if self.lowering.sent is not None:
+            self.lowering.sent.name = SENT
+            self.definition.mark_output(self.lowering.sent)
+        if received := self.lowering.inputs.get(RECEIVED):
+            self.shapes[RECEIVED] = ("tokens", received.shape[1])
 
     def _inputs(self, network: Network) -> dict[str, object]:
         """Adds the engine's inputs; returns what stands for each of the network's."""

@@ -1,25 +1,40 @@
 """All ranks of a network in one process, by their operations' definitions: what collective operations compute."""
 
 from collections.abc import Generator, Sequence
+from typing import Protocol
 
 import torch
 
 from trtbuild.network.network import Network
-from trtbuild.network.ops.collectives import Collective
+from trtbuild.network.ops.collectives import Collective, Meeting
 
 Values = dict[str, torch.Tensor]
-Run = Generator[tuple[Collective, Values], torch.Tensor | tuple | None, Values]
+
+
+class Meets(Protocol):
+    """What ranks do together: a `Collective`, or what one is lowered to."""
+
+    def meeting(self, rank: int) -> Meeting: ...
+
+    def together(self, *brought: Values) -> Sequence[torch.Tensor | tuple]: ...
+
+
+Run = Generator[tuple[Meets, Values], torch.Tensor | tuple | None, Values]
 
 
 def run(networks: Sequence[Network], inputs: Sequence[Values]) -> list[Values]:
-    """Every rank's outputs by name, from every rank's network and inputs by name.
+    """Every rank's outputs by name, from every rank's network and inputs by name (`meet`)."""
+    return meet([_run(network, values) for network, values in zip(networks, inputs, strict=True)])
+
+
+def meet(runs: Sequence[Run]) -> list[Values]:
+    """What each rank's run returns; it yields what it meets others for, with what it brings, and is sent its result.
 
     A rank goes on until it meets others, and again when they are all there. Raises `RuntimeError` where they wait for
     each other for ever.
     """
-    runs = [_run(network, values) for network, values in zip(networks, inputs, strict=True)]
     results: list[Values] = [{} for _ in runs]
-    waiting: dict[int, tuple[Collective, Values]] = {}
+    waiting: dict[int, tuple[Meets, Values]] = {}
 
     def go_on(rank: int, result: torch.Tensor | tuple | None) -> None:
         try:
@@ -47,7 +62,7 @@ def run(networks: Sequence[Network], inputs: Sequence[Values]) -> list[Values]:
 
 
 def _run(network: Network, inputs: Values) -> Run:
-    """Yields at every collective operation, with its inputs by name; is sent its result. Returns the outputs."""
+    """A network's; it returns the outputs."""
     values = inputs | {name: constant.load() for name, constant in network.constants.items()}
     for node in network.nodes:
         given = {parameter: values[name] for parameter, name in node.inputs.items()}

@@ -30,9 +30,6 @@ class Collective(Op):
     def portable(self, step, *inputs: torch.Tensor):
         raise NotImplementedError
 
-    def to_tensorrt(self, lowering, **inputs):
-        raise NotImplementedError(f"{self}: networks of several ranks are not lowered to TensorRT yet")
-
 
 @dataclass(frozen=True)
 class AllReduce(Collective):
@@ -56,6 +53,9 @@ class AllReduce(Collective):
     def portable(self, step, x):
         return step.ranks.all_reduce(x, self.first, self.size)
 
+    def to_tensorrt(self, lowering, x):
+        return lowering.all_reduce(x, range(self.first, self.first + self.size))
+
 
 @dataclass(frozen=True)
 class AllGather(Collective):
@@ -77,6 +77,9 @@ class AllGather(Collective):
     def portable(self, step, x):
         return step.ranks.all_gather(x, self.first, self.size)
 
+    def to_tensorrt(self, lowering, x):
+        return lowering.all_gather(x, range(self.first, self.first + self.size))
+
 
 @dataclass(frozen=True)
 class Send(Collective):
@@ -95,6 +98,10 @@ class Send(Collective):
 
     def portable(self, step, x):
         step.ranks.send(x, self.target)
+        return ()
+
+    def to_tensorrt(self, lowering, x):
+        lowering.send(x)
         return ()
 
 
@@ -117,6 +124,9 @@ class Receive(Collective):
     def portable(self, step, position_ids):
         dtype = getattr(torch, self.dtype)
         return step.ranks.receive(position_ids.new_empty((len(position_ids), self.columns), dtype=dtype), self.source)
+
+    def to_tensorrt(self, lowering, position_ids):
+        return lowering.received(getattr(torch, self.dtype), self.columns)
 
 
 def all_reduce(x: Tensor, ranks: range) -> Tensor:

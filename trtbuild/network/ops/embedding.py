@@ -41,7 +41,12 @@ class EmbeddingPart(Op):
         return torch.nn.functional.embedding(rows.where(there, 0), weight) * there[:, None]
 
     def to_tensorrt(self, lowering: Lowering, input_ids: Lowered, weight: Lowered) -> Lowered:
-        raise NotImplementedError(f"{self}: networks of several ranks are not lowered to TensorRT yet")
+        first, zero, last = (lowering.scalar(n, torch.int32, rank=1) for n in (self.first, 0, weight.shape[0] - 1))
+        rows = lowering.elementwise("SUB", input_ids, first)
+        own = lowering.elementwise("MIN", lowering.elementwise("MAX", rows, zero), last)
+        there = lowering.reshape(lowering.elementwise("EQUAL", rows, own), (-1, 1))
+        zeros = lowering.scalar(0, lowering.torch_dtype(weight), rank=2)
+        return lowering.select(there, lowering.gather(weight, own), zeros)
 
 
 def embedding(input_ids: Tensor, weight: Tensor) -> Tensor:
