@@ -138,7 +138,7 @@ def test_engines_of_ranks_are_built(tiny_checkpoint, tmp_path):
     build_engine_dir(tiny_checkpoint, tmp_path / "engine", model="tiny", recipe=recipe, engines=engines, **options)
     outputs = read_config(tmp_path / "engine")["outputs"]
     assert list(outputs) == [f"rank{rank}.{ending}" for rank in range(4) for ending in ("safetensors", "engine")]
-    with pytest.raises(UserError, match=r"no PMI|runs one rank|4 ranks|mpiexec"):
+    with pytest.raises(UserError, match="mpiexec -n 4"):
         open_engine(tmp_path / "engine", "tensorrt")
 
 
