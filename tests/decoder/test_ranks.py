@@ -100,12 +100,13 @@ def networks_of(
     dtype: torch.dtype,
     scales: CacheScales | None,
     ranks: list[Mapping],
+    length: int = LENGTH,
 ) -> list[Network]:
     """Those of some ranks, written and read again."""
     networks = []
     for mapping in ranks:
         share, own, own_scales = shard(config, weights, scales, mapping)
-        network = decoder(share, own, dtype, LENGTH, own_scales, mapping)
+        network = decoder(share, own, dtype, length, own_scales, mapping)
         networks.append(Network.from_json(json.loads(json.dumps(network.to_json())), network.constants))
     return networks
 

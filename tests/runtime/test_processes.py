@@ -1,0 +1,322 @@
+"""Engines of several ranks in real processes under MPI: what they compute, and that what ends one ends all."""
+
+import json
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from processes import TESTS, mpiexec
+
+from trtbuild.decoder.mapping import Mapping
+from trtbuild.engine.build import build_engine_dir
+from trtbuild.engine.config import BuildLimits
+from trtbuild.errors import UserError
+from trtbuild.network.network import Network
+from trtbuild.network.ranks import Ranks
+from trtbuild.runtime import together
+from trtbuild.runtime.open import open_engine
+from trtbuild.runtime.ranks import MpiRanks, NcclRanks, _meetings
+from trtbuild.runtime.world import launched, world
+
+HERE = TESTS / "runtime"
+FEW = ("llama, 1 KV head", "qwen beyond its length", "baichuan 13b int8kv", "llama torch.bfloat16", "damaged")
+FLOAT32 = 1e-5  # of the logits' norm: float32 sums in another order
+
+
+def check(results: dict) -> None:
+    broken, alone, again = results.pop("damaged")
+    assert broken == again == alone
+    assert "in layer 1, from model.layers.1.mlp.down_proj on" in broken
+    for name, result in results.items():
+        assert result["vocabulary"], name
+        if "torch." in name:  # 16 bits
+            assert 0 < result["rounding"] < 1.1 * result["rounding alone"], name
+        elif name.endswith((" sq", " fp8", " int8kv")):  # a last bit of float32 may decide between two of 8-bit numbers
+            assert result["error"] < 0.1 * result["rounding alone"], name
+        else:
+            assert result["error"] < FLOAT32, name
+            assert result["tokens"], name
+
+
+def test_some_models_on_four_ranks():
+    done = mpiexec(4, HERE / "all_ranks.py", 2, 2, *FEW)
+    assert (done.returncode, done.stderr) == (0, "")
+    results = json.loads(done.stdout)
+    assert {*results} == {*FEW}
+    check(results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tp_size", "pp_size"), [(2, 1), (1, 2), (4, 1), (2, 2)])
+def test_every_model_and_recipe(tp_size, pp_size):
+    done = mpiexec(tp_size * pp_size, HERE / "all_ranks.py", tp_size, pp_size, seconds=900)
+    assert (done.returncode, done.stderr) == (0, "")
+    results = json.loads(done.stdout)
+    assert len(results) == 16 + 3 * 5 + 2 + 1
+    check(results)
+
+
+# The command line
+
+
+def trtbuild(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "trtbuild", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def engines(tiny_checkpoint, tmp_path_factory):
+    """Folders of a layout each, by tp_size and pp_size."""
+    folder = tmp_path_factory.mktemp("engines")
+    for tp_size, pp_size in ((1, 1), (2, 1), (1, 2), (2, 2)):
+        build_engine_dir(
+            tiny_checkpoint,
+            folder / f"{tp_size}{pp_size}",
+            model="tiny",
+            recipe={"dtype": "float32"},
+            limits=BuildLimits(max_batch_size=2, max_input_len=32, max_output_len=16),
+            engines=["portable"],
+            mapping=Mapping(tp_size, pp_size),
+        )
+    return lambda *layout: folder / "".join(map(str, layout))
+
+
+@pytest.fixture
+def run(tiny_checkpoint):
+    texts = ("--input-text", "Water", "--input-text", "a", "--input-text", "A third one")
+    return "--tokenizer-dir", tiny_checkpoint, *texts, "--max-output-len", 9
+
+
+def test_rank_0_prints_what_one_rank_does(engines, run):
+    drawn = "--json", "--temperature", 0.9, "--seed", 5
+    alone = trtbuild("run", "--engine-dir", engines(1, 1), *run, *drawn)
+    ranks = mpiexec(2, "-m", "trtbuild", "run", "--engine-dir", engines(2, 1), *run, *drawn)
+    assert (ranks.returncode, ranks.stderr) == (0, "")
+    tokens = [[json.loads(line)["output_ids"] for line in done.stdout.splitlines()] for done in (ranks, alone)]
+    assert tokens[0] == tokens[1]
+    assert len(tokens[0]) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [(1, 2), (2, 2)])
+def test_every_stage_by_all_layouts(engines, tiny_checkpoint, tmp_path, layout):
+    """What is written, and once: summaries, perplexity, a table of speeds and of what agrees."""
+    ranks = layout[0] * layout[1]
+    results = {}
+    for name, size in (("one", (1, 1)), ("ranks", layout)):
+        engine = "--engine-dir", engines(*size)
+
+        def call(*arguments, size=size):
+            done = mpiexec(ranks, "-m", "trtbuild", *arguments) if size == layout else trtbuild(*arguments)
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+
+        checkpoint = "--checkpoint-dir", tiny_checkpoint
+        perplexity = json.loads(call("perplexity", *engine, *checkpoint, "--samples", 2))
+        output = tmp_path / f"{name}.jsonl"
+        call("summarize", *engine, *checkpoint, "--samples", 2, "--max-output-len", 8, "--output", output)
+        speed = json.loads(call("benchmark", *engine, "--input-len", 8, "--output-len", 4, "--repeats", 1, "--json"))
+        table = call("verify", *engine, *checkpoint, "--runtime", "portable")
+        assert table.count("agrees") == 1
+        results[name] = perplexity["perplexity"], output.read_text(), speed["batch_size"]
+    one, several = results.values()
+    assert several[0] == pytest.approx(one[0], rel=1e-5)
+    assert several[1:] == one[1:]
+
+
+# What ends one ends all
+
+
+def failed(engine, ranks: int, rank: int, how: str, run) -> subprocess.CompletedProcess:
+    return mpiexec(ranks, HERE / "one_fails.py", rank, how, "run", "--engine-dir", engine, *run)
+
+
+FAILURES = {
+    "memory": "out of memory (torch wanted 3 GB); use a smaller model or batch, or a larger machine",
+    "raises": "ZeroDivisionError: a bug",
+}
+some_failures = pytest.mark.parametrize(("rank", "how"), [(1, "killed"), (0, "memory"), (1, "raises")])
+all_failures = pytest.mark.parametrize("how", ["killed", *FAILURES])
+
+
+def check_failure(engine, ranks, rank, how, run):
+    done = failed(engine, ranks, rank, how, run)
+    if how == "killed":
+        assert done.returncode == 9
+        assert "{" not in done.stdout  # what mpiexec has to say is there
+        return
+    assert (done.returncode, done.stdout) == (2, "")
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == [f"error: rank {rank} on {socket.gethostname()}: {FAILURES[how]}"]
+
+
+@some_failures
+def test_a_rank_that_fails_in_a_step_ends_all(engines, run, rank, how):
+    check_failure(engines(2, 1), 2, rank, how, run)
+
+
+@pytest.mark.slow
+@all_failures
+@pytest.mark.parametrize("layout", [(2, 1), (1, 2), (2, 2)])
+def test_any_rank_that_fails_in_a_step_ends_all(engines, run, layout, how):
+    ranks = layout[0] * layout[1]
+    for rank in range(ranks):
+        check_failure(engines(*layout), ranks, rank, how, run)
+
+
+REFUSED = {
+    "version": "it has trtbuild 0.0, rank 0 has ",
+    "config": "config.json is not rank 0's; all ranks need the same engine folder",
+    "file": "missing.safetensors",
+    "loads": "out of memory (torch wanted 3 GB)",
+}
+
+
+@pytest.mark.parametrize("how", ["config", pytest.param("version", marks=pytest.mark.slow)])
+def test_ranks_that_are_not_alike(engines, run, how):
+    check_refusal(engines, run, how)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["file", "loads"])
+def test_a_rank_that_cannot_load(engines, run, how):
+    check_refusal(engines, run, how)
+
+
+def check_refusal(engines, run, how):
+    done = failed(engines(2, 1), 2, 1, how, run)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: rank 1 on {socket.gethostname()}: ")
+    assert REFUSED[how] in line
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+@pytest.mark.slow
+def test_a_mistake_is_said_once(engines, run):
+    done = mpiexec(2, "-m", "trtbuild", "run", "--engine-dir", engines(2, 1), *run, "--input-text", "")
+    assert done.stderr == "error: prompt 3 is empty; give at least one token of text\n"
+    assert done.returncode == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "how"), [((1, 1), "without mpiexec"), ((2, 2), "with 'mpiexec -n 4'")])
+def test_another_number_of_processes(engines, run, layout, how):
+    done = mpiexec(2, "-m", "trtbuild", "run", "--engine-dir", engines(*layout), *run)
+    assert done.returncode == 2
+    assert done.stderr.endswith(f", 2 processes were started; start it {how}\n")
+    assert done.stderr.count("\n") == 1
+
+
+def test_one_process_of_several_ranks(engines):
+    with pytest.raises(UserError, match=r"is an engine of 2 ranks, 1 process was started; .*'mpiexec -n 2 trtbuild"):
+        open_engine(engines(1, 2))
+
+
+def test_a_launcher_of_another_mpi(engines, monkeypatch):
+    """As with mpich's processes under Slurm's PMIx: each of them is a world."""
+    monkeypatch.setattr(together, "launched", lambda: 2)
+    with pytest.raises(UserError, match="the launcher started 2 processes, but each finds itself alone"):
+        open_engine(engines(2, 1))
+
+
+@pytest.mark.parametrize("runtime", ["interpreted", "tensorrt"])
+def test_only_portable_engines_have_several_ranks(engines, monkeypatch, runtime):
+    monkeypatch.setattr("trtbuild.runtime.open.check_processes", lambda folder, mapping: None)
+    with pytest.raises(UserError, match=f"runtime {runtime} runs one rank"):
+        open_engine(engines(2, 1), runtime)
+
+
+@pytest.mark.parametrize(
+    ("environment", "count"),
+    [
+        ({}, 1),
+        ({"PMI_SIZE": "1", "PMI_RANK": "0"}, 1),
+        ({"PMI_SIZE": "4", "PMI_RANK": "3"}, 4),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "PMIX_RANK": "1"}, 2),
+        ({"PMIX_RANK": "0"}, 2),
+        ({"PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "1"}, 1),
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, 1),  # a batch script: srun starts the 8
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "8"}, 8),
+    ],
+)
+def test_what_launchers_say(monkeypatch, environment, count):
+    for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "PMIX_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert launched() == count
+
+
+def test_mpi_is_not_touched_without_a_launcher():
+    code = "import sys; from trtbuild.runtime.open import world; assert not world(); assert 'mpi4py' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=240)
+
+
+def test_without_mpi4py(monkeypatch):
+    monkeypatch.setenv("PMI_SIZE", "2")
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    world.cache_clear()
+    with pytest.raises(UserError, match=r"need mpi4py and MPI .*; 'pip install trtbuild\[mpi\]' brings them"):
+        world()
+    world.cache_clear()
+
+
+# GPUs, as far as they can be tested without
+
+
+class OneOfMany:
+    host, rank = "here", 0
+
+    def __init__(self, local_rank: int) -> None:
+        self.local_rank = local_rank
+
+
+@pytest.mark.parametrize(
+    ("visible", "local_rank", "index"), [(2, 0, 0), (2, 1, 1), (1, 1, 0)], ids=["first", "second", "its own alone"]
+)
+def test_every_rank_takes_another_gpu(monkeypatch, visible, local_rank, index):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: type("", (), {"uuid": f"GPU-{i}"}))
+    device, place = together._own_gpu(OneOfMany(local_rank))
+    assert (str(device), place) == (f"cuda:{index}", f"here GPU-{index}")
+
+
+def test_two_ranks_on_one_gpu():
+    shared = together._shared_gpu(OneOfMany(0), ["a GPU-0", "b GPU-0", "a GPU-1", "b GPU-0"])
+    assert shared.startswith("ranks 1 and 3 have one GPU (b GPU-0)")
+    assert together._shared_gpu(OneOfMany(0), ["a GPU-0", "b GPU-0"]) is None
+    with pytest.raises(UserError, match="torch finds no GPU; give every rank one, or use --device cpu"):
+        together._own_gpu(OneOfMany(0))
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        ((2, 1), {(0, 1)}),
+        ((1, 2), {(0, 1)}),
+        ((2, 2), {(0, 1), (2, 3), (0, 2), (1, 3)}),
+        ((1, 3), {(0, 1), (1, 2), (0, 2)}),
+        ((4, 2), {(0, 1, 2, 3), (4, 5, 6, 7), (0, 4), (1, 5), (2, 6), (3, 7)}),
+    ],
+)
+def test_who_meets(layout, expected):
+    assert {*_meetings(*layout)} == expected
+
+
+def test_what_ranks_can_do_is_alike():
+    for kind in (MpiRanks, NcclRanks):
+        assert not kind.__abstractmethods__
+        assert issubclass(kind, Ranks)
+
+
+def test_nobody_else_reads_what_is_summed(engines):
+    """Sums are written over what is summed."""
+    from trtbuild.engine.portable import read_portable
+
+    network: Network = read_portable(engines(2, 1) / "rank0.safetensors")[0]
+    sums = [node.inputs["x"] for node in network.nodes if type(node.op).__name__ == "AllReduce"]
+    readers = [name for node in network.nodes for name in node.inputs.values()]
+    assert len(sums) == 5
+    assert all(readers.count(name) == 1 for name in sums)
