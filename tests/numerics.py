@@ -1,9 +1,13 @@
 """What many tests compute: a relative error, and a network by its operations' definitions."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
+from trtbuild.engine.portable import PortableEngine
 from trtbuild.network import Network, lockstep
+from trtbuild.tensors.lazy import from_tensor
 
 
 def error(actual: torch.Tensor, expected: np.ndarray) -> float:
@@ -27,6 +31,13 @@ def run_reference(network: Network, inputs: dict[str, torch.Tensor]) -> dict[str
     """A network's outputs by its operations' `reference`."""
     (outputs,) = lockstep.run([network], [inputs])
     return outputs
+
+
+def change_constant(session, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Gives a portable session's engine another value of a constant."""
+    network = session.engine.network
+    network.constants[name] = from_tensor(change(network.constants[name].load().clone()))
+    session.engine = PortableEngine(network, session.limits, session.device)
 
 
 def step_logits(session, prompts, new_tokens, all_logits: bool = True) -> torch.Tensor:
