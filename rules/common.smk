@@ -13,6 +13,7 @@ from trtbuild.datasets import articles_state
 from trtbuild.engine.config import marker, rank_file
 from trtbuild.errors import UserError
 from trtbuild.kept_outputs import keep_outputs
+from trtbuild.layout import LAYOUT, sizes, split_run
 from trtbuild.yaml_reader import read_yaml
 
 trtbuild_workflow.export_package(workflow.basedir)
@@ -34,6 +35,7 @@ try:
         TARGETS = list(map(rehearsal.rehearsal_target, TARGETS))
     # Targets are only known from the command line here; a wrong name would else end as "missing input files".
     trtbuild_workflow.check_targets([*sys.argv[1:], *TARGETS], MODELS, RECIPES, REHEARSE)
+    trtbuild_workflow.check_layouts_of_targets([*sys.argv[1:], *TARGETS], MODELS, RECIPES)
     trtbuild_workflow.check_positions_of_targets([*sys.argv[1:], *TARGETS], MODELS, RECIPES, config["build"])
     rehearsal.check_rehearsal(sys.argv[1:], config, MODELS, RECIPES)
     DECLARED = MODELS
@@ -52,8 +54,9 @@ CALIBRATIONS = trtbuild_workflow.calibrations(RECIPES) | trtbuild_workflow.calib
 wildcard_constraints:
     model="|".join(map(re.escape, MODELS)) or "none",
     recipe="|".join(map(re.escape, RECIPES)) or "none",
-    run="|".join(map(re.escape, [*RECIPES, "hf"])),
-    rank="0",  # of one
+    layout=f"(?:{LAYOUT})?",
+    run="|".join([*(f"{re.escape(recipe)}(?:{LAYOUT})?" for recipe in RECIPES), "hf"]),
+    rank=r"0|[1-9]\d*",
     quantization="|".join(map(re.escape, QUANTIZATIONS)) or "none",
     calibration="|".join(map(re.escape, CALIBRATIONS)) or "none",
 
@@ -70,6 +73,17 @@ def recipes_of(wildcards):
 
 def recipe_of(wildcards):
     return recipes_of(wildcards)[wildcards.recipe]
+
+
+def layout_of(wildcards):
+    """How ranks share a run's model: `Mapping`, but for the rank."""
+    return sizes(wildcards.layout, MODELS[wildcards.model])
+
+
+def ranks_of(wildcards):
+    """How many processes run an engine, and on as many GPUs."""
+    layout = layout_of(wildcards)
+    return layout["tp_size"] * layout["pp_size"]
 
 
 def default_targets(wildcards):
@@ -100,8 +114,10 @@ def tensorrt_options():
 
 def engine_files(wildcards):
     """Every rank's file of every kind of engine that is asked for."""
-    folder = f"results/{wildcards.model}/{wildcards.recipe}/engine"
-    return [f"{folder}/{rank_file(0, kind)}" for kind in config["build"]["engines"]]
+    folder = f"results/{wildcards.model}/{wildcards.recipe}{wildcards.layout}/engine"
+    return [
+        f"{folder}/{rank_file(rank, kind)}" for rank in range(ranks_of(wildcards)) for kind in config["build"]["engines"]
+    ]
 
 
 def weights_of_recipe(wildcards):
@@ -143,9 +159,11 @@ def gate_of_run(wildcards):
     return f"results/{wildcards.model}/{wildcards.run}/gate.json" if wildcards.run != "hf" else []
 
 
-def recipes_of_matrix(wildcards):
+def runs_of_matrix(wildcards):
+    """A model's recipes in the matrix, some of them on layouts: the folder of each, and that of its weights."""
     matrix = config_of(wildcards)["matrix"]
-    return [recipe for entry in matrix if entry["model"] == wildcards.model for recipe in entry["recipes"]]
+    runs = [run for entry in matrix if entry["model"] == wildcards.model for run in entry["recipes"]]
+    return {run: trtbuild_workflow.weights_folder(recipes_of(wildcards)[split_run(run)[0]]) for run in runs}
 
 
 def evaluation(*keys, **options):

@@ -6,11 +6,11 @@ rule portable_engine:
         weights=weights_of_recipe,
         cache=ranges_of_cache,
     output:
-        "results/{model}/{recipe}/engine/rank{rank}.safetensors",
+        "results/{model}/{recipe}{layout}/engine/rank{rank}.safetensors",
     log:
-        "results/{model}/{recipe}/logs/portable_engine.rank{rank}.log",
+        "results/{model}/{recipe}{layout}/logs/portable_engine.rank{rank}.log",
     benchmark:
-        "results/{model}/{recipe}/logs/portable_engine.rank{rank}.tsv"
+        "results/{model}/{recipe}{layout}/logs/portable_engine.rank{rank}.tsv"
     params:
         recipe=lambda wildcards: recipe_of(wildcards).engine_settings,
         limits=build_limits(),
@@ -25,13 +25,13 @@ rule portable_engine:
 
 rule tensorrt_engine:
     input:
-        portable="results/{model}/{recipe}/engine/rank{rank}.safetensors",
+        portable="results/{model}/{recipe}{layout}/engine/rank{rank}.safetensors",
     output:
-        "results/{model}/{recipe}/engine/rank{rank}.engine",
+        "results/{model}/{recipe}{layout}/engine/rank{rank}.engine",
     log:
-        "results/{model}/{recipe}/logs/tensorrt_engine.rank{rank}.log",
+        "results/{model}/{recipe}{layout}/logs/tensorrt_engine.rank{rank}.log",
     benchmark:
-        "results/{model}/{recipe}/logs/tensorrt_engine.rank{rank}.tsv"
+        "results/{model}/{recipe}{layout}/logs/tensorrt_engine.rank{rank}.tsv"
     params:
         options=tensorrt_options(),
     threads: 4
@@ -47,9 +47,9 @@ rule engine:
         cache=ranges_of_cache,
         files=engine_files,
     output:
-        "results/{model}/{recipe}/engine/config.json",
+        "results/{model}/{recipe}{layout}/engine/config.json",
     log:
-        "results/{model}/{recipe}/logs/engine.log",
+        "results/{model}/{recipe}{layout}/logs/engine.log",
     params:
         recipe=lambda wildcards: recipe_of(wildcards).engine_settings,
         limits=build_limits(),

@@ -4,19 +4,20 @@
 rule summarize:
     input:
         checkpoint="results/{model}/checkpoint",
-        engine="results/{model}/{recipe}/engine/config.json",
+        engine="results/{model}/{recipe}{layout}/engine/config.json",
     output:
-        summaries="results/{model}/{recipe}/summaries.jsonl",
-        meta="results/{model}/{recipe}/summaries.meta.json",
+        summaries="results/{model}/{recipe}{layout}/summaries.jsonl",
+        meta="results/{model}/{recipe}{layout}/summaries.meta.json",
     log:
-        "results/{model}/{recipe}/logs/summarize.log",
+        "results/{model}/{recipe}{layout}/logs/summarize.log",
     params:
+        ranks=ranks_of,
         options=evaluation("runtime", "device", "dataset", "prompt", "chat", "max_output_len"),
         chat_template=chat_template,
         articles=articles_to_evaluate,
     threads: 16
     resources:
-        gpu=1,
+        gpu=ranks_of,
     conda:
         "../config/environment.yaml"
     script:
@@ -62,17 +63,18 @@ rule rouge:
 rule perplexity:
     input:
         checkpoint="results/{model}/checkpoint",
-        engine="results/{model}/{recipe}/engine/config.json",
+        engine="results/{model}/{recipe}{layout}/engine/config.json",
     output:
-        "results/{model}/{recipe}/perplexity.json",
+        "results/{model}/{recipe}{layout}/perplexity.json",
     log:
-        "results/{model}/{recipe}/logs/perplexity.log",
+        "results/{model}/{recipe}{layout}/logs/perplexity.log",
     params:
+        ranks=ranks_of,
         options=evaluation("runtime", "device", "dataset"),
         articles=articles_to_evaluate,
     threads: 16
     resources:
-        gpu=1,
+        gpu=ranks_of,
     conda:
         "../config/environment.yaml"
     script:
@@ -100,12 +102,12 @@ rule perplexity_hf:
 
 rule gate:
     input:
-        perplexity="results/{model}/{recipe}/perplexity.json",
+        perplexity="results/{model}/{recipe}{layout}/perplexity.json",
         baseline="results/{model}/hf/perplexity.json",
     output:
-        "results/{model}/{recipe}/gate.json",
+        "results/{model}/{recipe}{layout}/gate.json",
     log:
-        "results/{model}/{recipe}/logs/gate.log",
+        "results/{model}/{recipe}{layout}/logs/gate.log",
     params:
         limits=lambda wildcards: recipe_of(wildcards).gate_limits,
     conda:
@@ -117,17 +119,18 @@ rule gate:
 # On a CPU, nothing must run beside it either: it takes every core.
 rule benchmark:
     input:
-        engine="results/{model}/{recipe}/engine/config.json",
+        engine="results/{model}/{recipe}{layout}/engine/config.json",
     output:
-        "results/{model}/{recipe}/benchmark.json",
+        "results/{model}/{recipe}{layout}/benchmark.json",
     log:
-        "results/{model}/{recipe}/logs/benchmark.log",
+        "results/{model}/{recipe}{layout}/logs/benchmark.log",
     params:
+        ranks=ranks_of,
         sizes=lambda wildcards: config_of(wildcards)["benchmark"],
         options=evaluation("runtime", "device"),
     threads: workflow.cores or 16
     resources:
-        gpu=1,
+        gpu=ranks_of,
     conda:
         "../config/environment.yaml"
     script:

@@ -5,7 +5,7 @@ rule table:
     input:
         lambda wildcards: [
             f"results/{wildcards.model}/{run}/{name}.json"
-            for run in ["hf", *recipes_of_matrix(wildcards)]
+            for run in ["hf", *runs_of_matrix(wildcards)]
             for name in ("perplexity", "rouge")
         ],
     output:
@@ -13,10 +13,7 @@ rule table:
     log:
         "results/{model}/logs/table.log",
     params:
-        recipes=lambda wildcards: {
-            recipe: trtbuild_workflow.weights_folder(recipes_of(wildcards)[recipe])
-            for recipe in recipes_of_matrix(wildcards)
-        },
+        recipes=runs_of_matrix,
     conda:
         "../config/environment.yaml"
     script:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "trtbuild"
 FLOORS = (
-    *("limits", "errors", "files", "yaml_reader", "progress", "datasets"),
+    *("limits", "errors", "files", "yaml_reader", "layout", "progress", "datasets"),
     *("tensors", "tokenizer", "kernels", "network", "linear", "models", "checkpoint", "decoder"),
     *("engine", "runtime", "quantization", "evaluation"),
-    *("rehearsal", "workflow", "kept_outputs", "cli", "__main__"),
+    *("rehearsal", "workflow", "kept_outputs", "launch", "cli", "__main__"),
 )
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from trtbuild.engine.config import REHEARSAL
 from trtbuild.errors import UserError
 from trtbuild.files import scratch_beside
+from trtbuild.layout import sizes, split_run
 from trtbuild.quantization.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -58,9 +59,14 @@ def rehearsal_models(models: dict) -> dict:
     found = {}
     for name, model in models.items():
         if "config" in model:
-            dummy = dummy_source(model) | {"num_layers": LAYERS}
+            dummy = dummy_source(model) | {"num_layers": rehearsal_layers(model)}
             found[REHEARSAL + name] = {"chat_template": CHAT_TEMPLATE} | model | {"source": {"dummy": dummy}}
     return found
+
+
+def rehearsal_layers(model: dict) -> int:
+    """How many layers a declared model's rehearsal has: at least one for each stage of its own layout."""
+    return max(LAYERS, sizes("", model)["pp_size"])
 
 
 def dummy_source(model: dict) -> dict:
@@ -95,8 +101,9 @@ def check_rehearsal(targets: Iterable[str], config: dict, models: dict, recipes:
                 f"{target}: the model {model} cannot be rehearsed; add its published config.json to {config['models']} "
                 "as 'config'"
             )
-        matrix = [recipe for entry in config["matrix"] if entry["model"] == model for recipe in entry["recipes"]]
-        for recipe in matrix if folder == "recipes.md" else [folder]:
+        matrix = [run for entry in config["matrix"] if entry["model"] == model for run in entry["recipes"]]
+        for run in matrix if folder == "recipes.md" else [folder]:
+            recipe, _ = split_run(run)
             if recipe in recipes and recipes[recipe].quant_checkpoint:
                 raise UserError(
                     f"{target}: the recipe {recipe} cannot be rehearsed; its published weights "

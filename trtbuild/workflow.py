@@ -1,5 +1,6 @@
 """What the Snakefile and its scripts need beyond the stages: validated configuration, and a rule's log."""
 
+import dataclasses
 import difflib
 import functools
 import os
@@ -10,15 +11,20 @@ import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trtbuild.datasets import OWN, load_articles
 from trtbuild.engine.config import REHEARSAL, BuildLimits
 from trtbuild.errors import UserError, one_line
 from trtbuild.files import check_output, read_json, user_path
+from trtbuild.layout import sizes, split_run
 from trtbuild.quantization.recipe import Recipe, identity
-from trtbuild.rehearsal import rehearsal_target
+from trtbuild.rehearsal import rehearsal_layers, rehearsal_target
 from trtbuild.tokenizer import chat_template
 from trtbuild.yaml_reader import read_yaml
+
+if TYPE_CHECKING:
+    from trtbuild.models.config import ModelConfig
 
 SCHEMAS = Path(__file__).parent / "schemas"
 MODELS_SCHEMA = SCHEMAS / "models.schema.yaml"
@@ -148,7 +154,7 @@ def calibration_name(recipe: Recipe) -> str:
 
 
 def _parts(target: str) -> re.Match | None:
-    """Of a file in `results/`: `rehearsal/` or None, the model, and its recipe or another folder."""
+    """Of a file in `results/`: `rehearsal/` or None, the model, and a run of it or another folder."""
     return re.match(rf"results/({REHEARSAL})?([^/]+)/([^/]+)(/|$)", os.path.normpath(target))
 
 
@@ -159,11 +165,16 @@ def check_targets(targets: Iterable[str], models: dict, recipes: dict, rehearse:
     """
     for target in targets:
         if match := _parts(target):
-            model, recipe = match[2], match[3]
+            model, run = match[2], match[3]
             if model not in models:
                 raise UserError(f"{target}: {unknown('model', model, models)}")
-            if recipe not in recipes and recipe not in reserved_names():
-                raise UserError(f"{target}: {unknown('recipe', recipe, recipes)}")
+            if run not in reserved_names():
+                try:
+                    recipe, _ = split_run(run)
+                except UserError as error:
+                    raise UserError(f"{target}: {error}") from error
+                if recipe not in recipes:
+                    raise UserError(f"{target}: {unknown('recipe', recipe, recipes)}")
             if rehearse and not match[1]:
                 right = rehearsal_target(target)
                 raise UserError(f"{target}: this is no rehearsal; with rehearse=true ask for {right}")
@@ -176,27 +187,72 @@ def check_positions_of_targets(targets: Iterable[str], models: dict, recipes: di
     """
     matches = [match for target in targets if (match := _parts(target))]
     needed = build["max_input_len"] + build["max_output_len"]
-    for name in dict.fromkeys(match[2] for match in matches if match[3] in (*recipes, TABLE)):
-        ((_, source),) = models[name]["source"].items()
-        published = models[name].get("config") or source.get("config")
+    for name in dict.fromkeys(match[2] for match in matches if match[3] == TABLE or _recipe_of(match) in recipes):
+        published = _published_config(models[name])
         if published is None or build["extrapolate_positions"]:
             continue
-        published = read_json(user_path(published)) if isinstance(published, str) else published
         length = published.get("max_position_embeddings")
         if type(length) is int and length >= needed:
             continue  # mostly; to know better takes torch
         from trtbuild.engine.build import check_positions
-        from trtbuild.models.families import canonical_config, config_from_hugging_face
 
-        where = f"the config of {name}"
+        if model := _model_config(name, models[name]):
+            try:
+                check_positions(model, BuildLimits(**{key: build[key] for key in LIMITS}))
+            except UserError as error:
+                raise UserError(f"config/config.yaml: build: for the model {name} {error}") from error
+
+
+def check_layouts_of_targets(targets: Iterable[str], models: dict, recipes: dict) -> None:
+    """Raises `UserError` where ranks cannot share a target's model: heads, channels or layers that do not divide.
+
+    Of models that say what they look like. Of the others the build itself says it, and of quantized weights, whose
+    groups are not known here.
+    """
+    for target in targets:
+        match = _parts(target)
+        if not match or _recipe_of(match) not in recipes:
+            continue
+        name = match[2]
+        layout = sizes(split_run(match[3])[1], models[name])
+        if layout["tp_size"] * layout["pp_size"] == 1 or not (model := _model_config(name, models[name])):
+            continue  # as mostly; to know better takes torch
+        from trtbuild.decoder.mapping import Mapping
+        from trtbuild.decoder.sharding import check_mapping
+
+        if match[1]:
+            model = dataclasses.replace(model, num_hidden_layers=rehearsal_layers(models[name]))
         try:
-            model = config_from_hugging_face(canonical_config(published, where, source.get("model_version")), where)
-        except UserError:
-            continue  # it is what rehearsals are made of; the model itself brings its own
-        try:
-            check_positions(model, BuildLimits(**{key: build[key] for key in LIMITS}))
+            check_mapping(model, Mapping(**layout))
         except UserError as error:
-            raise UserError(f"config/config.yaml: build: for the model {name} {error}") from error
+            raise UserError(f"{target}: {error}") from error
+
+
+def _recipe_of(match: re.Match) -> str:
+    return split_run(match[3])[0]
+
+
+def _published_config(model: dict) -> dict | None:
+    """The config.json that a declared model or its source brings along."""
+    ((_, source),) = model["source"].items()
+    published = model.get("config") or source.get("config")
+    return read_json(user_path(published)) if isinstance(published, str) else published
+
+
+def _model_config(name: str, model: dict) -> "ModelConfig | None":
+    """What a declared model looks like; None where it does not say so, or says it only for rehearsals."""
+    published = _published_config(model)
+    if published is None:
+        return None
+    from trtbuild.models.families import canonical_config, config_from_hugging_face
+
+    ((_, source),) = model["source"].items()
+    where = f"the config of {name}"
+    try:
+        model = config_from_hugging_face(canonical_config(published, where, source.get("model_version")), where)
+    except UserError:
+        return None  # the model itself brings its own
+    return dataclasses.replace(model, num_hidden_layers=source.get("num_layers", model.num_hidden_layers))
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:

@@ -7,6 +7,13 @@ from trtbuild.workflow import rule_log
 with rule_log(snakemake):
     from trtbuild.evaluation.stages import run_benchmark
     from trtbuild.files import write_json
+    from trtbuild.launch import launch
 
-    folder = Path(snakemake.input.engine).parent
-    write_json(snakemake.output[0], run_benchmark(folder, **snakemake.params.sizes, **snakemake.params.options))
+    result = launch(
+        snakemake.params.ranks,
+        run_benchmark,
+        engine_dir=Path(snakemake.input.engine).parent,
+        **snakemake.params.sizes,
+        **snakemake.params.options,
+    )
+    write_json(snakemake.output[0], result)

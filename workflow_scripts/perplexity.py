@@ -7,9 +7,12 @@ from trtbuild.workflow import rule_log
 with rule_log(snakemake):
     from trtbuild.evaluation.stages import measure_perplexity
     from trtbuild.files import write_json
+    from trtbuild.launch import launch
 
     engine = snakemake.input.get("engine")
-    result = measure_perplexity(
+    result = launch(
+        snakemake.params.get("ranks", 1),
+        measure_perplexity,
         model=snakemake.wildcards.model,
         checkpoint_dir=Path(snakemake.input.checkpoint),
         engine_dir=Path(engine).parent if engine else None,

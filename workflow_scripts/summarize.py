@@ -6,9 +6,12 @@ from trtbuild.workflow import rule_log
 
 with rule_log(snakemake):
     from trtbuild.evaluation.stages import summarize_articles
+    from trtbuild.launch import launch
 
     engine = snakemake.input.get("engine")
-    summarize_articles(
+    launch(
+        snakemake.params.get("ranks", 1),
+        summarize_articles,
         output=Path(snakemake.output.summaries),
         model=snakemake.wildcards.model,
         checkpoint_dir=Path(snakemake.input.checkpoint),

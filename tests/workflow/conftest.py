@@ -127,7 +127,7 @@ class Workspace:
     def pending(self, *arguments: str) -> set[str]:
         """What a run would do, from a dry run: `rule model/recipe` of every job, or `rule model/name` of its output.
 
-        But for tables of a model's recipes.
+        `rule model/recipe rank1` is of a rank but the first. Not among them are tables of a model's recipes.
         """
         output = self.succeed("--dry-run", *arguments)
         jobs = set()
@@ -136,8 +136,9 @@ class Workspace:
             if wildcards := re.search(r"^    wildcards: (.*)$", block, re.MULTILINE):
                 values = dict(item.split("=", 1) for item in wildcards[1].split(", "))
                 keys = ("recipe", "run", "quantization", "calibration")
-                names = [values[key] for key in keys if key in values]
-                jobs.add(" ".join([rule, "/".join([values["model"], *names])]))
+                names = [values[key] + values.get("layout", "") for key in keys if key in values]
+                rank = f" rank{values['rank']}" if values.get("rank", "0") != "0" else ""
+                jobs.add(" ".join([rule, "/".join([values["model"], *names])]) + rank)
         assert jobs or "Nothing to be done" in output, output
         return {job for job in jobs if not job.startswith("table ")}  # they follow whatever else there is
 

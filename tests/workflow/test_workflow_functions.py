@@ -23,6 +23,7 @@ from trtbuild.workflow import (
     RECIPES_SCHEMA,
     SCHEMAS,
     SHIPPED_RECIPES,
+    check_layouts_of_targets,
     check_limits,
     check_positions_of_targets,
     check_targets,
@@ -96,7 +97,7 @@ def test_validate_names_missing_and_unknown_keys(shipped, refused):
     assert refused(shipped) == "here.yaml: benchmark: 'repeats' is a required property"
 
 
-@pytest.mark.parametrize("name", ["hf", "checkpoint", "../up", "", ".hidden", "a/b"])
+@pytest.mark.parametrize("name", ["hf", "checkpoint", "../up", "", ".hidden", "a/b", "fp16@tp2"])
 def test_names_that_cannot_be_folders_are_refused(refused, name):
     assert repr(name) in refused({name: {"dtype": "float32"}}, "recipes")
 
@@ -152,6 +153,9 @@ def test_matrix_targets():
         "results/a/x/rouge.json",
         "./results/a/x/engine",
         "results/a/hf/rouge.json",
+        "results/a/x@tp2/rouge.json",
+        "results/a/x@tp1",
+        "results/a/x@tp16pp2/engine/rank31.safetensors",
         "results/a/checkpoint",
         "results/report.html",
         "--cores",
@@ -163,6 +167,12 @@ def test_check_targets_accepts(target):
     check_targets([target], {"a": {}}, {"x": {}})
 
 
+LAYOUTS_OF_X = (
+    "write x@tpN (tensor parallel), x@ppN (pipeline parallel) or x@tpNppM, with numbers of at least 2, or x@tp1 for "
+    "one rank"
+)
+
+
 @pytest.mark.parametrize(
     ("target", "reason"),
     [
@@ -171,6 +181,9 @@ def test_check_targets_accepts(target):
         ("results/b/checkpoint", "unknown model 'b'; known models: a, c"),
         ("results/a/z/rouge.json", "unknown recipe 'z'; known recipes: w, x"),
         ("results/a/z/", "unknown recipe 'z'; known recipes: w, x"),
+        ("results/a/z@tp2/gate.json", "unknown recipe 'z'; known recipes: w, x"),
+        ("results/a/hf@tp2/rouge.json", "unknown recipe 'hf'; known recipes: w, x"),
+        ("results/a/x@tp2pp1/gate.json", f"'x@tp2pp1' ends in no layout; {LAYOUTS_OF_X}"),
     ],
 )
 def test_check_targets_refuses(target, reason):
@@ -331,6 +344,8 @@ MODEL = {"source": {"hub": {"repo": "a/b", "revision": "0f"}}}
         MODEL | {"config": "models/qwen.json", "chat_template": "mine.jinja"},
         {"source": {"hub": MODEL["source"]["hub"] | {"model_version": "v2_13b"}}},
         {"source": {"local": {"path": "x", "model_version": "v2_13b"}}},
+        MODEL | {"layout": {"tp_size": 4, "pp_size": 2}},
+        MODEL | {"layout": {"pp_size": 1}},
         {"source": {"dummy": {"config": {}, "num_layers": 1, "model_version": "v1_7b"}}},
     ],
     ids=str,
@@ -344,12 +359,15 @@ def test_models_that_are_accepted(entry):
     [
         ("rehearsal", MODEL, "the file: 'rehearsal' does not match"),
         ("mine", MODEL | {"config": 1}, "mine.config: 1 is not of type 'string', 'object'"),
+        ("mine", MODEL | {"layout": {"tp_size": 0}}, "mine.layout.tp_size: 0 is less than the minimum of 1"),
+        ("mine", MODEL | {"layout": {}}, "mine.layout: {} should be non-empty"),
+        ("mine", MODEL | {"layout": {"tp": 2}}, "mine.layout: Additional properties are not allowed ('tp' was"),
         ("mine", MODEL | {"chat_template": {}}, "mine.chat_template: {} is not of type 'string'"),
         (
             "mine",
             MODEL | {"template": "qwen"},
             "mine: Additional properties are not allowed ('template' was unexpected); "
-            "known keys: config, chat_template, source",
+            "known keys: config, chat_template, layout, source",
         ),
         (
             "mine",
@@ -423,6 +441,44 @@ def test_positions_of_targets(shipped, model, target, length, fits):
         "extrapolate_positions (--extrapolate-positions)"
     )
     check_positions_of_targets([target], models, recipes, build | {"extrapolate_positions": True})
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        (
+            "results/qwen7b/fp16@tp3/rouge.json",
+            "tp_size 3 does not divide 32 heads, 32 KV heads and an intermediate_size",
+        ),
+        ("results/yi-34b/fp16@tp8/engine/config.json", None),
+        ("results/yi-34b/int8kv@tp5pp2/gate.json", "of 20480; use one of 1, 2, 4, 8"),
+        ("results/qwen7b/fp16@pp32/rouge.json", None),
+        ("results/qwen7b/fp16@pp33/rouge.json", "pp_size 33 is more than the model's 32 layers"),
+        ("results/rehearsal/qwen7b/fp16@pp3/rouge.json", "pp_size 3 is more than the model's 2 layers"),
+        ("results/rehearsal/llama-65b/fp16@pp4/rouge.json", None),  # its own layout, so it has as many
+        ("results/llama-65b/fp16/rouge.json", "tp_size 7 does not divide 64 heads"),
+        ("results/llama-65b/fp16@tp1/rouge.json", None),
+        ("results/llama-65b/hf/rouge.json", None),
+        (
+            "results/smollm2-135m/fp16@tp2/rouge.json",
+            "9 heads, 3 KV heads and an intermediate_size of 1536; use one of 1",
+        ),
+        ("results/unknown/fp16@tp5/rouge.json", None),  # it does not say what it looks like
+        ("elsewhere", None),
+    ],
+)
+def test_layouts_of_targets(shipped, target, reason):
+    """The shipped models, one of which has a layout of its own that cannot be."""
+    models, recipes = load_table(shipped["models"], SCHEMAS / "models.schema.yaml"), load_recipes(shipped["recipes"])
+    models["llama-65b"]["layout"] = {"tp_size": 7, "pp_size": 4}
+    models["unknown"] = {"source": {"local": {"path": "x"}}}
+    if reason is None:
+        check_layouts_of_targets([target], models, recipes)
+        return
+    with pytest.raises(UserError) as caught:
+        check_layouts_of_targets(["-n", target], models, recipes)
+    assert str(caught.value).startswith(f"{target}: ")
+    assert reason in str(caught.value)
 
 
 RULE = """

@@ -26,7 +26,7 @@ def shard(
     Raises `UserError` for sizes that do not divide, naming those that would; of quantized weights when one is asked
     for.
     """
-    _check(config, mapping)
+    check_mapping(config, mapping)
     if mapping.tp_size == 1:
         return config, weights, cache
     share = replace(
@@ -69,7 +69,8 @@ def tp_sizes(config: ModelConfig) -> list[int]:
     ]
 
 
-def _check(config: ModelConfig, mapping: Mapping) -> None:
+def check_mapping(config: ModelConfig, mapping: Mapping) -> None:
+    """Raises `UserError` where ranks cannot share a model's heads, channels or layers, naming numbers that would do."""
     if mapping.tp_size not in (sizes := tp_sizes(config)):
         raise UserError(
             f"tp_size {mapping.tp_size} does not divide {config.num_attention_heads} heads, "

@@ -1,0 +1,50 @@
+"""Engines of several ranks: which jobs make them, beside the one of a single rank or in its place."""
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+SCORED = ("engine", "summarize", "perplexity", "gate", "rouge")
+
+
+def jobs(run: str, ranks: int, rules: tuple[str, ...] = SCORED) -> set[str]:
+    """What makes a run's scores, where its weights and the baseline are there."""
+    engines = {f"portable_engine {run}" + (f" rank{rank}" if rank else "") for rank in range(ranks)}
+    return engines | {f"{rule} {run}" for rule in rules}
+
+
+def test_another_layout_of_a_recipe_takes_what_all_layouts_share(finished):
+    targets = [f"results/tiny/fp32@{layout}/rouge.json" for layout in ("tp2", "pp2", "tp2pp2", "tp1")]
+    expected = jobs("tiny/fp32@tp2", 2) | jobs("tiny/fp32@pp2", 2) | jobs("tiny/fp32@tp2pp2", 4)
+    assert finished.pending(*targets) == expected | jobs("tiny/fp32@tp1", 1)
+
+
+def test_change_of_a_models_layout_makes_its_engines_and_what_follows(finished):
+    every = (*SCORED, "benchmark")
+    finished.models["tiny"]["layout"] = {"tp_size": 2}
+    assert finished.pending() == jobs("tiny/fp32", 2, every) | jobs("tiny/bf16", 2, every)
+    finished.models["tiny"]["layout"] = {"tp_size": 1, "pp_size": 1}
+    assert finished.pending() == set()
+
+
+def test_layouts_in_the_matrix(finished):
+    finished.config["matrix"][0]["recipes"].append("fp32@tp2")
+    assert finished.pending() == jobs("tiny/fp32@tp2", 2, (*SCORED, "benchmark"))
+    output = finished.succeed("--dry-run", "results/tiny/recipes.md")
+    assert "results/tiny/fp32@tp2/rouge.json" in output
+
+
+def test_calibrated_and_quantized_weights_are_shared(quantized):
+    assert quantized.pending("results/tiny/int8kv@tp2/rouge.json") == jobs("tiny/int8kv@tp2", 2)
+
+
+@pytest.mark.parametrize(
+    ("target", "line"),
+    [
+        ("results/tiny/fp32@tp3/rouge.json", "tp_size 3 does not divide 4 heads, 2 KV heads and an intermediate_size"),
+        ("results/tiny/fp32@2/rouge.json", "'fp32@2' ends in no layout; write fp32@tpN"),
+        ("results/tiny/fp12@tp2/rouge.json", "unknown recipe 'fp12'"),
+    ],
+)
+def test_layouts_that_cannot_be_end_before_the_work(empty, target, line):
+    assert f"{target}: {line}" in empty.fail("--dry-run", target)
