@@ -99,11 +99,6 @@ def build_limits():
     return {key: config["build"][key] for key in trtbuild_workflow.LIMITS}
 
 
-def layout_of(wildcards):
-    """How ranks share a run's model: `Mapping`, but for the rank."""
-    return {"tp_size": 1, "pp_size": 1}
-
-
 def tensorrt_options():
     """How the network is lowered, and for which GPUs: the latter matters only where an engine is built."""
     options = {"remove_input_padding": config["build"]["remove_input_padding"]}

@@ -2,43 +2,42 @@
 
     mpiexec -n 2 python -m mpi4py -m trtbuild.launch FOLDER
 
-`FOLDER` holds the call; there rank 0 leaves what the stage returned, or the first rank that failed says why. The other
-ranks do not return from the stage (`runtime.open.open_engine`).
+`FOLDER` holds the call. Rank 0 makes it, and leaves there what it returned; the others do what its engine is asked.
 """
 
 import importlib
 import importlib.util
 import os
+import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from trtbuild.errors import UserError, one_line
 from trtbuild.files import read_json, scratch_beside, write_json
 
-CALL, RESULT, FAILURE = "call.json", "result.json", "failure.json"
+CALL, RESULT = "call.json", "result.json"
 PATHS = ("checkpoint_dir", "engine_dir", "output")
+KILLED = r"=   PID (\d+) RUNNING AT (\S+)"  # as MPICH's mpiexec says it
 
 
 def launch(ranks: int, stage: Callable, **arguments: object) -> object:
-    """What `stage` returns for its arguments: called in this process, or in as many as there are `ranks`.
+    """What `stage` returns for its arguments: called in this process, or by the first of as many as there are `ranks`.
 
     `stage` is a function of a module, and its arguments, `engine_dir` among them, are what JSON holds, or paths. This
-    process's threads are shared out. A `UserError` of the stage is raised here; `RuntimeError` says which rank failed
-    in another way.
+    process's threads are shared out. What ends a rank is a `UserError`, with a traceback before it where it lies within
+    the program.
     """
     if ranks == 1:
         return stage(**arguments)
     import torch
 
     with scratch_beside(arguments["engine_dir"]) as folder:
-        paths = {name: str(value) for name in PATHS if (value := arguments.get(name))}
+        paths = {name: str(arguments[name]) for name in PATHS if name in arguments}
         call = {
             "module": stage.__module__,
             "name": stage.__name__,
@@ -46,14 +45,38 @@ def launch(ranks: int, stage: Callable, **arguments: object) -> object:
             "threads": max(1, torch.get_num_threads() // ranks),
         }
         write_json(folder / CALL, call)
-        program = [sys.executable, "-m", "mpi4py", "-m", "trtbuild.launch", str(folder)]
-        code = subprocess.run([_mpiexec(), "-n", str(ranks), *program], check=False).returncode
-        if (folder / FAILURE).exists():
-            failure = read_json(folder / FAILURE)
-            raise UserError(failure["line"]) if failure["outside"] else RuntimeError(failure["line"])
-        if code:
-            raise UserError(f"one of {ranks} ranks was killed (exit code {code}); above, mpiexec says where")
-        return read_json(folder / RESULT)["value"]
+        program = [_mpiexec(), "-n", str(ranks), sys.executable, "-m", "mpi4py", "-m", "trtbuild.launch", str(folder)]
+        code, said = _run(program)
+        if code == 0:
+            return read_json(folder / RESULT)["value"]
+        if killed := re.match(KILLED, said):
+            said = f"rank {_rank(folder, killed[1])} on {killed[2]} was killed (exit code {code})"
+        raise UserError(said or f"its {ranks} processes ended with exit code {code}")
+
+
+def _run(program: list[str]) -> tuple[int, str]:
+    """Runs a program with its output copied to standard error: exit code, and what its last word was, if it had one.
+
+    That is its last line that begins with `error: `, which is not copied, or else one of `KILLED`.
+    """
+    said = killed = ""
+    rest = b""
+    with subprocess.Popen(program, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as run:
+        try:
+            while chunk := os.read(run.stdout.fileno(), 1 << 16):
+                *lines, rest = re.split(rb"(?<=[\r\n])", rest + chunk)  # a progress bar's end in a carriage return
+                for line in lines:
+                    text = line.decode(errors="replace").strip()
+                    if text.startswith("error: "):
+                        said = text.removeprefix("error: ")
+                    elif not text.startswith("Abort("):  # MPICH's word for it
+                        os.write(2, line)
+                        killed = text if re.match(KILLED, text) else killed
+        except BaseException:
+            run.terminate()
+            raise
+    os.write(2, rest)
+    return run.returncode, said or killed
 
 
 def _mpiexec() -> str:
@@ -70,39 +93,33 @@ def _mpiexec() -> str:
 
 def main() -> None:
     """One rank of a call."""
-    from mpi4py import MPI
-
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends it without a word; mpiexec ends the others
-    folder = Path(sys.argv[1])
-    try:
-        _call(folder)
-    except Exception as error:
-        _report(error, MPI.COMM_WORLD.rank, folder / FAILURE)
-        MPI.COMM_WORLD.Abort(2)
-
-
-def _call(folder: Path) -> None:
     import torch
 
+    from trtbuild.runtime.together import led
+    from trtbuild.runtime.world import world
+
+    folder = Path(sys.argv[1])
     call = read_json(folder / CALL)
+    (folder / str(os.getpid())).write_text(str(world().rank))
     torch.set_num_threads(call["threads"])
-    stage = getattr(importlib.import_module(call["module"]), call["name"])
-    arguments = {name: Path(x) if name in PATHS and x else x for name, x in call["arguments"].items()}
-    write_json(folder / RESULT, {"value": stage(**arguments)})
+    try:
+        with led():
+            stage = getattr(importlib.import_module(call["module"]), call["name"])
+            arguments = {name: Path(value) if name in PATHS else value for name, value in call["arguments"].items()}
+            write_json(folder / RESULT, {"value": stage(**arguments)})
+    except Exception as error:
+        if (line := one_line(error)) is None:
+            traceback.print_exc()
+            line = f"{type(error).__name__}: {error}"
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        sys.exit(2)
 
 
-def _report(error: Exception, rank: int, path: Path) -> None:
-    """Writes to `path` why a rank failed, unless another one was first: it is the cause."""
-    line = outside = one_line(error)
-    if outside is None:
-        traceback.print_exc()
-        line = f"{type(error).__name__}: {error}"
-    if not isinstance(error, UserError):
-        line = f"rank {rank} on {socket.gethostname()}: {line}"
-    own = path.with_suffix(f".{rank}")
-    write_json(own, {"line": line, "outside": outside is not None})
-    with suppress(FileExistsError):
-        path.hardlink_to(own)
+def _rank(folder: Path, process: str) -> str:
+    """Which rank a process was, by what it wrote when it started."""
+    path = folder / process
+    return path.read_text() if path.exists() else "?"
 
 
 if __name__ == "__main__":
