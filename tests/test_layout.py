@@ -5,7 +5,7 @@ import re
 import pytest
 
 from trtbuild.errors import UserError
-from trtbuild.layout import LAYOUT, sizes, split_run
+from trtbuild.layout import LAYOUT, layout_name, sizes, split_run
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,7 @@ def test_names_of_runs(run, recipe, layout, tp_size, pp_size):
     assert split_run(run) == (recipe, layout)
     assert sizes(layout, {}) == {"tp_size": tp_size, "pp_size": pp_size}
     assert re.fullmatch(f"(?:{LAYOUT})?", layout)
+    assert layout_name(tp_size, pp_size) == ("" if layout == "@tp1" else layout.removeprefix("@"))
 
 
 @pytest.mark.parametrize(

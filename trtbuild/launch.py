@@ -36,7 +36,7 @@ def launch(ranks: int, stage: Callable, **arguments: object) -> object:
         return stage(**arguments)
     import torch
 
-    with scratch_beside(arguments["engine_dir"]) as folder:
+    with scratch_beside(Path(arguments["engine_dir"]).with_name("launch")) as folder:
         paths = {name: str(arguments[name]) for name in PATHS if name in arguments}
         call = {
             "module": stage.__module__,

@@ -30,3 +30,9 @@ def sizes(layout: str, model: dict) -> dict[str, int]:
     """`tp_size` and `pp_size`, as a run's name or else its model's entry in config/models.yaml says; 1 by default."""
     said = {f"{kind}_size": int(number) for kind, number in re.findall(r"(tp|pp)(\d+)", layout)}
     return {"tp_size": 1, "pp_size": 1} | (said or model.get("layout", {}))
+
+
+def layout_name(tp_size: int, pp_size: int) -> str:
+    """What stands behind the `@`, such as `tp2pp2`; empty for one rank."""
+    parts = {"tp": tp_size, "pp": pp_size}
+    return "".join(f"{kind}{number}" for kind, number in parts.items() if number > 1)

@@ -43,6 +43,15 @@ def test_table(results):
     assert len({line.count("|") for line in lines}) == 1
 
 
+def test_ranks_of_a_layout_count_together(results):
+    (results / "fp16").rename(results / "fp16@tp2")
+    outputs = {f"rank{rank}.safetensors": {"bytes": 1_300_000} for rank in (0, 1)}
+    write_json(results / "fp16@tp2/engine/config.json", {"outputs": outputs})
+    (results / "fp16@tp2/logs/portable_engine.rank1.tsv").write_text("s\th:m:s\n2.5\t0:00:02\n")
+    row = recipe_table(results, {"fp16@tp2": "checkpoint"}).splitlines()[-1]
+    assert row == "| fp16@tp2 | 20.10 | +0.50 | 29.50 | 19.25 | 2.6 |  |  | 7 |"
+
+
 def test_a_rehearsal_says_so(results):
     plain = recipe_table(results, {"fp16": "checkpoint"})
     assert "ehearsal" not in plain

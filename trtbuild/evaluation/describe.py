@@ -19,7 +19,7 @@ def describe_engine(folder: Path, nodes: bool = False, check: bool = False) -> s
     ]
     lines += [f"{name:22} {f['bytes'] / 2**20:.1f} MiB, sha256 {f['sha256']}" for name, f in config["outputs"].items()]
     lines += [f"built from {name:11} sha256 {digest}" for name, digest in config["inputs"].items()]
-    for file in sorted(folder.glob("rank*.safetensors")):
+    for file in (folder / name for name in config["outputs"] if name.endswith(".safetensors")):
         network, _ = read_portable(file)
         weights = sum(constant.nbytes for constant in network.constants.values())
         counts = Counter(type(node.op).__name__ for node in network.nodes)

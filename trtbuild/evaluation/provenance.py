@@ -10,6 +10,7 @@ import trtbuild
 from trtbuild.datasets import Article
 from trtbuild.errors import UserError
 from trtbuild.files import sha256_of
+from trtbuild.layout import layout_name
 from trtbuild.runtime.open import OpenedEngine
 
 # What two results must have in common, and its name; the token ids also depend on the tokenizer and its chat template.
@@ -28,11 +29,14 @@ SAME = {
 
 
 def provenance(opened: OpenedEngine) -> dict:
-    """Engine kind, dtype, sha256 of the engine file and of the model that it comes from, device and versions."""
+    """Engine kind, dtype, ranks, sha256 of the engine and of the model that it comes from, device and versions."""
+    mapping = opened.config["mapping"]
+    layout = layout_name(mapping["tp_size"], mapping["pp_size"])
     return {
         "engine": opened.session.kind,
         "model": opened.config["model"],
         "dtype": opened.dtype,
+        **({"layout": layout} if layout else {}),
         "engine_sha256": opened.sha256,
         "source_sha256": opened.config.get("source_sha256"),
         **environment(opened.session.device),

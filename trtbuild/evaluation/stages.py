@@ -93,7 +93,8 @@ def rouge_table(results: list[dict]) -> str:
     for result in results:
         origin = result["provenance"]
         cells = (f"{m['mean']:.2f} [{m['low']:.2f}, {m['high']:.2f}]" for m in (result[metric] for metric in METRICS))
-        name = f"{origin['engine']} {origin['dtype']}" + (" (rehearsal)" if "rehearsal" in result else "")
+        words = (origin["engine"], origin["dtype"], origin.get("layout"), "rehearsal" in result and "(rehearsal)")
+        name = " ".join(filter(None, words))
         lines.append(f"{name:34}" + "".join(f"{cell:>24}" for cell in cells))
     refuse_different(results)
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """A model's recipes side by side, as a Markdown table."""
 
 import csv
+from collections import Counter
 from pathlib import Path
 
 from trtbuild.errors import UserError
@@ -25,8 +26,9 @@ HEADER = (
 def recipe_table(folder: Path, recipes: dict[str, str]) -> str:
     """Quality, engine bytes and build times under `folder`, `results/{model}`.
 
-    `recipes` maps a recipe to the folder that its weights come from, relative to `folder`. Increases are over the
-    Hugging Face model's perplexity; times are those of the rules (`logs/*.tsv`), quantization and build. Raises
+    `recipes` maps a recipe, or one on a layout, to the folder that its weights come from, relative to `folder`.
+    Increases are over the Hugging Face model's perplexity; bytes are those of all ranks, and times those of the rules
+    (`logs/*.tsv`), quantization and, all ranks' together, build. Raises
     `UserError` for results that are missing, or of another model, text or prompt than the Hugging Face model's.
     """
     measured, hf = _results(folder / "hf")
@@ -50,7 +52,9 @@ def recipe_table(folder: Path, recipes: dict[str, str]) -> str:
         except UserError as error:
             raise UserError(f"{folder / recipe} and {folder / 'hf'}: {error}") from None
         outputs = read_json(folder / recipe / "engine" / "config.json", {"outputs": dict})["outputs"]
-        sizes = {Path(name).suffix: f"{output['bytes'] / 1e6:.1f}" for name, output in outputs.items()}
+        sizes = Counter()
+        for name, output in outputs.items():
+            sizes[Path(name).suffix] += output["bytes"]
         quantize = folder / "logs" / f"quantize.{Path(weights).name}.tsv" if weights != "checkpoint" else None
         logs = folder / recipe / "logs"
         kinds = {".safetensors": "portable", ".engine": "tensorrt"}
@@ -62,8 +66,7 @@ def recipe_table(folder: Path, recipes: dict[str, str]) -> str:
                 f"{100 * (perplexity / baseline - 1):+.2f}",
                 _score(rouge, "rouge1"),
                 _score(rouge, "rougeL"),
-                sizes.get(".safetensors", ""),
-                sizes.get(".engine", ""),
+                *(f"{sizes[suffix] / 1e6:.1f}" if sizes[suffix] else "" for suffix in kinds),
                 f"{_seconds(quantize):.0f}" if quantize and quantize.exists() else "",
                 f"{sum(map(_seconds, builds)):.0f}",
             )
