@@ -3,6 +3,7 @@
 import os
 import socket
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,11 @@ import os, signal, time
 from pathlib import Path
 import torch
 from trtbuild.errors import UserError
-from trtbuild.runtime.world import world
+from trtbuild.runtime.world import COMMANDS, world
+
+def rank_1(cmdline, mine):
+    command = cmdline.read_bytes()
+    return mine in command and b"mpi4py" in command and b"PMI_RANK=1" in (cmdline.parent / "environ").read_bytes()
 
 def stage(engine_dir, does="nothing", text=None, output=None, dataset=None):
     assert isinstance(engine_dir, Path) and isinstance(output, Path | None)
@@ -23,12 +28,13 @@ def stage(engine_dir, does="nothing", text=None, output=None, dataset=None):
     if does == "refuse": raise UserError("no such thing; take another")
     if does == "break": raise ValueError("a bug")
     if does == "break rank 1":
-        world().tell(("step",))  # of an engine that is not open
+        world().comm.send(("step",), 1, COMMANDS)  # of an engine that is not open
         time.sleep(60)
     if does == "kill rank 1":
-        while not (ranks := [x for x in engine_dir.parent.glob(".*/[0-9]*") if x.read_text() == "1"]):
+        mine = str(engine_dir.parent).encode()
+        while not (found := [x.parent.name for x in Path("/proc").glob("[0-9]*/cmdline") if rank_1(x, mine)]):
             time.sleep(0.1)
-        os.kill(int(ranks[0].name), signal.SIGKILL)
+        os.kill(int(found[0]), signal.SIGKILL)
         time.sleep(60)
     return {"size": world().size, "threads": torch.get_num_threads(), "text": text, "output": str(output)} | dataset
 """
@@ -52,6 +58,8 @@ def engine(tmp_path):
     folder.mkdir(parents=True)
     yield folder
     assert [path.name for path in folder.parent.iterdir()] == ["engine"]
+    commands = (path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline"))
+    assert not any(str(folder.parent).encode() in command for command in commands)  # nothing runs on
 
 
 def test_one_rank_is_this_process():
@@ -85,7 +93,7 @@ def test_what_a_stage_refuses_is_one_line(stage, engine, capfd):
     [
         ("break", "ValueError: a bug"),
         ("break rank 1", f"rank 1 on {socket.gethostname()}: AttributeError: "),
-        ("kill rank 1", f"rank 1 on {socket.gethostname()} was killed (exit code 9)"),
+        ("kill rank 1", f"rank 1 on {socket.gethostname()} was killed (signal 9)"),
     ],
 )
 def test_a_rank_that_fails_ends_the_others(stage, engine, does, message, capfd):

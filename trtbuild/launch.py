@@ -1,6 +1,6 @@
 """An evaluation stage on an engine of several ranks: a process each, which MPI starts and introduces to the others.
 
-    mpiexec -n 2 python -m mpi4py -m trtbuild.launch FOLDER
+    mpiexec -n 2 python -m trtbuild.launch FOLDER
 
 `FOLDER` holds the call. Rank 0 makes it, and leaves there what it returned; the others do what its engine is asked.
 """
@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import traceback
@@ -22,7 +23,7 @@ from trtbuild.files import read_json, scratch_beside, write_json
 
 CALL, RESULT = "call.json", "result.json"
 PATHS = ("checkpoint_dir", "engine_dir", "output")
-KILLED = r"=   PID (\d+) RUNNING AT (\S+)"  # as MPICH's mpiexec says it
+RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")  # where launchers say which rank it is
 
 
 def launch(ranks: int, stage: Callable, **arguments: object) -> object:
@@ -45,38 +46,32 @@ def launch(ranks: int, stage: Callable, **arguments: object) -> object:
             "threads": max(1, torch.get_num_threads() // ranks),
         }
         write_json(folder / CALL, call)
-        program = [_mpiexec(), "-n", str(ranks), sys.executable, "-m", "mpi4py", "-m", "trtbuild.launch", str(folder)]
-        code, said = _run(program)
-        if code == 0:
-            return read_json(folder / RESULT)["value"]
-        if killed := re.match(KILLED, said):
-            said = f"rank {_rank(folder, killed[1])} on {killed[2]} was killed (exit code {code})"
-        raise UserError(said or f"its {ranks} processes ended with exit code {code}")
+        code, said = _run([_mpiexec(), "-n", str(ranks), sys.executable, "-m", "trtbuild.launch", str(folder)])
+        if code:
+            raise UserError(said or f"its {ranks} processes ended with exit code {code}")
+        return read_json(folder / RESULT)["value"]
 
 
 def _run(program: list[str]) -> tuple[int, str]:
-    """Runs a program with its output copied to standard error: exit code, and what its last word was, if it had one.
+    """Runs a program with its output copied to standard error, but for the first line that begins with `error: `.
 
-    That is its last line that begins with `error: `, which is not copied, or else one of `KILLED`.
+    Returns its exit code and this line, which says why: other ranks' errors follow from it.
     """
-    said = killed = ""
-    rest = b""
+    said, rest = "", b""
     with subprocess.Popen(program, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as run:
         try:
             while chunk := os.read(run.stdout.fileno(), 1 << 16):
                 *lines, rest = re.split(rb"(?<=[\r\n])", rest + chunk)  # a progress bar's end in a carriage return
                 for line in lines:
-                    text = line.decode(errors="replace").strip()
-                    if text.startswith("error: "):
-                        said = text.removeprefix("error: ")
-                    elif not text.startswith("Abort("):  # MPICH's word for it
+                    if line.startswith(b"error: ") and not said:
+                        said = line.decode(errors="replace").removeprefix("error: ").strip()
+                    else:
                         os.write(2, line)
-                        killed = text if re.match(KILLED, text) else killed
         except BaseException:
             run.terminate()
             raise
     os.write(2, rest)
-    return run.returncode, said or killed
+    return run.returncode, said
 
 
 def _mpiexec() -> str:
@@ -92,16 +87,25 @@ def _mpiexec() -> str:
 
 
 def main() -> None:
-    """One rank of a call."""
+    """What MPI starts for a rank: starts the rank itself, and says if that was killed."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends it without a word; mpiexec ends the others
+    rank = [sys.executable, "-m", "mpi4py", "-c", "from trtbuild.launch import call; call()", sys.argv[1]]
+    code = subprocess.run(rank, close_fds=False, check=False).returncode  # MPI's launcher is at an open file
+    if code < 0:
+        number = next(os.environ[name] for name in RANKS if name in os.environ)
+        print(f"error: rank {number} on {socket.gethostname()} was killed (signal {-code})", file=sys.stderr)
+    sys.exit(abs(code))
+
+
+def call() -> None:
+    """A rank's part of a call."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     import torch
 
     from trtbuild.runtime.together import led
-    from trtbuild.runtime.world import world
 
     folder = Path(sys.argv[1])
     call = read_json(folder / CALL)
-    (folder / str(os.getpid())).write_text(str(world().rank))
     torch.set_num_threads(call["threads"])
     try:
         with led():
@@ -113,13 +117,8 @@ def main() -> None:
             traceback.print_exc()
             line = f"{type(error).__name__}: {error}"
         print(f"error: {line}", file=sys.stderr, flush=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPI has a line of its own
         sys.exit(2)
-
-
-def _rank(folder: Path, process: str) -> str:
-    """Which rank a process was, by what it wrote when it started."""
-    path = folder / process
-    return path.read_text() if path.exists() else "?"
 
 
 if __name__ == "__main__":

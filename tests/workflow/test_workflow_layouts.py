@@ -1,5 +1,7 @@
 """Engines of several ranks: which jobs make them, beside the one of a single rank or in its place."""
 
+import json
+
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -36,6 +38,32 @@ def test_layouts_in_the_matrix(finished):
 
 def test_calibrated_and_quantized_weights_are_shared(quantized):
     assert quantized.pending("results/tiny/int8kv@tp2/rouge.json") == jobs("tiny/int8kv@tp2", 2)
+
+
+def test_two_ranks_give_the_results_of_one(finished):
+    finished.config["matrix"] = [{"model": "tiny", "recipes": ["fp32", "fp32@tp2"]}]
+    finished.succeed()
+    assert finished.pending() == set()
+    one, two = (finished.results / "tiny" / run for run in ("fp32", "fp32@tp2"))
+    for name in ("summaries.jsonl", "logs/rouge.log"):
+        line = "portable float32"
+        assert (two / name).read_text() == (one / name).read_text().replace(f"{line}    ", f"{line} tp2")
+    ours, theirs = (json.loads((run / "perplexity.json").read_text()) for run in (two, one))
+    assert ours["tokens"] == theirs["tokens"]
+    assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-5)
+    assert (ours["provenance"]["layout"], "layout" in theirs["provenance"]) == ("tp2", False)
+    assert json.loads((two / "benchmark.json").read_text())["provenance"]["threads"] == 1
+    sizes = [(two / f"engine/rank{rank}.safetensors").stat().st_size for rank in (0, 1)]
+    assert sizes[0] + sizes[1] == pytest.approx((one / "engine/rank0.safetensors").stat().st_size, rel=0.1)
+    rows = (finished.results / "tiny/recipes.md").read_text().splitlines()
+    assert [row.split(" | ")[0] for row in rows[-2:]] == ["| fp32", "| fp32@tp2"]
+    assert rows[-1].split(" | ")[1:5] == rows[-2].split(" | ")[1:5]
+    assert not [path for path in two.rglob(".*") if path.name != ".snakemake_timestamp"]
+
+    finished.config["evaluation"]["runtime"] = "interpreted"
+    finished.fail("results/tiny/fp32@tp2/benchmark.json")
+    log = (two / "logs/benchmark.log").read_text().splitlines()
+    assert log == [f"error: runtime interpreted runs one rank, {two / 'engine'} has 2; use --runtime portable"]
 
 
 @pytest.mark.parametrize(
