@@ -80,6 +80,7 @@ def test_ranks_are_processes_of_one_world(stage, engine, tmp_path, capfd):
     assert capfd.readouterr().err == "from rank 0\n"
 
 
+@pytest.mark.slow
 def test_what_a_stage_refuses_is_one_line(stage, engine, capfd):
     with pytest.raises(UserError) as caught:
         launch(2, stage, engine_dir=engine, does="refuse")
