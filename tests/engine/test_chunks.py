@@ -187,6 +187,35 @@ def test_a_sequence_goes_back():
     assert session.lengths == [len(prompt)]
 
 
+@pytest.mark.parametrize("kind", ["portable", "packed", "padded"])
+def test_single_tokens_that_are_no_generation_step(kind):
+    """Their slots are in another order than the batch's; or one goes back."""
+    session = session_of(kind, network_of("llama", "float32"))
+    a, b = PROMPTS[0][:8], PROMPTS[3][:5]
+    for chunks, sequences in (
+        ([Chunk([7], 5, past=5, slot=1), Chunk([8], 8, past=8)], ([*b, 7], [*a, 8])),
+        ([Chunk([9], 8, past=8), Chunk([6], 5, past=6, slot=1)], ([*a, 9], [*b, 7, 6])),
+    ):
+        expected = [alone(session, tokens, len(tokens))[-1] for tokens in sequences]
+        session.lengths, session.prompt_lengths = [], []
+        session.step([Chunk(a, 8), Chunk(b, 5, slot=1)])
+        if len(sequences[1]) == 7:
+            session.step([Chunk([8], 8, past=8), Chunk([7], 5, past=5, slot=1)])
+        for row, wanted in zip(session.step(chunks).clone(), expected, strict=True):
+            assert (row - wanted).norm() / wanted.norm() < 2e-6
+
+
+@kinds
+def test_a_longer_chunk_beside_a_full_cache(kind):
+    """Where keys are padded, as many as the other's would not fit behind what the cache holds, by one."""
+    network, long = network_of("llama", "float32"), [*PROMPTS[2], *PROMPTS[3]][:48]
+    expected = run(session_of("portable", network), [[(0, 40)], [(0, 8)]], [long])[0]
+    session = session_of(kind, network)
+    first, second = run(session, [[(0, 40)], [(0, 6)], [(0, 2), (1, 3)]], [long, long[:3]])
+    assert (first - expected).norm() / expected.norm() < 2e-6
+    assert (second - expected[:3]).norm() / expected[:3].norm() < 2e-6
+
+
 @pytest.mark.parametrize(
     ("chunk", "message"),
     [
