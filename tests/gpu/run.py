@@ -32,6 +32,7 @@ from trtbuild.checkpoint.dummy import dummy_tensors
 from trtbuild.checkpoint.sources import make_checkpoint
 from trtbuild.decoder.decoder import CacheScales, decoder
 from trtbuild.decoder.mapping import Mapping
+from trtbuild.decoder.sharding import shard
 from trtbuild.engine.build import build_portable
 from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.portable import PortableEngine
@@ -39,6 +40,7 @@ from trtbuild.linear.format import round_8bit
 from trtbuild.linear.int4 import Int4Grid
 from trtbuild.models.config import ModelConfig
 from trtbuild.models.families import canonical_config, config_from_hugging_face
+from trtbuild.network import Network
 from trtbuild.runtime.generation import generate
 from trtbuild.runtime.sampling import SamplingParams
 from trtbuild.runtime.session import PortableSession
@@ -122,9 +124,16 @@ def round_to_nearest(weight: LazyTensor, format: str, activations: str) -> Quant
     return QuantizedWeight(format, values, scales, None, activations, input_scale, order)
 
 
-def recipe_session(config: ModelConfig, recipe: str, limits: BuildLimits, device: str = "cuda") -> PortableSession:
-    """A float16 engine of dummy weights, those of the layers' projections and the cache as the recipe says."""
-    tensors = dummy_tensors(config, 0, torch.float16, device)
+def recipe_network(
+    config: ModelConfig,
+    recipe: str,
+    limits: BuildLimits,
+    device: str = "cuda",
+    dtype: torch.dtype = torch.float16,
+    mapping: Mapping = Mapping(),
+) -> Network:
+    """One rank's, with dummy weights, those of the layers' projections and the cache as the recipe says."""
+    tensors = dummy_tensors(config, 0, dtype, device)
     format, activations, cache_dtype = RECIPES[recipe]
 
     def weights(name: str) -> LazyTensor | QuantizedWeight:
@@ -133,8 +142,19 @@ def recipe_session(config: ModelConfig, recipe: str, limits: BuildLimits, device
 
     scales = torch.full((config.num_hidden_layers, config.num_key_value_heads), 0.02)
     cache = CacheScales(cache_dtype, scales, scales) if cache_dtype else None
-    network = decoder(config, weights, torch.float16, limits.max_length, cache)
-    return PortableSession(PortableEngine(network, limits, torch.device(device)))
+    share, own, cache = shard(config, weights, cache, mapping)
+    network = decoder(share, own, dtype, limits.max_length, cache, mapping)
+    if mapping.world_size > 1:  # of a whole weight a rank's part alone stays in memory, as of a file
+        for name, part in network.constants.items():
+            network.constants[name] = LazyTensor(
+                part.dtype, part.shape, lambda load=part.load: load().clone(memory_format=torch.contiguous_format)
+            )
+    return network
+
+
+def recipe_session(config: ModelConfig, recipe: str, limits: BuildLimits, device: str = "cuda") -> PortableSession:
+    """A float16 engine of `recipe_network`."""
+    return PortableSession(PortableEngine(recipe_network(config, recipe, limits, device), limits, torch.device(device)))
 
 
 def peer(model, prompts: list[list[int]], compiled: bool) -> tuple[float, float]:

@@ -2,7 +2,8 @@
 
     mpiexec -n 4 python tests/runtime/all_ranks.py TP_SIZE PP_SIZE [CASE ...]
 
-Rank 0 prints a JSON object: by case, how far the logits are from one rank's, and whether tokens are equal.
+With "gloo" among the cases tensors pass as on GPUs, through torch.distributed. Rank 0 prints a JSON object: by case,
+how far the logits are from one rank's, and whether tokens are equal.
 """
 
 import json
@@ -19,10 +20,11 @@ from trtbuild.engine.portable import PortableEngine
 from trtbuild.errors import UserError
 from trtbuild.network.step import Chunk, whole_prompts
 from trtbuild.runtime.generation import generate
-from trtbuild.runtime.ranks import MpiRanks
+from trtbuild.runtime.ranks import MpiRanks, NcclRanks
 from trtbuild.runtime.ranks_session import RanksSession
 from trtbuild.runtime.sampling import SamplingParams
 from trtbuild.runtime.session import PortableSession, Session
+from trtbuild.runtime.together import obey
 from trtbuild.runtime.world import World, world
 from trtbuild.tensors.lazy import from_tensor
 
@@ -117,7 +119,9 @@ def compare(case: Case, ranks: Session) -> dict:
 
 
 def main(here: World, mapping: Mapping, names: list[str]) -> dict:
-    ranks = MpiRanks(here)
+    gloo = "gloo" in names
+    ranks = NcclRanks(here, mapping, torch.device("cpu")) if gloo else MpiRanks(here)
+    here.closing.append(ranks.close if gloo else int)
     results = {}
     broken = Case("damaged", damaged, torch.float16)
     for case in (*cases(), broken):
@@ -144,4 +148,4 @@ if __name__ == "__main__":
         print(json.dumps(results))
         here.end()
     else:
-        here.hear()
+        obey(here)

@@ -58,6 +58,16 @@ def test_every_model_and_recipe(tp_size, pp_size):
     check(results)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("tp_size", "pp_size"), [(2, 1), (2, 2)])
+def test_through_torch_distributed(tp_size, pp_size):
+    """As on GPUs, but for NCCL; `tests/gpu/ranks.py` runs that."""
+    few = "llama, 1 KV head", "baichuan 13b", "llama torch.bfloat16", "damaged"
+    done = mpiexec(tp_size * pp_size, HERE / "all_ranks.py", tp_size, pp_size, "gloo", *few)
+    assert (done.returncode, done.stderr) == (0, "")
+    check(json.loads(done.stdout))
+
+
 # The command line
 
 

@@ -1,6 +1,5 @@
 """How tensors pass between the processes of an engine: through MPI on CPUs, through NCCL on GPUs."""
 
-from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -53,7 +52,7 @@ def _bytes(x: torch.Tensor):
 
 
 class NcclRanks(Ranks):
-    """Tensors of the GPU, through torch.distributed.
+    """Tensors of the GPU, through torch.distributed; of the CPU through its gloo, which tests use.
 
     What passes between two ranks alone is a broadcast of that pair's. All ranks make the same groups in the same order.
     """
@@ -62,9 +61,12 @@ class NcclRanks(Ranks):
         import torch.distributed as dist
 
         self.rank, self._dist, self._world = world.rank, dist, world
-        self._device = device
+        # Its name until torch 2.12, and then.
+        self._gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         if not dist.is_initialized():
-            dist.init_process_group("nccl", store=self._store, rank=world.rank, world_size=world.size, device_id=device)
+            backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+            ends = {"store": self._store(), "rank": world.rank, "world_size": world.size}
+            dist.init_process_group(backend, device_id=own, **ends)
         everyone = tuple(range(world.size))
         self._groups = {everyone: dist.group.WORLD}
         for ranks in sorted({*_meetings(mapping.tp_size, mapping.pp_size)} - {everyone}):
@@ -73,16 +75,16 @@ class NcclRanks(Ranks):
             if group is not dist.GroupMember.NON_GROUP_MEMBER:
                 dist.all_reduce(torch.zeros(1, device=device), group=group)
 
-    @cached_property
     def _store(self):
-        """Where NCCL's ranks find each other: rank 0's, of which MPI tells the others."""
-        import torch.distributed as dist
-
-        if self.rank == 0:
-            store = dist.TCPStore(self._world.host, 0, self._world.size, is_master=True, wait_for_workers=False)
-            self._world.share((self._world.host, store.port))
+        """Where the ranks find each other: rank 0's, of which MPI tells the others."""
+        here = self._world
+        host = "127.0.0.1" if here.local_size == here.size else here.host
+        if here.rank == 0:
+            store = self._dist.TCPStore(host, 0, here.size, is_master=True, wait_for_workers=False)
+            here.share((host, store.port))
             return store
-        return dist.TCPStore(*self._world.share(None), self._world.size, is_master=False)
+        host, port = here.share(None)
+        return self._dist.TCPStore(host, port, here.size, is_master=False)
 
     def all_reduce(self, x, first, size):
         x = x.contiguous()
@@ -92,7 +94,7 @@ class NcclRanks(Ranks):
     def all_gather(self, x, first, size):
         rows, columns = x.shape
         out = x.new_empty(size * rows, columns)
-        self._dist.all_gather_into_tensor(out, x.contiguous(), group=self._group(first, size))
+        self._gather(out, x.contiguous(), group=self._group(first, size))
         return out.view(size, rows, columns).transpose(0, 1).reshape(rows, size * columns)
 
     def send(self, x, target):
@@ -115,7 +117,8 @@ class NcclRanks(Ranks):
     def close(self) -> None:
         """Leaves NCCL; the graphs that hold calls of it must be gone."""
         if self._dist.is_initialized():
-            torch.cuda.synchronize()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             self._dist.destroy_process_group()
 
 

@@ -1,5 +1,6 @@
 """A session over an engine of several ranks: what rank 0's is asked to do it tells the others', and all do it."""
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -24,7 +25,13 @@ class RanksSession(PortableSession):
         self.world, self.mapping = world, mapping
         known = world.gather((self.vocab_size, self.weight_bytes))
         self.vocab_size, total = world.share(known and (known[-1][0], sum(nbytes for _, nbytes in known)))
+        graphs = weakref.WeakMethod(self.forget_graphs)
+        world.closing.append(lambda: (forget := graphs()) and forget())
         self.weight_bytes = total // mapping.tp_size  # what a rank of every stage reads, one stage after the other
+
+    def forget_graphs(self) -> None:
+        """Before the ways to other ranks close, which captured steps hold open."""
+        self._graphs.clear()
 
     def obey(self, name: str, *arguments: object) -> None:
         """What rank 0 told."""

@@ -126,7 +126,11 @@ def open_rank(here: World, folder: Path, kind: str, fingerprint: tuple[str, str]
 @cache
 def ranks_between(here: World, mapping: Mapping, device: torch.device) -> Ranks:
     """Made once for a layout and device, by all ranks at the same time."""
-    return NcclRanks(here, mapping, device) if device.type == "cuda" else MpiRanks(here)
+    if device.type == "cpu":
+        return MpiRanks(here)
+    ranks = NcclRanks(here, mapping, device)
+    here.closing.insert(0, ranks.close)  # after all sessions
+    return ranks
 
 
 def _told(error: Exception) -> str:
