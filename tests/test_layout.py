@@ -40,3 +40,6 @@ def test_a_run_without_a_layout_has_its_models():
     assert sizes("", {"layout": {"pp_size": 3}}) == {"tp_size": 1, "pp_size": 3}
     assert sizes("@tp2", own) == {"tp_size": 2, "pp_size": 1}
     assert sizes("@tp1", own) == {"tp_size": 1, "pp_size": 1}
+    whole = {"layout": {"tp_size": 4, "use_parallel_embedding": False}}
+    assert sizes("", whole) == {"tp_size": 4, "pp_size": 1, "use_parallel_embedding": False}
+    assert sizes("@pp2", whole) == {"tp_size": 1, "pp_size": 2, "use_parallel_embedding": False}

@@ -26,10 +26,15 @@ def split_run(run: str) -> tuple[str, str]:
     return recipe, at + rest
 
 
-def sizes(layout: str, model: dict) -> dict[str, int]:
-    """`tp_size` and `pp_size`, as a run's name or else its model's entry in config/models.yaml says; 1 by default."""
+def sizes(layout: str, model: dict) -> dict[str, int | bool]:
+    """`tp_size` and `pp_size`, as a run's name or else its model's entry in config/models.yaml says; 1 by default.
+
+    And `use_parallel_embedding`, where the model's entry says it.
+    """
+    own = model.get("layout", {})
     said = {f"{kind}_size": int(number) for kind, number in re.findall(r"(tp|pp)(\d+)", layout)}
-    return {"tp_size": 1, "pp_size": 1} | (said or model.get("layout", {}))
+    options = {key: value for key, value in own.items() if key == "use_parallel_embedding"}
+    return {"tp_size": 1, "pp_size": 1} | (said or own) | options
 
 
 def layout_name(tp_size: int, pp_size: int) -> str:

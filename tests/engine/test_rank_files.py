@@ -7,17 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from memory_of_builds import model
 from safetensors import safe_open
 
 from trtbuild.checkpoint.canonical import Checkpoint
+from trtbuild.decoder.decoder import decoder
 from trtbuild.decoder.mapping import Mapping
+from trtbuild.decoder.sharding import shard
 from trtbuild.engine.build import build_engine_dir
 from trtbuild.engine.config import BuildLimits, read_config
 from trtbuild.engine.portable import PortableEngine, read_portable
 from trtbuild.errors import UserError
+from trtbuild.models.families import config_from_hugging_face
 from trtbuild.network import lockstep
 from trtbuild.network.ops.collectives import Send
 from trtbuild.network.step import Step, step_tensors, whole_prompts
+from trtbuild.tensors.lazy import LazyTensor
 
 LIMITS = BuildLimits(max_batch_size=2, max_input_len=16, max_output_len=4)
 PROMPTS = [[5, 300, 7], [1, 159, 160, 319]]
@@ -77,6 +82,28 @@ def test_all_ranks_files_are_the_model(tiny_checkpoint, tmp_path, tp_size, pp_si
             assert whole[tensor] * 8 == nbytes * 12
             continue
         assert whole[tensor] == times * nbytes, tensor
+
+
+@pytest.mark.parametrize(("tp_size", "pp_size"), [(8, 1), (4, 2)])
+def test_70b_on_eight_ranks(tp_size, pp_size):
+    """LLaMA-2 70B, counted by hand; none of its weights is read."""
+    config = config_from_hugging_face(model(scale=1) | {"num_hidden_layers": 80}, "test")
+
+    whole = {
+        name: LazyTensor(torch.float16, shape, lambda name=name: pytest.fail(f"{name} is read"))
+        for name, shape in config.tensor_shapes().items()
+    }
+    attention, mlp, table = 2 * 8192 * (8192 + 1024), 3 * 8192 * 28672, 32000 * 8192
+    for mapping in Mapping(tp_size, pp_size).ranks:
+        share, own, _ = shard(config, whole.__getitem__, None, mapping)
+        network = decoder(share, own, torch.float16, 4096, None, mapping)
+        shared = 80 // pp_size * (attention + mlp) + table * (mapping.is_first + mapping.is_last)
+        norms = 80 // pp_size * 2 * 8192 + 8192 * mapping.is_last
+        total = sum(constant.nbytes for constant in network.constants.values())
+        assert total == 2 * (shared // tp_size + norms) + 4 * 64  # RoPE's frequencies, float32
+        layers = {int(name.split(".")[2]) for name in network.constants if name.startswith("model.layers.")}
+        assert layers == {*mapping.layers(80)}
+        assert network.tensors[f"key_cache.{min(layers)}"].shape == ("batch", 8 // tp_size, 4096, 128)
 
 
 def test_a_stage_alone_has_no_logits(tiny_checkpoint, tmp_path, monkeypatch):
