@@ -25,6 +25,7 @@ from trtbuild.network.step import Step, step_tensors, whole_prompts
 from trtbuild.tensors.lazy import LazyTensor
 
 LIMITS = BuildLimits(max_batch_size=2, max_input_len=16, max_output_len=4)
+PUBLISHED = Path(__file__).parents[1] / "data"
 PROMPTS = [[5, 300, 7], [1, 159, 160, 319]]
 layouts = pytest.mark.parametrize(("tp_size", "pp_size"), [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)])
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -82,6 +83,22 @@ def test_all_ranks_files_are_the_model(tiny_checkpoint, tmp_path, tp_size, pp_si
             assert whole[tensor] * 8 == nbytes * 12
             continue
         assert whole[tensor] == times * nbytes, tensor
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in PUBLISHED.glob("*/config.json")))
+def test_of_weights_that_others_quantized(tmp_path, name):
+    """Files of AutoAWQ, GPTQModel and llm-compressor. Of a scale a token each rank has its own (tests/decoder)."""
+    (expected,) = logits(build(PUBLISHED / name, tmp_path / "one", Mapping()))
+    (result,) = logits(build(PUBLISHED / name, tmp_path / "stages", Mapping(1, 2)))
+    assert torch.equal(result, expected)
+    if name.endswith("act-order"):
+        with pytest.raises(
+            UserError, match=r"\(desc_act\), which ranks cannot share; use tp_size 1, or weights without"
+        ):
+            build(PUBLISHED / name, tmp_path / "ranks", Mapping(2))
+    elif not name.endswith("dynamic"):
+        for result in logits(build(PUBLISHED / name, tmp_path / "ranks", Mapping(2))):
+            assert (result - expected).norm() / expected.norm() < 1e-6
 
 
 @pytest.mark.parametrize(("tp_size", "pp_size"), [(8, 1), (4, 2)])
