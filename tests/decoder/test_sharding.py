@@ -11,7 +11,7 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 
 from trtbuild.decoder.decoder import CacheScales
 from trtbuild.decoder.mapping import Mapping
-from trtbuild.decoder.sharding import shard, tp_sizes
+from trtbuild.decoder.sharding import joined_cache, shard, tp_sizes
 from trtbuild.errors import UserError
 from trtbuild.models.config import SHARED_DIMENSIONS, ModelConfig
 from trtbuild.models.families import config_from_hugging_face
@@ -212,3 +212,20 @@ def test_more_stages_than_layers():
     shard(config, None, None, Mapping(1, 3))
     with pytest.raises(UserError, match="pp_size 4 is more than the model's 3 layers"):
         shard(config, None, None, Mapping(1, 4))
+
+
+@models
+@pytest.mark.parametrize(("tp_size", "pp_size"), [(1, 1), (2, 1), (4, 1), (1, 2), (4, 2)])
+def test_cache_scales_are_joined_again(name, tp_size, pp_size):
+    config = config_of(name)
+    scales = torch.rand(2, config.num_hidden_layers, config.num_key_value_heads)
+    whole = CacheScales(torch.int8, *scales)
+    caches = []
+    for mapping in Mapping(tp_size, pp_size).ranks:
+        own = shard(config, None, whole, mapping)[2]
+        layers = list(mapping.layers(config.num_hidden_layers))
+        caches.append(CacheScales(own.dtype, own.key_scales[layers], own.value_scales[layers]))
+    joined = joined_cache(caches, config.num_key_value_heads, Mapping(tp_size, pp_size))
+    assert joined.dtype == torch.int8
+    assert torch.equal(torch.stack([joined.key_scales, joined.value_scales]), scales)
+    assert joined_cache([None] * len(caches), config.num_key_value_heads, Mapping(tp_size, pp_size)) is None

@@ -1,5 +1,6 @@
 """One rank's share of a model: how many heads and channels, which rows or columns of which weights, which scales."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -57,6 +58,19 @@ def shard(
         scales = cache.key_scales.narrow(1, *heads), cache.value_scales.narrow(1, *heads)
         cache = replace(cache, key_scales=scales[0], value_scales=scales[1])
     return share, of_rank, cache
+
+
+def joined_cache(caches: Sequence[CacheScales | None], kv_heads: int, mapping: Mapping) -> CacheScales | None:
+    """The whole model's cache scales, from those of all ranks in order, and its number of KV heads."""
+    if caches[0] is None:
+        return None
+    copies = max(1, mapping.tp_size // kv_heads)  # ranks that have the same KV head
+
+    def join(kind: str) -> torch.Tensor:
+        stages = [caches[first : first + mapping.tp_size : copies] for first in range(0, len(caches), mapping.tp_size)]
+        return torch.cat([torch.cat([getattr(cache, kind) for cache in stage], 1) for stage in stages])
+
+    return CacheScales(caches[0].dtype, join("key_scales"), join("value_scales"))
 
 
 def tp_sizes(config: ModelConfig) -> list[int]:

@@ -20,8 +20,9 @@ def benchmark(
     """Times random prompts: seconds to the first token, seconds a token (median and p90 over steps), tokens a second.
 
     Every step is waited for, as a streaming server would. `bytes_per_step` counts what a generation step must read:
-    each weight once and the caches' filled part; `bandwidth_share` is that over the step's time and the bandwidth
-    measured on the spot. Raises `UserError` for sizes beyond the engine's limits.
+    each weight once and the caches' filled part, of ranks that share a layer what one reads; `bandwidth_share` is that
+    over the step's time and the bandwidth measured on the spot. Raises `UserError` for sizes beyond the engine's
+    limits.
     """
     limits = session.limits
     for name, value, limit in (
@@ -62,7 +63,7 @@ def benchmark(
         result["time_per_output_token_p90_s"] = sorted(steps)[int(0.9 * (len(steps) - 1))]
     if steps:
         filled = input_len + output_len / 2
-        read = session.weight_bytes + batch_size * filled * session.cache.bytes_per_position()
+        read = session.weight_bytes + batch_size * filled * session.bytes_per_position
         bandwidth = measure_bandwidth(session.device)
         result["bytes_per_step"] = int(read)
         result["bytes_per_token"] = int(read / batch_size)

@@ -8,6 +8,8 @@ import torch
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.datasets import load_articles
 from trtbuild.decoder.decoder import cache_of_network
+from trtbuild.decoder.mapping import Mapping
+from trtbuild.decoder.sharding import joined_cache
 from trtbuild.engine.config import marker, rank_file, read_config
 from trtbuild.engine.portable import read_portable
 from trtbuild.errors import UserError
@@ -162,12 +164,15 @@ def verify_engine(
     if max_output_len < 1:
         raise UserError(f"max_output_len is {max_output_len}; it must be at least 1")
     config = read_config(Path(engine_dir), check=True)
-    if not Checkpoint(checkpoint_dir).hashes.items() <= config["inputs"].items():
+    checkpoint, mapping = Checkpoint(checkpoint_dir), Mapping(**config["mapping"])
+    if not checkpoint.hashes.items() <= config["inputs"].items():
         raise UserError(
             f"{engine_dir} was not built from {checkpoint_dir}; give the checkpoint that it was built from, which for "
             "quantized weights is the quantized one"
         )
-    if runtimes is None:
+    if runtimes is None and mapping.world_size > 1:
+        runtimes = ["portable"]
+    elif runtimes is None:
         runtimes = ["portable"]
         try:
             api()
@@ -179,8 +184,9 @@ def verify_engine(
             runtimes.append("tensorrt")
     tokenizer = Tokenizer(checkpoint_dir)
     prompts = [tokenizer.encode(text) for text in texts or VERIFY_PROMPTS]
-    network, _ = read_portable(Path(engine_dir) / rank_file(0, "portable"))
-    cache = cache_of_network(network)
+    files = [Path(engine_dir) / rank_file(own.rank, "portable") for own in mapping.ranks]
+    caches = [cache_of_network(read_portable(file)[0]) for file in files]
+    cache = joined_cache(caches, checkpoint.config.num_key_value_heads, mapping)
     longest = max(1, *map(len, prompts))  # an empty prompt is refused below
     baseline = open_baseline(checkpoint_dir, "float32", "auto", cache, longest, max_output_len)
     names = {

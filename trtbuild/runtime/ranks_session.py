@@ -23,11 +23,14 @@ class RanksSession(PortableSession):
     def __init__(self, engine: PortableEngine, ranks: Ranks, world: World, mapping: Mapping) -> None:
         super().__init__(engine, ranks)
         self.world, self.mapping = world, mapping
-        known = world.gather((self.vocab_size, self.weight_bytes))
-        self.vocab_size, total = world.share(known and (known[-1][0], sum(nbytes for _, nbytes in known)))
+        own = torch.tensor([self.weight_bytes, self.bytes_per_position, self.vocab_size])
+        known = world.gather(own)
+        # Ranks of a stage read at the same time, stages one after the other; the last knows the vocabulary.
+        read, per_position, _ = world.share(known and sum(known) // mapping.tp_size).tolist()
+        self.weight_bytes, self.bytes_per_position = read, per_position
+        self.vocab_size = world.share(known and known[-1][2].item())
         graphs = weakref.WeakMethod(self.forget_graphs)
         world.closing.append(lambda: (forget := graphs()) and forget())
-        self.weight_bytes = total // mapping.tp_size  # what a rank of every stage reads, one stage after the other
 
     def forget_graphs(self) -> None:
         """Before the ways to other ranks close, which captured steps hold open."""

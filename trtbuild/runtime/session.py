@@ -20,7 +20,8 @@ MIN_KV_STEP = 256
 class Session(ABC):
     """Runs steps: `prefill` starts a batch, `decode` appends one token to each of its sequences, `step` does anything.
 
-    `lengths` are the positions that each slot of the cache holds.
+    `lengths` are the positions that each slot of the cache holds. Of bytes that a generation step reads one after the
+    other `weight_bytes` are weights, and `bytes_per_position` keys and values of one position of one sequence.
     """
 
     kind: str
@@ -31,6 +32,7 @@ class Session(ABC):
         self.weight_bytes = network.weight_bytes
         self._is_float16 = network.holds(torch.float16)
         self.cache = KVCache(network, limits.max_batch_size, device)
+        self.bytes_per_position = self.cache.bytes_per_position()
         self.lengths: list[int] = []
         self.prompt_lengths: list[int] = []
 
