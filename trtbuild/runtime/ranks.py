@@ -1,12 +1,17 @@
-"""How tensors pass between the processes of an engine: through MPI on CPUs, through NCCL on GPUs."""
+"""How tensors pass between the processes of an engine: through MPI on CPUs, NCCL on GPUs; small sums there directly."""
 
+from contextlib import suppress
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 
 from trtbuild.decoder.mapping import Mapping
 from trtbuild.network.ranks import Ranks
 from trtbuild.runtime.world import World
+
+if TYPE_CHECKING:
+    from trtbuild.kernels.one_shot_all_reduce import OneShotAllReduce
 
 
 class MpiRanks(Ranks):
@@ -74,6 +79,10 @@ class NcclRanks(Ranks):
         for group in self._groups.values():  # connects them, which cannot be done while a graph is captured
             if group is not dist.GroupMember.NON_GROUP_MEMBER:
                 dist.all_reduce(torch.zeros(1, device=device), group=group)
+        self._one_shot: OneShotAllReduce | None = None
+        stage = mapping.stage
+        if device.type == "cuda" and len(stage) > 1 and world.local_size == world.size:
+            self._one_shot = _one_shot(self._group(stage.start, len(stage)), device)
 
     def _store(self):
         """Where the ranks find each other: rank 0's, of which MPI tells the others."""
@@ -88,6 +97,8 @@ class NcclRanks(Ranks):
 
     def all_reduce(self, x, first, size):
         x = x.contiguous()
+        if self._one_shot and self._one_shot.takes(x):
+            return self._one_shot(x)
         self._dist.all_reduce(x, group=self._group(first, size))
         return x
 
@@ -120,6 +131,20 @@ class NcclRanks(Ranks):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             self._dist.destroy_process_group()
+
+
+def _one_shot(group, device: torch.device) -> "OneShotAllReduce | None":
+    """The kernel for small sums, where all ranks of a stage reach each other's memory."""
+    import torch.distributed as dist
+
+    from trtbuild.kernels.one_shot_all_reduce import OneShotAllReduce
+
+    made = None
+    with suppress(RuntimeError):
+        made = OneShotAllReduce(group, device)
+    works = torch.tensor([made is not None], dtype=torch.int32, device=device)
+    dist.all_reduce(works, dist.ReduceOp.MIN, group=group)
+    return made if works.item() else None
 
 
 def _meetings(tp_size: int, pp_size: int) -> list[tuple[int, ...]]:
