@@ -15,7 +15,7 @@ from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.portable import PortableEngine
 from trtbuild.errors import UserError
 from trtbuild.network import Network
-from trtbuild.network.step import STEP_INPUTS, Chunk, step_tensors
+from trtbuild.network.step import STEP_INPUTS, Chunk, Step, step_tensors
 from trtbuild.runtime.lowered_session import InterpretedSession
 from trtbuild.runtime.session import PortableSession, Session
 
@@ -174,6 +174,11 @@ def test_a_prompt_of_another_length_is_no_generation_step():
         session.step([Chunk(tokens, 40)])
         logits.append(session.step([Chunk([7], 10, past=len(tokens)), *others])[0].clone())
     assert (logits[0] - logits[1]).norm() / logits[1].norm() < 2e-6
+
+
+def test_biases_of_a_long_sequences_next_token_are_few():
+    step = Step.of_chunks([Chunk([1], 4096, past=4095), Chunk([1, 2], 4000, past=4094, slot=1)])
+    assert step.alibi(torch.tensor([4095, 4094, 4095]), torch.rand(8), 8, torch.float32).shape == (1, 8, 2, 4096)
 
 
 def test_a_sequence_goes_back():

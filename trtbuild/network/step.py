@@ -150,6 +150,11 @@ class Step:
         """`batch_index`: 0, 1, ... int64 `[batch]`."""
         return cls(None, batch_index, kv_bound, exact, ranks)
 
+    @property
+    def first(self) -> int:
+        """The first position of a token of any chunk."""
+        return min(chunk.past for chunk in self.chunks or ())
+
     def alike(self) -> list[Sequence[Chunk]]:
         """The chunks, in order, in groups that one attention serves: all where they are prompts of one length."""
         chunks = self.chunks or ()
@@ -191,7 +196,8 @@ class Step:
     ) -> torch.Tensor:
         """ALiBi's biases to add to scores, minus infinity where a query may not look.
 
-        Of chunks: `[1, heads, n, n]`, n the longest sequence; another takes the rows and columns of its positions.
+        Of chunks: `[1, heads, n - first, n]`, n the longest sequence, and `first` the first position that any chunk
+        has; another takes the rows and columns of its positions.
         Generation phase: `[batch, kv_heads, group, kv_bound]`. In `dtype`; float32 on a CPU, where that is free.
         """
         if self._alibi is None:
@@ -200,7 +206,7 @@ class Step:
             if self.chunks is None:
                 queries, slopes = position_ids[:, None, None, None], slopes.view(kv_heads, -1, 1)
             else:
-                queries, slopes = keys[:, None], slopes[None, :, None, None]
+                queries, slopes = keys[self.first :, None], slopes[None, :, None, None]
             distances = (keys - queries).float()
             distances.masked_fill_(distances > 0, float("-inf"))
             *rows, width = torch.broadcast_shapes(slopes.shape, distances.shape)

@@ -138,7 +138,7 @@ class Attention(Op):
                     keys, values = (cache[slots, :, :end] for cache in caches)
             if scales:
                 keys, values = (_loaded(x, q.dtype, s) for x, s in zip((keys, values), scales, strict=True))
-            mask = None if biases is None else biases[:, :, past:end, :end]
+            mask = None if biases is None else biases[:, :, past - step.first : end - step.first, :end]
             if past and mask is None:
                 mask = step.causal(chunks[0], q.device)
             output = _attend(queries, keys, values, mask, is_causal=mask is None, enable_gqa=True)
