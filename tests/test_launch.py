@@ -1,8 +1,12 @@
 """Stages on several processes: what comes back, and what is said of one that failed."""
 
 import os
+import signal
 import socket
+import subprocess
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -26,6 +30,9 @@ def stage(engine_dir, does="nothing", text=None, output=None, dataset=None):
     assert isinstance(engine_dir, Path) and isinstance(output, Path | None)
     print("from rank", world().rank)
     if does == "refuse": raise UserError("no such thing; take another")
+    if does == "wait":
+        output.touch()
+        time.sleep(600)
     if does == "break": raise ValueError("a bug")
     if does == "break rank 1":
         world().comm.send(("step",), 1, COMMANDS)  # of an engine that is not open
@@ -51,6 +58,15 @@ def stage(tmp_path, monkeypatch):
     return stages_of_a_test.stage
 
 
+def running(folder: Path) -> bool:
+    """Whether a process of a call for this engine runs."""
+    commands = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has just ended
+            commands.append(path.read_bytes())
+    return any(str(folder.with_name(".launch")).encode() in command for command in commands)
+
+
 @pytest.fixture
 def engine(tmp_path):
     """An engine's folder; nothing must be left beside it."""
@@ -58,8 +74,7 @@ def engine(tmp_path):
     folder.mkdir(parents=True)
     yield folder
     assert [path.name for path in folder.parent.iterdir()] == ["engine"]
-    commands = (path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline"))
-    assert not any(str(folder.parent).encode() in command for command in commands)  # nothing runs on
+    assert not running(folder)
 
 
 def test_one_rank_is_this_process():
@@ -104,6 +119,34 @@ def test_a_rank_that_fails_ends_the_others(stage, engine, does, message, capfd):
     assert str(caught.value).startswith(message)
     assert time.monotonic() - start < 50  # most of it is four starts of Python
     assert ("Traceback" in capfd.readouterr().err) == (does != "kill rank 1")
+
+
+LAUNCH = """
+from pathlib import Path
+from stages_of_a_test import stage
+from trtbuild.launch import launch
+
+launch(2, stage, engine_dir=Path("run/engine"), does="wait", output=Path("waits"))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_ranks_end_with_the_process_that_launched_them(stage, tmp_path, sent):
+    (tmp_path / "run/engine").mkdir(parents=True)
+    process = subprocess.Popen([sys.executable, "-c", LAUNCH], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "waits").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert running(tmp_path / "run/engine")
+    process.send_signal(sent)
+    assert process.wait(10)
+    deadline = time.monotonic() + 10
+    while running(tmp_path / "run/engine"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_without_mpi(monkeypatch, engine):

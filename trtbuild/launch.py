@@ -5,6 +5,7 @@
 `FOLDER` holds the call. Rank 0 makes it, and leaves there what it returned; the others do what its engine is asked.
 """
 
+import ctypes
 import importlib
 import importlib.util
 import os
@@ -58,20 +59,32 @@ def _run(program: list[str]) -> tuple[int, str]:
     Returns its exit code and this line, which says why: other ranks' errors follow from it.
     """
     said, rest = "", b""
-    with subprocess.Popen(program, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as run:
+    with subprocess.Popen(
+        program,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=_end_with_parent,
+    ) as run:
         try:
             while chunk := os.read(run.stdout.fileno(), 1 << 16):
                 *lines, rest = re.split(rb"(?<=[\r\n])", rest + chunk)  # a progress bar's end in a carriage return
                 for line in lines:
                     if line.startswith(b"error: ") and not said:
                         said = line.decode(errors="replace").removeprefix("error: ").strip()
-                    else:
+                    elif not line.startswith(b"Abort("):  # MPICH's word for it
                         os.write(2, line)
         except BaseException:
             run.terminate()
             raise
     os.write(2, rest)
     return run.returncode, said
+
+
+def _end_with_parent() -> None:
+    """Has Linux end this process when its parent is killed, which cannot do it then."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _mpiexec() -> str:
@@ -117,7 +130,6 @@ def call() -> None:
             traceback.print_exc()
             line = f"{type(error).__name__}: {error}"
         print(f"error: {line}", file=sys.stderr, flush=True)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPI has a line of its own
         sys.exit(2)
 
 
