@@ -558,6 +558,11 @@ def test_build_refuses(made, tmp_path, arguments, message):
         ),
         (["--model-config", "deep", "--dummy", "--max-input-len", 999], "999 and .* are more than the 256 positions"),
         (["--model-config", "deep", "--dummy", "--num-layers", 9], "num_layers is 9; the model has 3"),
+        (["--model-config", "deep", "--dummy", "--pp-size", 4], "pp_size 4 is more than the model's 3 layers"),
+        (
+            ["--model-config", "deep", "--dummy", "--recipe", "gptq", "--tp-size", 2],
+            "mlp.down_proj: 96 input channels in groups of 32 do not divide by tp_size 2; use one of 1",
+        ),
         (["--model-config", "deep", "--dummy", "--recipe", "wide"], "group_size 64 does not divide the 96 input"),
         (["--model-config", "deep", "--dummy", "--recipe", "published"], "takes published weights .* has no dummy"),
     ],

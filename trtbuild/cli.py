@@ -246,6 +246,7 @@ def build(
     """
     from trtbuild.checkpoint.sources import dummy_model
     from trtbuild.decoder.mapping import Mapping
+    from trtbuild.decoder.sharding import check_mapping
     from trtbuild.engine.build import build_engine_dir, check_positions
     from trtbuild.quantization.kv_cache import cache_of
     from trtbuild.quantization.quantize import check_weights
@@ -270,6 +271,7 @@ def build(
             content = small_calibration(Recipe.parse(settings))
             if not extrapolate_positions:
                 check_positions(dummy_model(**shape)[1].config, limits)
+            check_mapping(dummy_model(**shape | {"num_layers": num_layers})[1].config, mapping, content.group_size)
             weights = dummy_weights(shape | {"num_layers": num_layers}, content, engine_dir)
             checkpoint_dir, calibration = stack.enter_context(weights)
         check_weights(content, checkpoint_dir)

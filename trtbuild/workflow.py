@@ -206,8 +206,8 @@ def check_positions_of_targets(targets: Iterable[str], models: dict, recipes: di
 def check_layouts_of_targets(targets: Iterable[str], models: dict, recipes: dict) -> None:
     """Raises `UserError` where ranks cannot share a target's model: heads, channels or layers that do not divide.
 
-    Of models that say what they look like. Of the others the build itself says it, and of quantized weights, whose
-    groups are not known here.
+    And groups of input channels of weights that the recipe quantizes. Of models that say what they look like; of the
+    others, and of published weights, the build itself says it.
     """
     for target in targets:
         match = _parts(target)
@@ -223,7 +223,7 @@ def check_layouts_of_targets(targets: Iterable[str], models: dict, recipes: dict
         if match[1]:
             model = dataclasses.replace(model, num_hidden_layers=rehearsal_layers(models[name]))
         try:
-            check_mapping(model, Mapping(**layout))
+            check_mapping(model, Mapping(**layout), recipes[_recipe_of(match)].group_size)
         except UserError as error:
             raise UserError(f"{target}: {error}") from error
 

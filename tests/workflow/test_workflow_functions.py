@@ -463,6 +463,13 @@ def test_positions_of_targets(shipped, model, target, length, fits):
             "results/smollm2-135m/fp16@tp2/rouge.json",
             "tp_size 2 does not divide 9 heads, 3 KV heads",
         ),
+        (
+            "results/baichuan-v1_13b/gptq@tp4/rouge.json",
+            "mlp.down_proj: 13696 input channels in groups of 64 do not divide by tp_size 4; use one of 1, 2, or "
+            "weights in groups of 32",
+        ),
+        ("results/baichuan-v1_13b/awq@tp2/rouge.json", None),
+        ("results/baichuan-v1_13b/gptq@pp2/rouge.json", None),
         ("results/unknown/fp16@tp5/rouge.json", None),  # it does not say what it looks like
         ("elsewhere", None),
     ],

@@ -83,8 +83,11 @@ def tp_sizes(config: ModelConfig) -> list[int]:
     ]
 
 
-def check_mapping(config: ModelConfig, mapping: Mapping) -> None:
-    """Raises `UserError` where ranks cannot share a model's heads, channels or layers, naming numbers that would do."""
+def check_mapping(config: ModelConfig, mapping: Mapping, group_size: int | None = None) -> None:
+    """Raises `UserError` where ranks cannot share a model's heads, channels or layers, naming numbers that would do.
+
+    `group_size`: of the products' weights, if they have groups of input channels.
+    """
     if mapping.tp_size not in (sizes := tp_sizes(config)):
         raise UserError(
             f"tp_size {mapping.tp_size} does not divide {config.num_attention_heads} heads, "
@@ -93,6 +96,10 @@ def check_mapping(config: ModelConfig, mapping: Mapping) -> None:
         )
     if mapping.pp_size > config.num_hidden_layers:
         raise UserError(f"pp_size {mapping.pp_size} is more than the model's {config.num_hidden_layers} layers")
+    if group_size and mapping.tp_size > 1:
+        widths = config.num_attention_heads * config.head_dim, config.intermediate_size
+        for name, width in zip(("self_attn.o_proj", "mlp.down_proj"), widths, strict=True):
+            _check_groups(config, mapping, name, width, group_size)
 
 
 def _check_columns(config: ModelConfig, mapping: Mapping, name: str, weight: QuantizedWeight) -> None:
@@ -102,14 +109,18 @@ def _check_columns(config: ModelConfig, mapping: Mapping, name: str, weight: Qua
             f"{name}: its groups are of input channels that lie anywhere (desc_act), which ranks cannot share; use "
             "tp_size 1, or weights without desc_act"
         )
-    width = weight.values.shape[1]
-    groups_fit = lambda size: weight.scales.shape[1] == 1 or width // size % weight.group_size == 0  # noqa: E731
-    if not groups_fit(mapping.tp_size):
-        fit = ", ".join(str(size) for size in tp_sizes(config) if groups_fit(size))
-        smaller = [str(size) for size in GROUP_SIZES if width // mapping.tp_size % size == 0]
+    if weight.scales.shape[1] > 1:
+        _check_groups(config, mapping, name, weight.values.shape[1], weight.group_size)
+
+
+def _check_groups(config: ModelConfig, mapping: Mapping, name: str, width: int, group_size: int) -> None:
+    """Raises `UserError` unless ranks can share a product's `width` input channels in whole groups."""
+    if width // mapping.tp_size % group_size:
+        fit = ", ".join(str(size) for size in tp_sizes(config) if width // size % group_size == 0)
+        smaller = [size for size in GROUP_SIZES if width // mapping.tp_size % size == 0]
         raise UserError(
-            f"{name}: {width} input channels in groups of {weight.group_size} do not divide by tp_size "
-            f"{mapping.tp_size}; use one of {fit}" + (f", or weights in groups of {smaller[-1]}" if smaller else "")
+            f"{name}: {width} input channels in groups of {group_size} do not divide by tp_size {mapping.tp_size}; use "
+            f"one of {fit}" + (f", or weights in groups of {smaller[-1]}" if smaller else "")
         )
 
 

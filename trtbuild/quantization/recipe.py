@@ -198,6 +198,12 @@ class Recipe:
         return self.settings.get("max_perplexity_increase", max(MAX_PERPLEXITY_INCREASE[kind] for kind in kinds))
 
     @property
+    def group_size(self) -> int | None:
+        """Of all the products' weights that it quantizes, if they have groups of input channels."""
+        quantization = self.quantization
+        return quantization.weights.group_size if quantization and not quantization.keep_16bit else None
+
+    @property
     def gate_limits(self) -> dict:
         """What `evaluation.gate` compares with: `max_increase` of perplexity in per cent, and `gate`."""
         return {"max_increase": self.max_perplexity_increase, "gate": self.gate}
