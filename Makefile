@@ -30,6 +30,7 @@ fuzz: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/mypy
 	$(BIN)/snakemake --lint
 
 clean:

@@ -17,6 +17,8 @@ from trtbuild.quantization.recipe import Recipe
 from trtbuild.runtime.sampling import SamplingParams
 from trtbuild.runtime.together import led
 
+NO_WEIGHTS = "give --checkpoint-dir, or --model-config and --dummy for random weights"
+
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
 )
@@ -244,6 +246,7 @@ def build(
     Without weights, as large as the real one: trtbuild build --model-config llama2-70b --dummy --num-layers 2
     --recipe int8kv --engine-dir engine
     """
+    from trtbuild.checkpoint.canonical import Checkpoint
     from trtbuild.checkpoint.sources import dummy_model
     from trtbuild.decoder.mapping import Mapping
     from trtbuild.decoder.sharding import check_mapping
@@ -263,6 +266,7 @@ def build(
 
         api()  # a missing distribution is better said before the work than after
     with ExitStack() as stack:
+        source: Path | Checkpoint
         if model_config:
             name, shape = _dummy(model_config, models, model_version)
             model = model or f"dummy/{name}"
@@ -273,19 +277,27 @@ def build(
                 check_positions(dummy_model(**shape)[1].config, limits)
             check_mapping(dummy_model(**shape | {"num_layers": num_layers})[1].config, mapping, content.group_size)
             weights = dummy_weights(shape | {"num_layers": num_layers}, content, engine_dir)
-            checkpoint_dir, calibration = stack.enter_context(weights)
-        check_weights(content, checkpoint_dir)
+            source, calibration = stack.enter_context(weights)
+        elif checkpoint_dir:
+            source = checkpoint_dir
+            model = model or checkpoint_dir.resolve().name
+        else:
+            raise UserError(NO_WEIGHTS)
+        cache = None
+        if isinstance(source, Path):  # dummy weights that nothing quantizes lie in no folder
+            check_weights(content, source)
+            cache = cache_of(content, source, calibration)
         build_engine_dir(
-            checkpoint_dir,
+            source,
             engine_dir,
-            model=model or checkpoint_dir.resolve().name,
+            model=model,
             recipe=content.engine_settings,
             limits=limits,
             engines=[e.value for e in engine],
             mapping=mapping,
             remove_input_padding=remove_input_padding,
             compute_capabilities=compute_capability,
-            cache=cache_of(content, checkpoint_dir, calibration),
+            cache=cache,
             calibration=calibration if content.kv_cache else None,
             extrapolate_positions=extrapolate_positions,
         )
@@ -309,7 +321,7 @@ def _check_weights_options(
             "--model-config has no weights; add --dummy to build with random ones, or give --checkpoint-dir"
         )
     if not (checkpoint_dir or dummy):
-        raise UserError("give --checkpoint-dir, or --model-config and --dummy for random weights")
+        raise UserError(NO_WEIGHTS)
     if dummy and model:
         raise UserError("--model would give dummy weights a real model's name; leave it out")
     if num_layers is not None and not dummy:
@@ -579,9 +591,12 @@ def inspect(
     """
     from trtbuild.evaluation.describe import describe_checkpoint, describe_engine
 
-    if (engine_dir is None) == (checkpoint_dir is None):
+    if engine_dir and not checkpoint_dir:
+        print(describe_engine(engine_dir, nodes, check))
+    elif checkpoint_dir and not engine_dir:
+        print(describe_checkpoint(checkpoint_dir))
+    else:
         raise UserError("give one of --engine-dir and --checkpoint-dir")
-    print(describe_engine(engine_dir, nodes, check) if engine_dir else describe_checkpoint(checkpoint_dir))
 
 
 def _dataset(name: str, config: str | None, revision: str | None, split: str, samples: int) -> dict:

@@ -4,6 +4,7 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from trtbuild.errors import UserError
 from trtbuild.files import state_of
@@ -48,7 +49,7 @@ def load_articles(
     return [_article(data[i], f"row {i} of the data set {name}, split {split!r}") for i in order]
 
 
-def articles_state(name: str, split: str, **_) -> str | None:
+def articles_state(name: str, split: str, **_: object) -> str | None:
     """Says whether the files that hold a split are those of another time (`files.state_of`); None on the hub."""
     if name == OWN:
         return state_of([ARTICLES / f"{split}.jsonl"])
@@ -72,7 +73,7 @@ def _own(split: str) -> list[dict]:
     return [json.loads(line) for line in (ARTICLES / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def _from_hub(name: str, config: str | None, split: str, revision: str | None):
+def _from_hub(name: str, config: str | None, split: str, revision: str | None) -> Any:
     """A `datasets.Dataset` with the columns of an article."""
     import datasets
 

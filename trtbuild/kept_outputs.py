@@ -10,6 +10,7 @@ its methods are wrapped, none of which is documented. Should one go, no run begi
 
 import os
 from collections.abc import Collection
+from typing import Any
 
 
 def keep_outputs(rules: Collection[str]) -> None:
@@ -19,26 +20,26 @@ def keep_outputs(rules: Collection[str]) -> None:
 
     remove, postprocess, incomplete = Job.remove_existing_output, Job.postprocess, PersistenceBase.incomplete
 
-    def replaced(persistence, output) -> bool:
+    def replaced(persistence: Any, output: Any) -> bool:
         """Whether an output is newer than the mark that Snakemake set when it started the job."""
         return os.lstat(output).st_mtime >= persistence._get_recorded_starttime(persistence._get_key(output))
 
-    async def incomplete_outputs(persistence, job):
+    async def incomplete_outputs(persistence: Any, job: Any) -> list:
         """What a job that did not come to its end may have made; Snakemake's records are of what was there before."""
         marked = await incomplete(persistence, job)
         return [output for output in marked if job.rule.name not in rules or replaced(persistence, output)]
 
-    async def kept(job) -> bool:
+    async def kept(job: Any) -> bool:
         return job.rule.name in rules and not await job.dag.workflow.persistence.incomplete(job)
 
-    async def remove_existing_output(job):
+    async def remove_existing_output(job: Any) -> None:
         # Elsewhere, as on a cluster, a job begins when Snakemake has set the mark already.
         if not job.dag.workflow.is_main_process or not await kept(job):
             await remove(job)
         for log in job.log:
             await log.remove()
 
-    async def after_job(job, *arguments, error=False, **options):
+    async def after_job(job: Any, *arguments: Any, error: bool = False, **options: Any) -> None:
         if not error or not await kept(job):
             await postprocess(job, *arguments, error=error, **options)
 

@@ -18,6 +18,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from trtbuild.errors import UserError, one_line
 from trtbuild.files import read_json, scratch_beside, write_json
@@ -27,7 +28,7 @@ PATHS = ("checkpoint_dir", "engine_dir", "output")
 RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")  # where launchers say which rank it is
 
 
-def launch(ranks: int, stage: Callable, **arguments: object) -> object:
+def launch(ranks: int, stage: Callable, **arguments: Any) -> Any:
     """What `stage` returns for its arguments: called in this process, or by the first of as many as there are `ranks`.
 
     `stage` is a function of a module, and its arguments, `engine_dir` among them, are what JSON holds, or paths. This
@@ -66,6 +67,7 @@ def _run(program: list[str]) -> tuple[int, str]:
         stderr=subprocess.STDOUT,
         preexec_fn=_end_with_parent,
     ) as run:
+        assert run.stdout
         try:
             while chunk := os.read(run.stdout.fileno(), 1 << 16):
                 *lines, rest = re.split(rb"(?<=[\r\n])", rest + chunk)  # a progress bar's end in a carriage return

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trtbuild.datasets import OWN, load_articles
 from trtbuild.engine.config import REHEARSAL, BuildLimits
@@ -117,7 +117,7 @@ def matrix_targets(config: dict) -> list[str]:
 
 def quantizations(recipes: dict[str, Recipe]) -> dict[str, dict]:
     """What `results/{model}/quantized/` can hold, by folder name: `quantization` to make or `source` to take."""
-    found = {}
+    found: dict[str, dict] = {}
     for recipe in recipes.values():
         name = Path(weights_folder(recipe)).name
         if recipe.quantization:
@@ -223,7 +223,7 @@ def check_layouts_of_targets(targets: Iterable[str], models: dict, recipes: dict
         if match[1]:
             model = dataclasses.replace(model, num_hidden_layers=rehearsal_layers(models[name]))
         try:
-            check_mapping(model, Mapping(**layout), recipes[_recipe_of(match)].group_size)
+            check_mapping(model, Mapping(layout["tp_size"], layout["pp_size"]), recipes[_recipe_of(match)].group_size)
         except UserError as error:
             raise UserError(f"{target}: {error}") from error
 
@@ -249,10 +249,10 @@ def _model_config(name: str, model: dict) -> "ModelConfig | None":
     ((_, source),) = model["source"].items()
     where = f"the config of {name}"
     try:
-        model = config_from_hugging_face(canonical_config(published, where, source.get("model_version")), where)
+        config = config_from_hugging_face(canonical_config(published, where, source.get("model_version")), where)
     except UserError:
         return None  # the model itself brings its own
-    return dataclasses.replace(model, num_hidden_layers=source.get("num_layers", model.num_hidden_layers))
+    return dataclasses.replace(config, num_hidden_layers=source.get("num_layers", config.num_hidden_layers))
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
@@ -302,7 +302,7 @@ def export_package(folder: str) -> None:
 
 
 @contextmanager
-def rule_log(snakemake) -> Iterator[None]:
+def rule_log(snakemake: Any) -> Iterator[None]:
     """Runs a rule's script with its output, C++ libraries' included, copied to the rule's log and the terminal.
 
     Torch gets the rule's threads. What lies outside the program (`errors.one_line`) ends the log as one line and the
@@ -317,6 +317,7 @@ def rule_log(snakemake) -> Iterator[None]:
     with subprocess.Popen(
         ["tee", str(log)], stdin=subprocess.PIPE, stdout=sys.stderr.fileno(), start_new_session=True
     ) as tee:
+        assert tee.stdin
         for descriptor in (1, 2):
             os.dup2(tee.stdin.fileno(), descriptor)
         tee.stdin.close()

@@ -1,6 +1,7 @@
 """YAML from outside, read as JSON's kinds of values, and without what YAML 1.1 does behind one's back."""
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -22,7 +23,7 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
-def read_yaml(path: Path | str) -> object:
+def read_yaml(path: Path | str) -> Any:
     """The one document in a file; anchors, aliases and merge keys (`<<`) mean what they do in YAML 1.1.
 
     Raises `UserError` with file and line for malformed YAML, a key that is twice in a mapping (YAML 1.1 would take the

@@ -3,10 +3,12 @@
 Weights may be quantized, in one of the published layouts (`formats/`).
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
 from trtbuild.checkpoint.formats import read_quantized
 from trtbuild.checkpoint.meta import is_meta
@@ -16,7 +18,9 @@ from trtbuild.files import read_json, sha256, sha256_of
 from trtbuild.models.config import PRODUCTS, ModelConfig
 from trtbuild.models.families import FAMILIES, config_from_hugging_face, is_canonical
 from trtbuild.tensors.lazy import FLOATS, LazyTensor
-from trtbuild.tensors.quantized_weight import QuantizedWeight
+from trtbuild.tensors.quantized_weight import QuantizedWeight, Weight
+
+W = TypeVar("W", bound=Weight)
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ORIGIN_FILE = "quantization.json"  # of a quantized folder: what it was made from
@@ -39,10 +43,11 @@ class Checkpoint:
             raise UserError(f"{self.folder} is a published {config['model_type']} model, not a checkpoint; {hint}")
         self.config = config_from_hugging_face(config, self.folder / "config.json")
         self.files = list(weight_files(self.folder))
-        self.tensors: dict[str, LazyTensor | QuantizedWeight] = dict(open_weights(self.folder))
+        tensors = open_weights(self.folder)
+        self.tensors: dict[str, Weight] = {**tensors}
         self.quant_method: str | None = None
         if quantization := _quantization_config(self.folder, config):
-            self.tensors = read_quantized(quantization, self.tensors, str(self.folder))
+            self.tensors = read_quantized(quantization, tensors, str(self.folder))
             self.quant_method = str(quantization["quant_method"])
             self._drop_empty_biases()
             self._check_fused()
@@ -50,7 +55,7 @@ class Checkpoint:
         check_tensors(self.config, self.tensors, self.folder)
 
     @classmethod
-    def in_memory(cls, config: ModelConfig, tensors: dict[str, LazyTensor]) -> "Checkpoint":
+    def in_memory(cls, config: ModelConfig, tensors: Mapping[str, Weight]) -> "Checkpoint":
         """One without files: weights that are computed when they are asked for."""
         checkpoint = cls.__new__(cls)
         checkpoint.config, checkpoint.tensors = config, dict(tensors)
@@ -78,7 +83,7 @@ class Checkpoint:
         recorded = read_json(origin).get("source_sha256") if origin and origin.exists() else None
         return recorded or (sha256_of(self.hashes) if self.files else None)
 
-    def __getitem__(self, name: str) -> LazyTensor | QuantizedWeight:
+    def __getitem__(self, name: str) -> Weight:
         return self.tensors[name]
 
     def quantized(self) -> list[QuantizedWeight]:
@@ -98,7 +103,7 @@ class Checkpoint:
     def _drop_empty_biases(self) -> None:
         """Drops biases of zeros that the model does not have: AutoGPTQ wrote one for every product."""
         for name in self.tensors.keys() - self.config.tensor_shapes().keys():
-            if name.endswith(".bias") and not self.tensors[name].load().any():
+            if name.endswith(".bias") and not self.dequantized(name).load().any():
                 del self.tensors[name]
 
     def _check_fused(self) -> None:
@@ -110,7 +115,9 @@ class Checkpoint:
                     together = f"{self.folder}: {a} and {b} are computed as one product and must"
                     if getattr(first, "kind", None) != getattr(second, "kind", None):
                         raise UserError(f"{together} be quantized alike")
-                    if isinstance(first, QuantizedWeight) and not first.same_order(second):
+                    if not (isinstance(first, QuantizedWeight) and isinstance(second, QuantizedWeight)):
+                        continue
+                    if not first.same_order(second):
                         raise UserError(f"{together} have one order of input channels (desc_act, g_idx)")
 
 
@@ -137,9 +144,7 @@ def published_config(folder: Path) -> dict:
     raise UserError(f"{folder / 'config.json'} does not exist")
 
 
-def settle_head(
-    config: ModelConfig, tensors: dict[str, LazyTensor | QuantizedWeight]
-) -> tuple[ModelConfig, dict[str, LazyTensor | QuantizedWeight]]:
+def settle_head(config: ModelConfig, tensors: dict[str, W]) -> tuple[ModelConfig, dict[str, W]]:
     """What a tied model's tensors mean, as in `transformers`: a head of its own unties it, an equal one is dropped.
 
     Where only the head is stored it is the embedding as well.
@@ -158,7 +163,7 @@ def _equal(a: LazyTensor, b: LazyTensor) -> bool:
     return (a.dtype, a.shape) == (b.dtype, b.shape) and a.load().equal(b.load())
 
 
-def check_tensors(config: ModelConfig, tensors: dict[str, LazyTensor | QuantizedWeight], where: Path) -> None:
+def check_tensors(config: ModelConfig, tensors: Mapping[str, Weight], where: Path) -> None:
     """Raises `UserError` for tensors that are missing, too many, of another shape or no floating-point numbers."""
     shapes = config.tensor_shapes()
     for name in sorted(tensors.keys() - shapes.keys()):

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,8 +35,7 @@ def dummy_tensors(
         return result.view(shape)
 
     return {
-        name: LazyTensor(dtype, shape, lambda name=name, shape=shape: load(name, shape))
-        for name, shape in config.tensor_shapes().items()
+        name: LazyTensor(dtype, shape, partial(load, name, shape)) for name, shape in config.tensor_shapes().items()
     }
 
 

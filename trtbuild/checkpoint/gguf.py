@@ -7,6 +7,7 @@ this module knows names, the configuration, and that GGUF stores rotary projecti
 import re
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ OPTIONAL = (
 )
 IGNORED = ("tensor_data_layout", "rope.scaling.finetuned", "rope.scaling.original_context_length")
 # Keys that change results, with the values that leave a LLaMA as it is.
-NEUTRAL = {
+NEUTRAL: dict[str, tuple[float | str | bool, ...]] = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0,),
     "attention.max_alibi_bias": (0,),
@@ -125,7 +126,7 @@ def read_gguf(path: Path) -> tuple[dict, dict[str, LazyTensor]]:
         name = ".".join([*(["model.layers", match[1]] if match[1] else []), NAMES[stem], match[3]])
         shape = tuple(int(n) for n in reversed(tensor.shape))
 
-        def load(tensor=tensor) -> torch.Tensor:
+        def load(tensor: Any = tensor) -> torch.Tensor:
             value = gguf.dequantize(tensor.data, tensor.tensor_type)
             return torch.from_numpy(np.require(value, requirements=["C", "W"]))  # unquantized data is a read-only map
 
@@ -138,7 +139,7 @@ def read_gguf(path: Path) -> tuple[dict, dict[str, LazyTensor]]:
     return config, tensors
 
 
-def _open(path: Path):
+def _open(path: Path) -> Any:
     import gguf
 
     try:
@@ -205,7 +206,7 @@ def read_metadata(path: Path) -> dict:
     return _metadata(path, _open(path))
 
 
-def _metadata(path: Path, reader) -> dict:
+def _metadata(path: Path, reader: Any) -> dict:
     fields = {}
     for name, field in reader.fields.items():
         try:

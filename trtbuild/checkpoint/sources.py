@@ -5,8 +5,10 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -91,8 +93,9 @@ def make_quantized(source: dict, checkpoint_dir: Path | str, folder: Path | str)
         quantized = Checkpoint(temporary)
         if not quantized.quant_method:
             raise UserError(f"{_name(options)} is not quantized; declare it as a model in config/models.yaml")
-        tied = {"tie_word_embeddings": False}  # a quantized head may be stored apart
-        if replace(quantized.config, **tied) != replace(original.config, **tied):
+        # A quantized head may be stored apart.
+        ours, theirs = (replace(x.config, tie_word_embeddings=False) for x in (original, quantized))
+        if ours != theirs:
             raise UserError(
                 f"{_name(options)} is another model than {original.folder}: {_difference(original, quantized)}"
             )
@@ -141,9 +144,12 @@ def _from_local(folder: Path, path: str, model_version: str | None = None) -> No
     source = user_path(path).resolve()
     where = source / "config.json"
     published = None if is_meta(source) else published_config(source)
-    family = llama if published is None or is_canonical(published) else family_of(published, where)
+    family: Family = llama
+    if published is not None and not is_canonical(published):
+        family = family_of(published, where)
     if published is None:
-        config, tensors = read_meta(source)
+        config, joined = read_meta(source)
+        tensors: dict[str, LazyTensor] | None = joined
         config = canonical_config(config, source / "params.json", model_version)
     else:
         config = canonical_config(published, where, model_version)
@@ -290,11 +296,11 @@ def dummy_model(
     return content | {"bos_token_id": 0, "eos_token_id": 1}, Checkpoint.in_memory(model, tensors)
 
 
-def _from_dummy(folder: Path, **options) -> None:
+def _from_dummy(folder: Path, **options: Any) -> None:
     """A `dummy_model` with a byte-level tokenizer."""
     config, checkpoint = dummy_model(**options)
     write_json(folder / "config.json", config)
-    _write(folder, checkpoint.tensors, "dummy weights")
+    _write(folder, {name: checkpoint.dequantized(name) for name in checkpoint.tensors}, "dummy weights")
     save_byte_tokenizer(folder)
 
 
@@ -303,4 +309,10 @@ def _check_sha256(file: Path, expected: str) -> None:
         raise UserError(f"{file.name} has sha256 {actual}, expected {expected}; it is damaged or another version")
 
 
-MAKERS = {"hub": _from_hub, "local": _from_local, "gguf": _from_gguf, "pypi": _from_pypi, "dummy": _from_dummy}
+MAKERS: dict[str, Callable[..., None]] = {
+    "hub": _from_hub,
+    "local": _from_local,
+    "gguf": _from_gguf,
+    "pypi": _from_pypi,
+    "dummy": _from_dummy,
+}

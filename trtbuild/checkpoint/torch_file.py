@@ -10,6 +10,7 @@ import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,8 +21,10 @@ from trtbuild.limits import TEXT_BYTES
 from trtbuild.tensors.lazy import LazyTensor
 
 # What torch's reader and the ZIP library raise for files that are not what they seem.
-DAMAGE = (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError)
-DAMAGE += (AssertionError, NotImplementedError, struct.error, zipfile.BadZipFile)
+DAMAGE: tuple[type[Exception], ...] = (
+    *(RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError),
+    *(AssertionError, NotImplementedError, struct.error, zipfile.BadZipFile),
+)
 
 
 def open_torch_file(path: Path) -> dict[str, LazyTensor]:
@@ -62,15 +65,12 @@ def open_torch_file(path: Path) -> dict[str, LazyTensor]:
         pointer = value.untyped_storage().data_ptr()
         if pointer in storages and pointer not in verified:
             data = torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage())
-            if zlib.crc32(data.numpy()) != storages[pointer].crc:
+            if zlib.crc32(data.numpy().data) != storages[pointer].crc:
                 raise UserError(f"{path} is damaged: the checksum of the tensor {name} is wrong; fetch it again")
             verified.add(pointer)
         return value
 
-    return {
-        name: LazyTensor(value.dtype, tuple(value.shape), lambda name=name: load(name))
-        for name, value in content.items()
-    }
+    return {name: LazyTensor(value.dtype, tuple(value.shape), partial(load, name)) for name, value in content.items()}
 
 
 @dataclass(frozen=True)

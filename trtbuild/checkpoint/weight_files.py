@@ -49,12 +49,12 @@ def weight_files(folder: Path, name: str = SAFETENSORS) -> dict[Path, set[str] |
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise UserError(f"{index} has no weight_map from tensors to files; it is not an index of weight files")
-    files: dict[Path, set[str] | None] = {}
+    files: dict[Path, set[str]] = {}
     for tensor, file in weight_map.items():
         if Path(file).is_absolute() or ".." in Path(file).parts:
             raise UserError(f"{index} lists {file}, which is outside its folder; shards must be beside it or below")
         files.setdefault(folder / file, set()).add(tensor)
-    return files
+    return {**files}
 
 
 def open_weights(folder: Path, name: str = SAFETENSORS) -> dict[str, "LazyTensor"]:

@@ -12,6 +12,7 @@ from trtbuild.models.config import PRODUCTS, ModelConfig
 from trtbuild.network import Network, Tensor, ops
 from trtbuild.network.step import step_input
 from trtbuild.tensors.lazy import from_tensor
+from trtbuild.tensors.quantized_weight import plain
 
 Weights = Callable[[str], Weight]
 KINDS = ("key", "value")
@@ -98,7 +99,7 @@ def embedding(
     inputs = LayerInputs(position_ids, query_starts, past_lengths, **shared)
     if input_ids is None:
         return ops.receive(position_ids, mapping.rank - mapping.tp_size, dtype, config.hidden_size), inputs
-    table = network.constant("model.embed_tokens.weight", weights("model.embed_tokens.weight").to(dtype))
+    table = network.constant("model.embed_tokens.weight", plain(weights("model.embed_tokens.weight")).to(dtype))
     words = mapping.words(config.vocab_size)
     if len(words) == config.vocab_size:
         return ops.embedding(input_ids, table), inputs
@@ -138,18 +139,21 @@ def decoder_layer(
 
     def project(x: Tensor, product: str, bias: bool) -> Tensor:
         parts = [f"{layer}.{part}" for part in PRODUCTS[product]]
-        biases = [weights(f"{part}.bias") for part in parts] if bias else []
+        biases = [plain(weights(f"{part}.bias")) for part in parts] if bias else []
         return linear(x, f"{layer}.{product}", [weights(f"{part}.weight") for part in parts], biases)
 
     x = ops.rms_norm(hidden, _norm(network, weights, f"{layer}.input_layernorm", dtype), config.rms_norm_eps)
     qkv = project(x, "self_attn.qkv_proj", config.attention_bias)
     sizes = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    q, k, v = ops.rotate(qkv, inputs.cos, inputs.sin, *sizes) if inputs.cos else ops.split_heads(qkv, *sizes)
+    if inputs.cos and inputs.sin:
+        q, k, v = ops.rotate(qkv, inputs.cos, inputs.sin, *sizes)
+    else:
+        q, k, v = ops.split_heads(qkv, *sizes)
     if inputs.logn:
         q = ops.scale_tokens(q, inputs.logn)
     sequences = inputs.position_ids, inputs.query_starts, inputs.past_lengths
     attended = ops.attention(q, k, v, *sequences, slopes=inputs.slopes, **(cache or {}))
-    x, *present = attended if cache else (attended,)
+    x, *present = attended if isinstance(attended, tuple) else (attended,)
     x = project(x, "self_attn.o_proj", config.attention_out_bias)
     hidden = ops.add(hidden, ops.all_reduce(x, mapping.stage))
 
@@ -180,7 +184,7 @@ def cache_of_network(network: Network) -> CacheScales | None:
 
 
 def _norm(network: Network, weights: Weights, name: str, dtype: torch.dtype) -> Tensor:
-    return network.constant(f"{name}.weight", weights(f"{name}.weight").to(dtype))
+    return network.constant(f"{name}.weight", plain(weights(f"{name}.weight")).to(dtype))
 
 
 def _positional(
@@ -195,12 +199,14 @@ def _positional(
     def frequencies(values: torch.Tensor) -> Tensor:
         return network.constant("rotary.inverse_frequencies", from_tensor(values))
 
-    limit, dynamic = rope.original_max_position_embeddings, ()
+    limit = rope.original_max_position_embeddings
+    dynamic: tuple[Tensor, float, int] | tuple[()] = ()
     if rope.type == "qwen" and max_length > limit:
         table = frequencies(rope.qwen_frequencies(config.head_dim, max_length))
         inverse_frequencies = ops.prompt_ntk(table, step_input(network, "prompt_lengths"), limit)
     else:
         inverse_frequencies = frequencies(rope.inverse_frequencies(config.head_dim))
-        dynamic = (step_input(network, "sequence_lengths"), rope.factor, limit) if rope.type == "dynamic" else ()
+        if rope.type == "dynamic":
+            dynamic = step_input(network, "sequence_lengths"), rope.factor, limit
     cos, sin = ops.rotary_embedding(position_ids, inverse_frequencies, dtype, *dynamic)
     return {"cos": cos, "sin": sin}

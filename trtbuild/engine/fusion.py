@@ -16,6 +16,7 @@ from trtbuild.network import Network, Node, Op
 from trtbuild.network.ops.add import Add
 from trtbuild.network.ops.rms_norm import RmsNorm
 from trtbuild.network.ops.swiglu import SwiGlu
+from trtbuild.network.step import Step
 
 # Of a step that is not a captured graph, the host is the limit below: to launch a Triton kernel takes it longer than to
 # launch the kernels of torch that it replaces.
@@ -71,7 +72,7 @@ class Fused(Op):
     def reference(self, **inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         return self._chain(inputs, lambda op, given: op.reference(**given))
 
-    def portable(self, step, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    def portable(self, step: Step, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         given = dict(zip(self.inputs, inputs, strict=True))
         if inputs[0].is_cuda and step.chunks is not None and len(inputs[0]) < MIN_ROWS:
             return self._chain(given, lambda op, given: op.portable(step, **given))

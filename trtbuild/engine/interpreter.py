@@ -61,7 +61,7 @@ class Interpreter:
         order = TopologicalSorter({target: sources for target, (sources, _) in layers.items()}).static_order()
         steps = [(target, *layers[target]) for target in order if target in layers]
         last_use = {name: i for i, (_, sources, _) in enumerate(steps) for name in sources}
-        dead = [[] for _ in steps]  # what no later layer reads
+        dead: list[list[str]] = [[] for _ in steps]  # what no later layer reads
         for name, i in last_use.items():
             if name in layers and name not in self.outputs:
                 dead[i].append(name)
@@ -157,7 +157,7 @@ def _slice(layer):
 
 def _elementwise(layer):
     op = layer.op.name
-    compute = {
+    functions: dict[str, Callable[..., torch.Tensor]] = {
         "SUM": torch.add,
         "PROD": torch.mul,
         "SUB": torch.sub,
@@ -167,7 +167,8 @@ def _elementwise(layer):
         "POW": torch.pow,
         "LESS": torch.lt,
         "EQUAL": torch.eq,
-    }[op]
+    }
+    compute = functions[op]
 
     def checked(a, b):
         if a.dtype != b.dtype:  # a strongly typed network has no implicit casts
@@ -195,8 +196,8 @@ def _activation(layer):
 
 def _reduce(layer):
     axes = [i for i in range(8) if layer.axes >> i & 1]
-    compute = {"AVG": torch.mean, "SUM": torch.sum, "MAX": torch.amax}[layer.op.name]
-    keep = layer.keep_dims
+    functions: dict[str, Callable[..., torch.Tensor]] = {"AVG": torch.mean, "SUM": torch.sum, "MAX": torch.amax}
+    compute, keep = functions[layer.op.name], layer.keep_dims
     return lambda x: compute(x, axes, keepdim=keep)
 
 

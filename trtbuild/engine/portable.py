@@ -109,17 +109,20 @@ class PortableEngine:
 
         Not before its end: other ranks are in the same step.
         """
-        plan, last, names = self._plan, "", {}
+        plan, last = self._plan, ""
+        names: dict[str, str | None] = {}
         self._plan = []
         found: list[tuple[str, int]] = []
-        for node, (run, *slots) in zip(self.nodes, plan, strict=True):
+        for node, (run, sources, targets, dead) in zip(self.nodes, plan, strict=True):
             for part in node.op.nodes if isinstance(node.op, Fused) else (node,):
                 constants = [name for name in part.inputs.values() if name in self.network.constants]
                 weights = [name for name in constants if name.startswith(WEIGHTS)]
                 last = weights[0].rpartition(".")[0] if weights else last
                 names |= dict.fromkeys(part.outputs, last)
             names |= dict.fromkeys(self.network.states.values())  # caches have positions that nothing was written to
-            self._plan.append((_checked(run, [(names[x], len(self._plan)) for x in node.outputs], found), *slots))
+            self._plan.append(
+                (_checked(run, [(names[x], len(self._plan)) for x in node.outputs], found), sources, targets, dead)
+            )
 
         def finish(step: Step) -> tuple:
             if found:
@@ -197,7 +200,7 @@ class _Constants:
 def _checked(run: Callable, places: list[tuple[str | None, int]], found: list[tuple[str, int]]) -> Callable:
     """`run`, which adds to `found` the places, where they have names, of those of its results that are not finite."""
 
-    def call(step: Step, *values: torch.Tensor):
+    def call(step: Step, *values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         result = run(step, *values)
         for x, (name, node) in zip(result if isinstance(result, tuple) else (result,), places, strict=True):
             if name is not None and not x.isfinite().all():

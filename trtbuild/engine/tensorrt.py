@@ -1,5 +1,7 @@
 """A network as an `INetworkDefinition`, and that as a serialized TensorRT engine."""
 
+from typing import Any
+
 import torch
 
 from trtbuild.engine.config import BuildLimits
@@ -7,6 +9,7 @@ from trtbuild.engine.lowering import RECEIVED, SENT, Lowering
 from trtbuild.engine.tensorrt_api import api, logger, set_target
 from trtbuild.errors import UserError
 from trtbuild.network import Network
+from trtbuild.network.lowering import Lowered
 from trtbuild.network.step import STEP_INPUTS
 from trtbuild.progress import item_bar
 
@@ -41,7 +44,7 @@ class LoweredNetwork:
         if received := self.lowering.inputs.get(RECEIVED):
             self.shapes[RECEIVED] = ("tokens", received.shape[1])
 
-    def _inputs(self, network: Network) -> dict[str, object]:
+    def _inputs(self, network: Network) -> dict[str, Lowered]:
         """Adds the engine's inputs; returns what stands for each of the network's."""
         lowering = self.lowering
         self.shapes = lowered_shapes(network, lowering.packed)
@@ -96,23 +99,23 @@ def profile_shapes(shape: Shape, limits: BuildLimits, generation: bool) -> list[
     return [tuple(sizes[n][i] if isinstance(n, str) else n for n in shape) for i in range(3)]
 
 
-def _progress_monitor():
+def _progress_monitor() -> Any:
     """Shows the builder's outermost phases as progress bars. (The base class exists only with a distribution.)"""
 
-    class Monitor(api().IProgressMonitor):
+    class Monitor(api().IProgressMonitor):  # type: ignore[misc]  # for mypy no class
         def __init__(self) -> None:
             super().__init__()
-            self.bars: dict[str, object] = {}
+            self.bars: dict[str, Any] = {}
 
-        def phase_start(self, phase_name, parent_phase, num_steps) -> None:
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             if parent_phase is None:
                 self.bars[phase_name] = item_bar(num_steps, phase_name, "step")
 
-        def phase_finish(self, phase_name) -> None:
+        def phase_finish(self, phase_name: str) -> None:
             if bar := self.bars.pop(phase_name, None):
                 bar.close()
 
-        def step_complete(self, phase_name, step) -> bool:
+        def step_complete(self, phase_name: str, step: int) -> bool:
             if bar := self.bars.get(phase_name):
                 bar.update()
             return True

@@ -8,6 +8,7 @@ import importlib
 import os
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 from trtbuild.errors import UserError
 from trtbuild.tensors.rounding import FP8_CAPABILITY
@@ -59,12 +60,12 @@ def is_rtx() -> bool:
 
 
 @cache
-def logger():
+def logger() -> Any:
     """TensorRT's logger at warning level; it must outlive every object made with it."""
     return api().Logger(api().Logger.WARNING)
 
 
-def set_target(config, compute_capabilities: list[str] | None, fp8: bool) -> None:
+def set_target(config: Any, compute_capabilities: list[str] | None, fp8: bool) -> None:
     """Tells a builder configuration for which GPUs to compile (None: the default ones).
 
     Raises `UserError` for a compute capability that the distribution does not build for, or not with FP8.

@@ -38,11 +38,12 @@ def describe_engine(folder: Path, nodes: bool = False, check: bool = False) -> s
 def describe_checkpoint(folder: Path) -> str:
     """Configuration, dtypes and size of a canonical checkpoint."""
     checkpoint = Checkpoint(folder)
-    parameters = Counter()
+    parameters: Counter[str] = Counter()
     for tensor in checkpoint.tensors.values():
-        quantized = isinstance(tensor, QuantizedWeight)
-        kind = tensor.format if quantized else str(tensor.dtype).removeprefix("torch.")
-        parameters[kind] += math.prod(tensor.values.shape if quantized else tensor.shape)
+        if isinstance(tensor, QuantizedWeight):
+            parameters[tensor.format] += math.prod(tensor.values.shape)
+        else:
+            parameters[str(tensor.dtype).removeprefix("torch.")] += math.prod(tensor.shape)
     lines = [f"{name:26} {value}" for name, value in vars(checkpoint.config).items()]
     lines.append(f"{'tensors':26} {len(checkpoint.tensors)}")
     lines += [f"{'parameters in ' + dtype:26} {count / 1e6:.1f} M" for dtype, count in parameters.items()]

@@ -1,5 +1,8 @@
 """Quantization imitated in floating point, in `transformers`' own model: what a quantized engine has to agree with."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from trtbuild.checkpoint.canonical import Checkpoint
@@ -9,7 +12,7 @@ from trtbuild.tensors.rounding import DTYPES, quantize, scale_for
 from trtbuild.tokenizer.damage import refusing
 
 
-def load_model(checkpoint: Checkpoint, dtype: torch.dtype):
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """`transformers`' model of a checkpoint; a quantized one's weights are widened and its activations rounded."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
@@ -20,7 +23,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype):
         return AutoModelForCausalLM.from_pretrained(checkpoint.folder, **options)
     del config.quantization_config  # this is not a job for its own quantizers
     weights = {name: checkpoint.dequantized(name).load().to(dtype) for name in checkpoint.tensors}
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
     for name, module in model.named_modules():
         weight = checkpoint.tensors.get(f"{name}.weight")
@@ -30,12 +33,12 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype):
     return model
 
 
-def _rounding(weight: QuantizedWeight, model: torch.nn.Module):
+def _rounding(weight: QuantizedWeight, model: Any) -> Callable:
     """A hook that rounds a product's input, while `model.rounds_activations`."""
     dtype = DTYPES[weight.format]
     static = weight.input_scale.load() if weight.input_scale else None
 
-    def hook(module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
         if not model.rounds_activations:
             return inputs
         wide = inputs[0].float()
@@ -45,17 +48,20 @@ def _rounding(weight: QuantizedWeight, model: torch.nn.Module):
     return hook
 
 
-def fake_quantized_cache(cache: CacheScales):
+def fake_quantized_cache(cache: CacheScales) -> Any:
     """A `transformers` cache that rounds the keys and values it is given, `[batch, kv_heads, tokens, head_dim]`."""
     from transformers import DynamicCache
 
     class FakeQuantizedCache(DynamicCache):
-        def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        def update(
+            self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        ) -> tuple[torch.Tensor, torch.Tensor]:
             both = [
                 _round_trip(states, scales[layer_idx].to(states.device), cache.dtype)
                 for states, scales in ((key_states, cache.key_scales), (value_states, cache.value_scales))
             ]
-            return super().update(*both, layer_idx, *args, **kwargs)
+            keys, values = both
+            return super().update(keys, values, layer_idx, *args, **kwargs)
 
     return FakeQuantizedCache()
 

@@ -9,7 +9,7 @@ from trtbuild.errors import UserError
 
 METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 # Of a rouge.json, what is read.
-SHAPE = dict.fromkeys(METRICS, dict.fromkeys(("mean", "low", "high"), float))
+SHAPE: dict[str, dict[str, type]] = dict.fromkeys(METRICS, dict.fromkeys(("mean", "low", "high"), float))
 SHAPE |= {"provenance": {"engine": str, "dtype": str}}
 RESAMPLES = 1000
 TOKENIZER = "rouge-score, stemmed; Chinese, Japanese and Korean by characters"

@@ -95,7 +95,12 @@ def rouge_table(results: list[dict]) -> str:
     for result in results:
         origin = result["provenance"]
         cells = (f"{m['mean']:.2f} [{m['low']:.2f}, {m['high']:.2f}]" for m in (result[metric] for metric in METRICS))
-        words = (origin["engine"], origin["dtype"], origin.get("layout"), "rehearsal" in result and "(rehearsal)")
+        words = (
+            origin["engine"],
+            origin["dtype"],
+            origin.get("layout"),
+            "(rehearsal)" if "rehearsal" in result else "",
+        )
         name = " ".join(filter(None, words))
         lines.append(f"{name:34}" + "".join(f"{cell:>24}" for cell in cells))
     refuse_different(results)

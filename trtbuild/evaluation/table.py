@@ -52,7 +52,7 @@ def recipe_table(folder: Path, recipes: dict[str, str]) -> str:
         except UserError as error:
             raise UserError(f"{folder / recipe} and {folder / 'hf'}: {error}") from None
         outputs = read_json(folder / recipe / "engine" / "config.json", {"outputs": dict})["outputs"]
-        sizes = Counter()
+        sizes: Counter[str] = Counter()
         for name, output in outputs.items():
             sizes[Path(name).suffix] += output["bytes"]
         quantize = folder / "logs" / f"quantize.{Path(weights).name}.tsv" if weights != "checkpoint" else None

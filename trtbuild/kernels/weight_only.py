@@ -54,9 +54,9 @@ def weight_only_linear(
     parts = triton.cdiv(steps, part_steps)
     output = x.new_empty(rows, out)
     sums, sums_bias = (output, bias) if parts == 1 else (x.new_empty(parts, rows, out, dtype=torch.float32), None)
-    if int4:
+    if block is not None:
         sizes = rows, out, weight.shape[1], part_steps
-        options = {"GROUP_BLOCKS": width // len(scales) // block, "BLOCK_K": block} | tiles
+        options: dict[str, int] = {"GROUP_BLOCKS": width // len(scales) // block, "BLOCK_K": block} | tiles
         _int4_kernel[blocks, parts](x, weight, scales, zeros, sums_bias, sums, *sizes, **options)
     else:
         options = {"EVEN_K": width % step == 0} | tiles

@@ -9,9 +9,7 @@ from trtbuild.linear.int8 import Int8Linear
 from trtbuild.linear.w8a8 import W8A8Linear
 from trtbuild.network import Tensor, ops
 from trtbuild.tensors.lazy import LazyTensor, concatenate
-from trtbuild.tensors.quantized_weight import Activations, QuantizedWeight, fuse
-
-Weight = LazyTensor | QuantizedWeight
+from trtbuild.tensors.quantized_weight import Activations, QuantizedWeight, Weight, fuse
 
 WEIGHT_FORMATS: tuple[WeightFormat, ...] = (
     Int4Linear(),

@@ -149,6 +149,8 @@ class ModelConfig:
         if extension.get("position_embedding") != "alibi":
             rope = RopeConfig.from_hugging_face(config, where)
         if ntk_length := extension.get("ntk_length"):
+            if rope is None:
+                raise UserError(f"{where}: ntk_length is of RoPE, and the positions are ALiBi's; leave one out")
             rope = replace(rope, type="qwen", original_max_position_embeddings=ntk_length)
         head_dim = config.get("head_dim") or config["hidden_size"] // heads
         if rope and head_dim % 2:

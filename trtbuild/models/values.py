@@ -5,6 +5,7 @@ null for what is not given. What can mean one thing only is taken as that; the r
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 from trtbuild.errors import UserError
@@ -18,7 +19,9 @@ def _number(value: object) -> int | float | None:
             value = float(value)
         except ValueError:
             return None
-    return value if type(value) in (int, float) and -math.inf < value < math.inf else None
+    if isinstance(value, int | float) and type(value) is not bool and -math.inf < value < math.inf:
+        return value
+    return None
 
 
 def _integer(value: object) -> int | None:
@@ -32,12 +35,13 @@ def _between(number: int | float | None, low: float, high: float) -> int | float
 
 
 # A kind: the value that another one means, None if it means none of this kind, and what to say then.
-SIZE = (lambda x: _between(_integer(x), 0, MODEL_SIZE), f"an integer from 1 to {MODEL_SIZE} is expected")
-LAYERS = (lambda x: _between(_integer(x), 0, MODEL_LAYERS), f"an integer from 1 to {MODEL_LAYERS} is expected")
-NUMBER = (lambda x: _between(_number(x), 0, math.inf), "a number above 0 is expected")
-EPSILON = (lambda x: _between(_number(x), 0, 0.1), "a number above 0 and at most 0.1 is expected, such as 1.0e-6")
-BOOLEAN = (lambda x: x if type(x) is bool else None, "true or false is expected")
-WORD = (lambda x: x if type(x) is str else None, "a word is expected")
+Kind = tuple[Callable[[object], object], str]
+SIZE: Kind = (lambda x: _between(_integer(x), 0, MODEL_SIZE), f"an integer from 1 to {MODEL_SIZE} is expected")
+LAYERS: Kind = (lambda x: _between(_integer(x), 0, MODEL_LAYERS), f"an integer from 1 to {MODEL_LAYERS} is expected")
+NUMBER: Kind = (lambda x: _between(_number(x), 0, math.inf), "a number above 0 is expected")
+EPSILON: Kind = (lambda x: _between(_number(x), 0, 0.1), "a number above 0 and at most 0.1 is expected, such as 1.0e-6")
+BOOLEAN: Kind = (lambda x: x if type(x) is bool else None, "true or false is expected")
+WORD: Kind = (lambda x: x if type(x) is str else None, "a word is expected")
 
 KINDS = {"num_hidden_layers": LAYERS, "rms_norm_eps": EPSILON, "layer_norm_epsilon": EPSILON}
 for kind, keys in (
@@ -64,7 +68,7 @@ def coerced(config: dict, where: Path | str) -> dict:
     Raises `UserError` for a value of another kind, and for one that no model has: a size below 1 or above `MODEL_SIZE`,
     more than `MODEL_LAYERS` layers, a number that is not finite or not above 0.
     """
-    result = {}
+    result: dict[str, object] = {}
     for key, value in config.items():
         if key in MAPPINGS and value is not None:
             if not isinstance(value, dict):

@@ -32,8 +32,10 @@ from trtbuild.runtime.open import pick_device
 SMOOTHING_FILE = "smoothing.npz"  # of a quantized checkpoint: what its products' input channels were multiplied by
 
 # What zipfile and numpy raise for files that are not what they seem.
-UNREADABLE = (OSError, ValueError, TypeError, KeyError, EOFError, MemoryError, NotImplementedError, RuntimeError)
-UNREADABLE += (SyntaxError, tokenize.TokenError, struct.error, zipfile.BadZipFile, zlib.error)
+UNREADABLE: tuple[type[Exception], ...] = (
+    *(OSError, ValueError, TypeError, KeyError, EOFError, MemoryError, NotImplementedError, RuntimeError),
+    *(SyntaxError, tokenize.TokenError, struct.error, zipfile.BadZipFile, zlib.error),
+)
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,11 @@ def write_calibration(path: Path, ranges: dict[str, torch.Tensor], origin: dict,
     """Writes the file that `read_calibration` opens; `origin` says what the ranges were measured with."""
     origin = origin | {"model": model_shape(checkpoint), "smoothed": smoothing_of(checkpoint)}
     with atomic(path) as temporary, open(temporary, "wb") as file:
+        arrays = {name: value.numpy() for name, value in ranges.items()}
         np.savez(
             file,
             origin=np.array(json.dumps(origin, sort_keys=True)),
-            **{name: value.numpy() for name, value in ranges.items()},
+            **arrays,  # type: ignore[arg-type]  # for mypy a name may be `allow_pickle`
         )
 
 
@@ -125,10 +128,10 @@ def read_calibration(path: Path, checkpoint: Checkpoint) -> Calibration:
     if kind_of(path) is None:
         raise UserError(f"the calibration file {path} does not exist; make it with 'trtbuild calibrate'")
     arrays = _read_npz(path, expected)
-    origin = arrays.pop("origin", np.array(None))
-    if origin.dtype.kind != "U" or origin.shape:
+    said = arrays.pop("origin", np.array(None))
+    if said.dtype.kind != "U" or said.shape:
         raise UserError(f"{expected} (it does not say what it was measured with)")
-    origin = parse_json(str(origin), f"{path}: origin")
+    origin = parse_json(str(said), f"{path}: origin")
     if not isinstance(origin, dict) or origin.get("model") != model_shape(checkpoint):
         measured = origin.get("model") if isinstance(origin, dict) else origin
         raise UserError(

@@ -29,12 +29,12 @@ class LayerWeights:
         prefix = f"model.layers.{i}."
         self.weights: dict[str, torch.Tensor] = {}
         for product, parts in PRODUCTS.items():
-            fused = concatenate([checkpoint[f"{prefix}{part}.weight"] for part in parts])
+            fused = concatenate([checkpoint.dequantized(f"{prefix}{part}.weight") for part in parts])
             self.weights[product] = finite(fused.load().to(device).float(), f"{prefix}{product}", checkpoint)
         names = [name.removeprefix(prefix) for name in checkpoint.config.tensor_shapes() if name.startswith(prefix)]
         vectors = [name for name in names if name.endswith(("norm.weight", ".bias"))]
         self.vectors = {
-            name: finite(checkpoint[prefix + name].load().to(device).float(), prefix + name, checkpoint)
+            name: finite(checkpoint.dequantized(prefix + name).load().to(device).float(), prefix + name, checkpoint)
             for name in vectors
         }
 

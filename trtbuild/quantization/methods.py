@@ -1,13 +1,13 @@
 """How weights are rounded: to nearest (with SmoothQuant), by GPTQ, by AWQ. Each gives one layer's numbers at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.errors import UserError
-from trtbuild.linear.int4 import Int4Grid
+from trtbuild.linear.int4 import Int4Grid, Int4Linear
 from trtbuild.models.config import PRODUCTS
 from trtbuild.quantization import awq
 from trtbuild.quantization.calibration import Calibration
@@ -59,24 +59,25 @@ class Round:
     def layer(self, i: int) -> Layer:
         """All of layer `i`, by names within it."""
         layer, products = LayerWeights(self.checkpoint, i, self.device), self.products(i)
-        inputs = {product: self._input_range(f"model.layers.{i}.{product}") for product in products}
+        inputs = self._input_ranges(f"model.layers.{i}.{product}" for product in products)
         activations = self.quantization.activations
         if activations and activations.smoothquant is not None:
             for product in products:
                 columns = layer.reduce(product, layer.weights[product].abs().amax(0))
-                channels = layer.reduce(product, inputs[product])
+                name = f"model.layers.{i}.{product}"
+                channels = layer.reduce(product, inputs[name])
                 scales = smoothing_scales(channels, columns, activations.smoothquant)
                 self.smooth(layer, i, product, scales)
-                inputs[product] = inputs[product] / layer.expand(product, scales)
+                inputs[name] = inputs[name] / layer.expand(product, scales)
         result = self.unquantized(layer, products)
         for product in products:
             for part, weight in layer.parts(product, layer.weights[product]).items():
-                result[part] = self._round(weight, inputs[product])
+                result[part] = self._round(weight, inputs.get(f"model.layers.{i}.{product}"))
         return result
 
     def head(self) -> Rounded:
         """The output product."""
-        return self._round(self.head_weight(), self._input_range("lm_head"))
+        return self._round(self.head_weight(), self._input_ranges(["lm_head"]).get("lm_head"))
 
     def products(self, i: int) -> list[str]:
         """Those of layer `i` that are quantized."""
@@ -98,7 +99,7 @@ class Round:
 
     def head_weight(self) -> torch.Tensor:
         name = f"{self.checkpoint.config.output_product}.weight"
-        return finite(self.checkpoint[name].load().to(self.device).float(), name, self.checkpoint)
+        return finite(self.checkpoint.dequantized(name).load().to(self.device).float(), name, self.checkpoint)
 
     def stored(
         self,
@@ -116,30 +117,46 @@ class Round:
         )
 
     def _round(self, weight: torch.Tensor, input_range: torch.Tensor | None) -> Rounded:
-        static = self.format.activations == "static"
-        input_scale = scale_for(input_range.amax(), self.format.values).reshape(1).cpu() if static else None
+        input_scale = None
+        if self.format.activations == "static":
+            if input_range is None:
+                raise ValueError("a static scale is made from the range of a product's input")
+            input_scale = scale_for(input_range.amax(), self.format.values).reshape(1).cpu()
         return self.stored(*self.format.round(weight, self.dtype, self.options), input_scale)
 
-    def _input_range(self, product: str) -> torch.Tensor | None:
-        return self.ranges[f"{product}.input"].to(self.device) if self.ranges else None
+    def _input_ranges(self, products: Iterable[str]) -> dict[str, torch.Tensor]:
+        """By product, where they are known."""
+        return {name: self.ranges[f"{name}.input"].to(self.device) for name in products} if self.ranges else {}
 
 
 class _Sampled(Round):
     """A method that looks at samples of the activations themselves: its layers must be asked for in order."""
 
-    def __init__(self, checkpoint, quantization, ranges, samples, device, map_) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        quantization: Quantization,
+        ranges: Calibration | None,
+        samples: list[list[int]] | None,
+        device: torch.device,
+        map_: Callable,
+    ) -> None:
         super().__init__(checkpoint, quantization, ranges, samples, device, map_)
+        if samples is None or not isinstance(self.format, Int4Linear):
+            raise ValueError(f"{type(self).__name__} makes int4 weights, from samples")
+        self.int4 = self.format
         self.traversal = Traversal(checkpoint, samples, device, map_)
 
     def grid(self, width: int) -> Int4Grid:
         """Of a weight with `width` input channels."""
-        return self.format.grid(width, self.dtype, self.options)
+        return self.int4.grid(width, self.dtype, self.options)
 
     def gram(self, stop: Stop, prepare: Callable[[torch.Tensor], torch.Tensor] = lambda x: x) -> torch.Tensor:
         """The sum of `x x^T` over all tokens that reach a product, after `prepare`, float32 `[in, in]`."""
-        total = None
-        for part in self.map(lambda x: _gram(prepare(x)), stop.inputs):
-            total = part if total is None else total.add_(part)
+        parts = iter(self.map(lambda x: _gram(prepare(x)), stop.inputs))
+        total: torch.Tensor = next(parts)
+        for part in parts:
+            total.add_(part)
         if not total.isfinite().all():
             raise UserError(f"the inputs of {stop.name} hold NaN or infinite numbers; the checkpoint is damaged")
         return total
@@ -230,4 +247,4 @@ class Awq(_Sampled):
         return sum(sums) / sum(len(x) for x in stop.inputs)
 
 
-METHODS = {"round": Round, "gptq": Gptq, "awq": Awq}
+METHODS: dict[str, type[Round]] = {"round": Round, "gptq": Gptq, "awq": Awq}

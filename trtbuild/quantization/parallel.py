@@ -12,7 +12,8 @@ import torch
 
 from trtbuild.errors import UserError
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @contextmanager

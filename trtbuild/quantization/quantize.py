@@ -4,6 +4,7 @@ import fnmatch
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,13 @@ from trtbuild.models.config import PRODUCTS
 from trtbuild.progress import byte_bar
 from trtbuild.quantization.calibration import SMOOTHING_FILE, read_calibration, refuse_quantized
 from trtbuild.quantization.layer import every_projection
-from trtbuild.quantization.methods import METHODS, Round, Rounded
+from trtbuild.quantization.methods import METHODS, Layer, Round, Rounded
 from trtbuild.quantization.parallel import workers
 from trtbuild.quantization.recipe import Quantization, Recipe, Weights
 from trtbuild.quantization.samples import calibration_samples
 from trtbuild.runtime.open import pick_device
 from trtbuild.tensors.lazy import LazyTensor
-from trtbuild.tensors.quantized_weight import QuantizedWeight
+from trtbuild.tensors.quantized_weight import QuantizedWeight, plain
 from trtbuild.tensors.safetensors_stream import write_sharded
 
 
@@ -56,14 +57,14 @@ def quantize(
         if ranges.origin.get("smoothed"):
             raise UserError(f"{calibration} was measured on smoothed weights; calibrate the original model")
     name = quantization.weights.method
-    if name != "round" and samples is None:
+    if name != "round" and samples is None and quantization.text:
         samples = calibration_samples(checkpoint.folder, **quantization.text.settings).tokens
     target = pick_device(device)
     with atomic(folder) as temporary, workers(target) as map_:
         temporary.mkdir()
         method = METHODS[name](checkpoint, quantization, ranges, samples, target, map_)
         _write(temporary, checkpoint, quantization, projections, method)
-        inputs = checkpoint.hashes | ({calibration.name: sha256(calibration)} if ranges else {})
+        inputs = checkpoint.hashes | ({calibration.name: sha256(calibration)} if ranges and calibration else {})
         origin = {"quantization": quantization.settings, "source_sha256": checkpoint.source_sha256, "inputs": inputs}
         if method.smoothing:
             origin["smoothing_sha256"] = sha256(temporary / SMOOTHING_FILE)
@@ -135,9 +136,24 @@ class _Streamed:
 
     def __init__(self, method: Round, layers: int) -> None:
         self.method, self.layers = method, layers
-        self.at, self.made = None, {}
+        self.at: int | None = None
+        self.made: Layer = {}
 
-    def __call__(self, i: int, name: str) -> Rounded | torch.Tensor:
+    def rounded(self, i: int, name: str) -> Rounded:
+        """A projection's numbers."""
+        found = self._get(i, name)
+        if not isinstance(found, Rounded):
+            raise TypeError(f"{name} of layer {i} was not rounded")
+        return found
+
+    def plain(self, i: int, name: str) -> torch.Tensor:
+        """A tensor that stays in 16 bits."""
+        found = self._get(i, name)
+        if isinstance(found, Rounded):
+            raise TypeError(f"{name} of layer {i} was rounded")
+        return found
+
+    def _get(self, i: int, name: str) -> Rounded | torch.Tensor:
         if i != self.at:
             self.made = {}  # before the next one is made
             self.made = self.method.layer(i) if i < self.layers else {"lm_head": self.method.head()}
@@ -157,8 +173,9 @@ def _write(
     with byte_bar(sum(tensor.nbytes for tensor in tensors.values()), f"{weights.method} {weights.dtype}") as bar:
         write_sharded(folder, tensors, progress=bar.update)
     if method.smoothing:
-        with atomic(folder / SMOOTHING_FILE) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **{name: scales.numpy() for name, scales in method.smoothing.items()})
+        with atomic(folder / SMOOTHING_FILE) as temporary, open(temporary, "wb") as stream:
+            scales = {name: scales.numpy() for name, scales in method.smoothing.items()}
+            np.savez(stream, **scales)  # type: ignore[arg-type]  # for mypy a name may be `allow_pickle`
     kept = [name for name in every_projection(checkpoint.config) if name not in quantized]
     description = FORMATS[layout].describe(example, kept, quantizes_head)
     config = read_json(checkpoint.folder / "config.json")
@@ -182,30 +199,25 @@ def _tensors(
         config = replace(config, tie_word_embeddings=False)
     streamed = _Streamed(method, config.num_hidden_layers)
     tensors: dict[str, LazyTensor] = {}
-    example = None
+    examples: list[QuantizedWeight] = []
     for name, shape in config.tensor_shapes().items():
         parts = name.split(".")
         layer = int(parts[2]) if parts[1] == "layers" else config.num_hidden_layers
         inside = ".".join(parts[3:]) if parts[1] == "layers" else name
         projection = name.removesuffix(".weight")
         if projection in projections:
-            make = _bind(streamed, layer, inside.removesuffix(".weight"))
-            weight = _announced(shape, quantization, make)
-            tensors |= FORMATS[layout].write(projection, weight)
-            if example is None or weight.scales.shape[1] > example.scales.shape[1]:
-                example = weight  # one group may be all that a narrow weight has
+            make = partial(streamed.rounded, layer, inside.removesuffix(".weight"))
+            examples.append(_announced(shape, quantization, make))
+            tensors |= FORMATS[layout].write(projection, examples[-1])
         elif parts[1] == "layers":
-            tensors[name] = LazyTensor(dtype, shape, _bind(streamed, layer, inside))
+            tensors[name] = LazyTensor(dtype, shape, partial(streamed.plain, layer, inside))
         else:
-            tensors[name] = checkpoint[name].fitting(dtype, name)
-    return tensors, example
+            tensors[name] = plain(checkpoint[name]).fitting(dtype, name)
+    # One group may be all that a narrow weight has.
+    return tensors, max(examples, key=lambda weight: weight.scales.shape[1])
 
 
-def _bind(streamed: _Streamed, layer: int, name: str) -> Callable[[], Rounded | torch.Tensor]:
-    return lambda: streamed(layer, name)
-
-
-def _announced(shape: tuple[int, int], quantization: Quantization, make: Callable[[], Rounded]) -> QuantizedWeight:
+def _announced(shape: tuple[int, ...], quantization: Quantization, make: Callable[[], Rounded]) -> QuantizedWeight:
     """A projection's weight before its numbers are made."""
     known, weights = quantization.format, quantization.weights
     out, width = shape
@@ -216,7 +228,13 @@ def _announced(shape: tuple[int, int], quantization: Quantization, make: Callabl
         known.dtype,
         LazyTensor(known.values, shape, lambda: make().values),
         LazyTensor(scale_dtype, (out, groups), lambda: make().scales),
-        None if weights.symmetric else LazyTensor(torch.int8, (out, groups), lambda: make().zeros),
+        None if weights.symmetric else LazyTensor(torch.int8, (out, groups), lambda: _given(make().zeros)),
         known.activations,
-        LazyTensor(torch.float32, (1,), lambda: make().input_scale) if static else None,
+        LazyTensor(torch.float32, (1,), lambda: _given(make().input_scale)) if static else None,
     )
+
+
+def _given(value: torch.Tensor | None) -> torch.Tensor:
+    if value is None:
+        raise ValueError("a method left out what was announced")
+    return value

@@ -93,7 +93,8 @@ class Traversal:
 
         def stretch(batch: "_Batch", nodes: range) -> Values:
             """Runs `nodes` for one batch, forgetting what no later one reads; returns what was observed."""
-            observed, step = {}, batch.step()
+            step = batch.step()
+            observed: Values = {}
             for i in nodes:
                 node = network.nodes[i]
                 known = constants | batch.values | batch.live
@@ -118,7 +119,7 @@ class Traversal:
                 run(range(start, i))
                 start = i
                 x, weight = node.inputs["x"], node.inputs["weight"]
-                inputs = [batch.live.get(x, batch.values.get(x)) for batch in self._batches]
+                inputs = [(batch.values | batch.live)[x] for batch in self._batches]
                 stop = Stop(weight.removesuffix(".weight"), constants[weight], inputs)
                 yield stop
                 constants[weight] = stop.weight

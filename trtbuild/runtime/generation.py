@@ -49,7 +49,15 @@ def generate(
     return outputs
 
 
-def _generate_batch(session, prompts, outputs, first, params, decode, on_token) -> None:
+def _generate_batch(
+    session: Session,
+    prompts: list[list[int]],
+    outputs: list[Output],
+    first: int,
+    params: SamplingParams,
+    decode: Callable[[list[int]], str] | None,
+    on_token: Callable[[int, int], object],
+) -> None:
     sampler = Sampler(params, prompts, first, session.device)
     # On a GPU the next step is launched before the last one's tokens are looked at, so the device never waits for the
     # host; the price is one step too many at the end. On a CPU that step would cost its full time.
@@ -84,7 +92,7 @@ def _generate_batch(session, prompts, outputs, first, params, decode, on_token) 
 def _finish_reason(output_ids: list[int], params: SamplingParams, decode: Callable[[list[int]], str] | None) -> str:
     if output_ids[-1] in params.eos_token_ids:
         return "eos"
-    if params.stop_words:
+    if params.stop_words and decode:
         # A token is at least a byte, so a word that ends now lies within as many tokens as the longest has bytes.
         tail = decode(output_ids[-max(len(word.encode()) for word in params.stop_words) - 1 :])
         if any(word in tail for word in params.stop_words):

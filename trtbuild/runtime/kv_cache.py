@@ -15,7 +15,8 @@ class KVCache:
         self.buffers = {}
         for name in network.states:
             tensor = network.tensors[name]
-            self.buffers[name] = torch.zeros((max_batch_size, *tensor.shape[1:]), dtype=tensor.dtype, device=device)
+            shape = max_batch_size, *(tensor.size(dim) for dim in range(1, len(tensor.shape)))
+            self.buffers[name] = torch.zeros(shape, dtype=tensor.dtype, device=device)
         self._keys = [node.inputs["key_cache"] for node in network.nodes if "key_cache" in node.inputs]
 
     def views(self, batch_size: int, first: int = 0) -> dict[str, torch.Tensor]:

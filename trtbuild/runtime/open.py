@@ -68,6 +68,7 @@ def open_engine(folder: Path | str, runtime: str = "auto", device: str = "auto",
                 f"{folder} has no {needed}; build it with '--engine {'tensorrt' if needed == tensorrt else 'portable'}'"
             )
     packed = config["remove_input_padding"]
+    session: Session
     if mapping.world_size > 1:
         session = open_together(folder, pick_device(device))
     elif runtime == "portable":

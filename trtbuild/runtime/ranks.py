@@ -2,7 +2,7 @@
 
 from contextlib import suppress
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,37 +21,37 @@ class MpiRanks(Ranks):
         self.rank, self._world = world.rank, world
         self._groups: dict[tuple[int, int], object] = {}
 
-    def all_reduce(self, x, first, size):
+    def all_reduce(self, x: torch.Tensor, first: int, size: int) -> torch.Tensor:
         x = x.contiguous()
         total = x.float() if x.dtype.itemsize < 4 else x
         self._group(first, size).Allreduce(self._world.in_place, total.numpy())
         return x if total is x else x.copy_(total)
 
-    def all_gather(self, x, first, size):
+    def all_gather(self, x: torch.Tensor, first: int, size: int) -> torch.Tensor:
         rows, columns = x.shape
         out = x.new_empty(size, rows, columns)
         self._group(first, size).Allgather(_bytes(x), _bytes(out))
         return out.transpose(0, 1).reshape(rows, size * columns)
 
-    def send(self, x, target):
+    def send(self, x: torch.Tensor, target: int) -> None:
         self._world.comm.Send(_bytes(x), target)
 
-    def receive(self, out, source):
+    def receive(self, out: torch.Tensor, source: int) -> torch.Tensor:
         self._world.comm.Recv(_bytes(out), source)
         return out
 
-    def broadcast(self, x):
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
         self._world.comm.Bcast(_bytes(x))
         return x
 
-    def _group(self, first: int, size: int):
+    def _group(self, first: int, size: int) -> Any:
         if (first, size) not in self._groups:
             self._groups[first, size] = self._world.group(range(first, first + size))
         return self._groups[first, size]
 
 
-def _bytes(x: torch.Tensor):
+def _bytes(x: torch.Tensor) -> Any:
     """A tensor's memory; of one that is not contiguous a copy's."""
     return x.contiguous().view(torch.uint8).numpy()
 
@@ -84,7 +84,7 @@ class NcclRanks(Ranks):
         if device.type == "cuda" and len(stage) > 1 and world.local_size == world.size:
             self._one_shot = _one_shot(self._group(stage.start, len(stage)), device)
 
-    def _store(self):
+    def _store(self) -> Any:
         """Where the ranks find each other: rank 0's, of which MPI tells the others."""
         here = self._world
         host = "127.0.0.1" if here.local_size == here.size else here.host
@@ -95,34 +95,34 @@ class NcclRanks(Ranks):
         host, port = here.share(None)
         return self._dist.TCPStore(host, port, here.size, is_master=False)
 
-    def all_reduce(self, x, first, size):
+    def all_reduce(self, x: torch.Tensor, first: int, size: int) -> torch.Tensor:
         x = x.contiguous()
         if self._one_shot and self._one_shot.takes(x):
             return self._one_shot(x)
         self._dist.all_reduce(x, group=self._group(first, size))
         return x
 
-    def all_gather(self, x, first, size):
+    def all_gather(self, x: torch.Tensor, first: int, size: int) -> torch.Tensor:
         rows, columns = x.shape
         out = x.new_empty(size * rows, columns)
         self._gather(out, x.contiguous(), group=self._group(first, size))
         return out.view(size, rows, columns).transpose(0, 1).reshape(rows, size * columns)
 
-    def send(self, x, target):
+    def send(self, x: torch.Tensor, target: int) -> None:
         self._pass(x.contiguous(), self.rank, target)
 
-    def receive(self, out, source):
+    def receive(self, out: torch.Tensor, source: int) -> torch.Tensor:
         self._pass(out, source, self.rank)
         return out
 
-    def broadcast(self, x):
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         self._dist.broadcast(x, 0)
         return x
 
     def _pass(self, x: torch.Tensor, source: int, target: int) -> None:
         self._dist.broadcast(x, source, group=self._groups[tuple(sorted((source, target)))])
 
-    def _group(self, first: int, size: int):
+    def _group(self, first: int, size: int) -> Any:
         return self._groups[tuple(range(first, first + size))]
 
     def close(self) -> None:
@@ -133,7 +133,7 @@ class NcclRanks(Ranks):
             self._dist.destroy_process_group()
 
 
-def _one_shot(group, device: torch.device) -> "OneShotAllReduce | None":
+def _one_shot(group: Any, device: torch.device) -> "OneShotAllReduce | None":
     """The kernel for small sums, where all ranks of a stage reach each other's memory."""
     import torch.distributed as dist
 

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -19,6 +20,8 @@ class RanksSession(PortableSession):
     Every rank makes its own at the same time. A step's chunks are told over the host; a generation step's tokens go
     from device to device.
     """
+
+    ranks: Ranks
 
     def __init__(self, engine: PortableEngine, ranks: Ranks, world: World, mapping: Mapping) -> None:
         super().__init__(engine, ranks)
@@ -53,7 +56,7 @@ class RanksSession(PortableSession):
     def _search(self, chunks: Sequence[Chunk]) -> NotFinite | None:
         return self._all("search", chunks)
 
-    def _all(self, name: str, *arguments: object):
+    def _all(self, name: str, *arguments: object) -> Any:
         """Does something on all ranks; rank 0's result."""
         with self.world.busy():
             self.world.tell((name, *arguments))
@@ -75,7 +78,7 @@ class RanksSession(PortableSession):
 
     def _all_sum_of_keys(self, batch_size: int, length: int) -> torch.Tensor | None:
         sums = self.world.gather(self.cache.sum_of_keys(batch_size, length).item())
-        return sums and torch.tensor(sum(sums), device=self.device)
+        return None if sums is None else torch.tensor(sum(sums), device=self.device)
 
     def _all_search(self, chunks: Sequence[Chunk]) -> NotFinite | None:
         found = super()._search(chunks)
@@ -87,7 +90,7 @@ class RanksSession(PortableSession):
     def _at_first(self, logits: torch.Tensor | None, rows: int) -> torch.Tensor | None:
         """The logits, which all ranks of the last stage have, on rank 0."""
         source = self.mapping.world_size - self.mapping.tp_size
-        if self.mapping.rank == source != 0:
+        if logits is not None and self.mapping.rank == source != 0:
             self.ranks.send(logits, 0)
         if self.mapping.rank == 0 != source:
             out = torch.empty((rows, self.vocab_size), dtype=torch.float32, device=self.device)

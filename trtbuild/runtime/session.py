@@ -28,7 +28,7 @@ class Session(ABC):
 
     def __init__(self, network: Network, limits: BuildLimits, device: torch.device) -> None:
         self.limits, self.device = limits, device
-        self.vocab_size = network.tensors["logits"].shape[1] if "logits" in network.outputs else 0
+        self.vocab_size = network.tensors["logits"].size(1) if "logits" in network.outputs else 0
         self.weight_bytes = network.weight_bytes
         self._is_float16 = network.holds(torch.float16)
         self.cache = KVCache(network, limits.max_batch_size, device)
@@ -60,7 +60,7 @@ class Session(ABC):
             return self.decode(torch.tensor([chunk.tokens[0] for chunk in chunks], dtype=torch.int32).to(self.device))
         for chunk in chunks:
             self.lengths[chunk.slot], self.prompt_lengths[chunk.slot] = chunk.end, chunk.prompt_length
-        return self._step(chunks)
+        return _there(self._step(chunks))
 
     def prefill(self, prompts: list[list[int]], all_logits: bool = False) -> torch.Tensor:
         """Starts a new batch from token ids; returns float32 logits of each last token, `[batch, vocab]`.
@@ -102,7 +102,7 @@ class Session(ABC):
         """Where numbers stop being finite, as far as can be known."""
         return "in the logits"
 
-    def check_prompt(self, prompt: list[int], index: int) -> None:
+    def check_prompt(self, prompt: Sequence[int], index: int) -> None:
         """Raises `UserError` for a prompt that the engine cannot take."""
         if not prompt:
             raise UserError(f"prompt {index} is empty; give at least one token of text")
@@ -144,13 +144,15 @@ class Session(ABC):
                 f"a sequence has reached max_length {self.limits.max_length}; build with a larger max_output_len"
             )
         self.lengths = [n + 1 for n in self.lengths]
-        return self._decode(tokens)
+        return _there(self._decode(tokens))
 
     @abstractmethod
-    def _step(self, chunks: Sequence[Chunk]) -> torch.Tensor: ...
+    def _step(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:
+        """Logits; None on a rank that has none."""
 
     @abstractmethod
-    def _decode(self, tokens: torch.Tensor) -> torch.Tensor: ...
+    def _decode(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """The same."""
 
 
 class PortableSession(Session):
@@ -163,9 +165,9 @@ class PortableSession(Session):
         self.engine, self.ranks = engine, ranks
         self._slots = torch.arange(engine.limits.max_batch_size, device=engine.device)
         self._batches: dict[int, dict[str, torch.Tensor]] = {}
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor | None]] = {}
 
-    def _step(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+    def _step(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:
         batch = len(self.lengths)
         if batch not in self._batches:
             self._batches[batch] = self._decode_inputs(batch)
@@ -201,7 +203,7 @@ class PortableSession(Session):
         state = step_tensors(chunks, self.engine.network.inputs, self.device)
         return state | {"past_lengths": state["position_ids"]} | self.cache.views(batch)
 
-    def _decode(self, tokens: torch.Tensor) -> torch.Tensor:
+    def _decode(self, tokens: torch.Tensor) -> torch.Tensor | None:
         state, longest = self._decode_state, max(self.lengths)
         if "input_ids" in state:
             state["input_ids"].copy_(tokens)
@@ -216,12 +218,12 @@ class PortableSession(Session):
         state["position_ids"].add_(1)
         return logits
 
-    def _replay(self, batch: int, bound: int) -> torch.Tensor:
+    def _replay(self, batch: int, bound: int) -> torch.Tensor | None:
         """Replays the graph for a batch size and a number of cache positions, captured on first use."""
         if (batch, bound) not in self._graphs:
             state = self._decode_state
 
-            def run() -> torch.Tensor:
+            def run() -> torch.Tensor | None:
                 return self.engine.run(Step.generation(self._slots[:batch], bound, ranks=self.ranks), state)
 
             warm_up = torch.cuda.Stream()
@@ -237,6 +239,12 @@ class PortableSession(Session):
         graph, logits = self._graphs[batch, bound]
         graph.replay()
         return logits
+
+
+def _there(logits: torch.Tensor | None) -> torch.Tensor:
+    if logits is None:
+        raise RuntimeError("this rank has no logits; ask rank 0")
+    return logits
 
 
 def kv_bound(length: int, max_length: int) -> int:

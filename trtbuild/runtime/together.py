@@ -44,7 +44,7 @@ def led() -> Iterator[None]:
 
 def obey(here: World) -> NoReturn:
     """Does what rank 0's sessions are asked, until rank 0 ends. An error ends all processes."""
-    session = None
+    session: RanksSession | None = None
     try:
         while True:
             match here.hear():
@@ -55,7 +55,7 @@ def obey(here: World) -> NoReturn:
                     session = None  # its memory, before the next engine's
                     with suppress(UserError):  # which rank 0 has, too
                         session = open_rank(here, *arguments)
-                case (name, *arguments):
+                case (name, *arguments) if session:
                     session.obey(name, *arguments)
     except Exception as error:
         _fail(here, error)
@@ -92,6 +92,7 @@ def open_together(folder: Path, device: torch.device) -> RanksSession:
     Raises `UserError`, naming rank and host, where they do not find the same engine, version or kind of device.
     """
     here = world()
+    assert here, "check_processes found it"
     folder = folder.absolute()
     fingerprint = trtbuild.__version__, _sha256_of_config(folder)
     here.tell(("open", folder, device.type, fingerprint))
@@ -114,12 +115,13 @@ def open_rank(here: World, folder: Path, kind: str, fingerprint: tuple[str, str]
     if kind == "cuda":
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), cpu_count() // here.local_size)))
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), (cpu_count() or 1) // here.local_size)))
     try:
         engine = PortableEngine.load(folder / rank_file(here.rank, "portable"), device)
     except Exception as error:
         problem = _told(error)
     here.agree(problem)
+    assert engine
     return RanksSession(engine, ranks_between(here, mapping, device), here, mapping)
 
 

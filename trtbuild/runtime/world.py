@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from trtbuild.errors import UserError
 
@@ -34,11 +34,11 @@ class World:
         if self.rank == 0 < self.size - 1:
             atexit.register(self.end)
 
-    def group(self, ranks: Sequence[int]):
+    def group(self, ranks: Sequence[int]) -> Any:
         """A communicator of some ranks, all of which call this."""
         return self.comm.Create_group(self.comm.group.Incl(list(ranks)))
 
-    def share(self, value: object) -> object:
+    def share(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
         return self.comm.bcast(value)
 
@@ -64,7 +64,7 @@ class World:
         yield
         self.stuck = False
 
-    def hear(self) -> object:
+    def hear(self) -> Any:
         """Rank 0's next word. A rank that waits long leaves its core to others."""
         start, nap = time.monotonic(), 0.0
         while not self.comm.iprobe(0, COMMANDS):

@@ -130,12 +130,13 @@ def concatenate(parts: Sequence[LazyTensor], dim: int = 0) -> LazyTensor:
 
     def load() -> torch.Tensor:
         """Fills the result part by part, so that no more than one part is held beside it."""
-        result = None
-        for i, part in enumerate(parts):
-            value = part.load()
-            if result is None:
-                result = torch.empty(shape, dtype=value.dtype, device=value.device)
-            result.split(sizes, dim)[i].copy_(value)
+        first = parts[0].load()
+        result = torch.empty(shape, dtype=first.dtype, device=first.device)
+        places = result.split(sizes, dim)
+        places[0].copy_(first)
+        del first
+        for place, part in zip(places[1:], parts[1:], strict=True):
+            place.copy_(part.load())
         return result
 
     return LazyTensor(parts[0].dtype, shape, load)
@@ -147,10 +148,7 @@ def split(tensor: LazyTensor, count: int) -> list[LazyTensor]:
         return [tensor] * count
     rows = tensor.shape[0] // count
     sizes = [rows] * (count - 1) + [tensor.shape[0] - rows * (count - 1)]
-    return [
-        LazyTensor(tensor.dtype, (size, *tensor.shape[1:]), lambda i=i: tensor.load().split(sizes)[i])
-        for i, size in enumerate(sizes)
-    ]
+    return [tensor.narrow(0, i * rows, size) for i, size in enumerate(sizes)]
 
 
 def half_rotary(tensor: LazyTensor, heads: int) -> LazyTensor:

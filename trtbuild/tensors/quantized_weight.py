@@ -114,15 +114,24 @@ def fuse(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
         return first
     if any(part.kind != first.kind or not part.same_order(first) for part in parts):
         raise ValueError(f"weights of {[part.kind for part in parts]} cannot be fused")
-    input_scale = None
-    if first.input_scale is not None:
-        input_scale = from_tensor(torch.stack([part.input_scale.load().reshape(1) for part in parts]).amax(0))
+    input_scales = [part.input_scale.load().reshape(1) for part in parts if part.input_scale]
+    zeros = [part.zeros for part in parts if part.zeros]
     return QuantizedWeight(
         first.format,
         concatenate([part.values for part in parts]),
         concatenate([part.scales for part in parts]),
-        None if first.zeros is None else concatenate([part.zeros for part in parts]),
+        concatenate(zeros) if zeros else None,
         first.activations,
-        input_scale,
+        from_tensor(torch.stack(input_scales).amax(0)) if input_scales else None,
         first.order,
     )
+
+
+Weight = LazyTensor | QuantizedWeight
+
+
+def plain(weight: Weight) -> LazyTensor:
+    """What is never quantized, such as an embedding, a norm or a bias. Raises `TypeError` where it is."""
+    if isinstance(weight, QuantizedWeight):
+        raise TypeError(f"{weight.format} in the place of plain numbers")
+    return weight

@@ -67,7 +67,7 @@ def write_file(
                 raise ValueError(
                     f"{name}: announced {tensor.dtype}{list(tensor.shape)}, got {value.dtype}{list(value.shape)}"
                 )
-            file.write(value.reshape(-1).view(torch.uint8).numpy())
+            file.write(value.reshape(-1).view(torch.uint8).numpy().data)
             del value  # before the next one is loaded
             progress(tensor.nbytes)
 

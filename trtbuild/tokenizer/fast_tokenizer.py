@@ -109,7 +109,7 @@ def convert_sentencepiece(
     # SentencePiece drops the dummy prefix or, where it removes spaces, one of every piece before the text begins, which
     # is all of them but for pieces that begin with two.
     leading = 2**20 if normalizer.remove_extra_whitespaces else int(normalizer.add_dummy_prefix)
-    steps = [decoders.Replace(SPACE, " ")]
+    steps: list[decoders.Decoder] = [decoders.Replace(SPACE, " ")]
     steps += [decoders.ByteFallback()] if trainer.byte_fallback else []
     steps += [decoders.Fuse(), decoders.Strip(" ", leading, 0)]
     tokenizer.decoder = decoders.Sequence(steps)
@@ -161,7 +161,7 @@ def _read_sentencepiece(path: Path) -> Any:
 
     content = read_bytes(path)
     try:
-        model = sentencepiece_model_pb2.ModelProto.FromString(content)
+        model = sentencepiece_model_pb2.ModelProto.FromString(content)  # type: ignore[attr-defined]  # made when imported
         SentencePieceProcessor(model_proto=content)
         whole = model.HasField("trainer_spec") and model.HasField("normalizer_spec")
         whole = whole and all(isinstance(piece.piece, str) for piece in model.pieces)  # bytes if they are not UTF-8

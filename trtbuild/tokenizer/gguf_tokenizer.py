@@ -46,7 +46,7 @@ def _save_sentencepiece(path: Path, folder: Path, metadata: dict) -> None:
     from sentencepiece import sentencepiece_model_pb2
 
     tokens, scores, types = (_get(path, metadata, key) for key in ("tokens", "scores", "token_type"))
-    model = sentencepiece_model_pb2.ModelProto()
+    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made when imported
     try:
         for piece, score, kind in zip(tokens, scores, types, strict=True):
             model.pieces.add(piece=piece, score=score, type=kind)

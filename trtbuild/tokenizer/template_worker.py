@@ -46,22 +46,25 @@ class TemplateWorker:
                 stderr=subprocess.DEVNULL,
                 encoding="ascii",
             )
+            assert self._process.stdout
             self._process.stdout.readline()  # it is ready
         process = self._process
+        assert process.stdin
+        assert process.stdout
         timer = threading.Timer(TEMPLATE_SECONDS, process.kill)
         timer.start()
         try:
             process.stdin.write(json.dumps(request) + "\n")
             process.stdin.flush()
-            answer = process.stdout.readline()
+            line = process.stdout.readline()
         except BrokenPipeError:
-            answer = ""
+            line = ""
         finally:
             timer.cancel()
-        if not answer:
+        if not line:
             self._end()
             raise UserError(f"it takes more than {TEMPLATE_SECONDS} seconds or {TEMPLATE_BYTES >> 20} MiB")
-        answer = json.loads(answer)
+        answer = json.loads(line)
         if "error" in answer:
             raise UserError(answer["error"])
         try:
@@ -77,7 +80,7 @@ def _answer(request: dict) -> dict:
     conversations = [request["messages"]] if "messages" in request else []
     variables = {"chat_template": request["template"], "add_generation_prompt": True, **request.get("variables", {})}
     try:
-        texts, _ = render_jinja_template(conversations, **variables)
+        texts, _ = render_jinja_template(conversations, **variables)  # type: ignore[str-unpack]  # it returns a pair
     except MemoryError:
         return {"error": f"it takes more than {TEMPLATE_BYTES >> 20} MiB"}
     except Exception as error:  # Jinja's, and whatever a template's expressions raise

@@ -82,8 +82,8 @@ class Tokenizer:
         self._alias = {token.content: names[i] for i, token in special.items()}
         self._ids = {backend.token_to_id(name): [i] for i, name in names.items()} | {backend.token_to_id(self._cut): []}
         longest_first = sorted(map(re.escape, self._alias), key=len, reverse=True)
-        beginnings = {name[:end] for name in self._alias for end in range(1, len(name))}
-        beginnings = (rf"{re.escape(part)}\Z" for part in sorted(beginnings, key=len, reverse=True))
+        parts = {name[:end] for name in self._alias for end in range(1, len(name))}
+        beginnings = (rf"{re.escape(part)}\Z" for part in sorted(parts, key=len, reverse=True))
         self._to_mark = re.compile("|".join([*longest_first, *beginnings]) or "(?!)")
         self._marked_or_special = re.compile("|".join([f"{self._mark}(?:{'|'.join(longest_first)})?", *longest_first]))
 
@@ -104,8 +104,8 @@ class Tokenizer:
         if not text:
             return []
         if chat:
-            messages = [("system", system)] if system else []
-            messages = [{"role": role, "content": content} for role, content in [*messages, ("user", text)]]
+            contents = {"system": system, "user": text} if system else {"user": text}
+            messages = [{"role": role, "content": content} for role, content in contents.items()]
             return self.encode_chat(messages, special_tokens)
         return self._encode(text if special_tokens else self.literal(text), add_special_tokens=True)
 

@@ -23,7 +23,7 @@ def read(quantization: dict, tensors: Mapping[str, LazyTensor], where: str) -> d
     version = str(quantization.get("version") or "gemm").lower()
     if bits != 4 or version != "gemm":
         raise UserError(f"{where}: AWQ version {version!r} with {bits} bits is not supported; gemm with 4 bits is")
-    group_size = quantization.get("group_size", quantization.get("q_group_size"))
+    group_size = quantization["group_size" if "group_size" in quantization else "q_group_size"]
     symmetric = not quantization.get("zero_point", True)
     result: dict[str, LazyTensor | QuantizedWeight] = {}
     for name, tensor in tensors.items():

@@ -109,7 +109,8 @@ def _weight(
         expect(f"{prefix}.weight", values, (known.values,), (out, width), where)
     groups = count_groups(width, scheme["group_size"], where) if scheme["strategy"] == "group" else 1
     if scheme["strategy"] == "tensor":
-        scale = LazyTensor(scale.dtype, scale.shape or (1,), lambda scale=scale: scale.load().reshape(-1))
+        one = scale
+        scale = LazyTensor(one.dtype, one.shape or (1,), lambda: one.load().reshape(-1))
         expect(f"{prefix}.weight_scale", scale, FLOATS, (1,), where)
     else:
         expect(f"{prefix}.weight_scale", scale, FLOATS, (out, groups), where)
@@ -165,11 +166,11 @@ def write(prefix: str, weight: QuantizedWeight) -> dict[str, LazyTensor]:
     else:
         tensors[f"{prefix}.weight"] = weight.values
     tensors[f"{prefix}.weight_scale"] = weight.scales
-    if weight.zeros is not None:
+    if (zeros := weight.zeros) is not None:
         tensors[f"{prefix}.weight_zero_point"] = LazyTensor(
             torch.int32,
             (out // 8, weight.scales.shape[1]),
-            lambda: pack(weight.zeros.load().T.int() + 8).T.contiguous(),
+            lambda: pack(zeros.load().T.int() + 8).T.contiguous(),
         )
     if weight.input_scale is not None:
         tensors[f"{prefix}.input_scale"] = weight.input_scale

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Protocol
+from typing import Protocol, TypeVar, cast
 
 from trtbuild.errors import UserError
 from trtbuild.models.config import EXTENSION, ModelConfig
 from trtbuild.models.values import coerced
 from trtbuild.tensors.lazy import LazyTensor
 
+T = TypeVar("T")
 FAMILIES = tuple(sorted(module.name for module in iter_modules(__path__)))
 # What a `model_type` may begin with that looks like a supported family but is none.
 RELATIVES = {
@@ -31,20 +32,17 @@ class Family(Protocol):
     VERSIONS: tuple[str, ...]  # names of versions that its configurations may not tell apart; mostly none
     TOKENIZER_FILE: str  # the original tokenizer, where there is no tokenizer.json
 
-    @staticmethod
-    def canonical_config(config: dict, where: Path | str, model_version: str | None) -> dict:
+    def canonical_config(self, config: dict, where: Path | str, model_version: str | None) -> dict:
         """A published `config.json` as a canonical one (`ModelConfig.from_canonical`).
 
         Raises `KeyError` for a missing key, `UserError` for a wrong one or a `model_version` (of `VERSIONS`) that it is
         not.
         """
 
-    @staticmethod
-    def canonical_tensors(tensors: dict[str, LazyTensor], config: dict) -> dict[str, LazyTensor]:
+    def canonical_tensors(self, tensors: dict[str, LazyTensor], config: dict) -> dict[str, LazyTensor]:
         """Tensors under canonical names, fused ones split; unknown names stay. `config` is the canonical one."""
 
-    @staticmethod
-    def save_tokenizer(file: Path, folder: Path, config: dict) -> None:
+    def save_tokenizer(self, file: Path, folder: Path, config: dict) -> None:
         """Makes `tokenizer.json` in `folder` from the original tokenizer file. `config` is the canonical one."""
 
 
@@ -52,7 +50,7 @@ def family_of(config: dict, where: Path | str) -> Family:
     """The family of a published `config.json`; an unknown one is a `UserError` that lists what is supported."""
     model_type = str(config.get("model_type"))
     if model_type in FAMILIES:
-        return import_module(f"{__name__}.{model_type}")
+        return cast(Family, import_module(f"{__name__}.{model_type}"))
     supported = ", ".join(f"{name} ({import_module(f'{__name__}.{name}').DESCRIPTION})" for name in FAMILIES)
     relations = [relation for beginning, relation in RELATIVES.items() if model_type.startswith(beginning)]
     reason = relations[0] if relations else "not supported"
@@ -86,7 +84,7 @@ def config_from_hugging_face(config: dict, where: Path | str) -> ModelConfig:
     return _reading(lambda: ModelConfig.from_canonical(canonical_config(config, where), where), where)
 
 
-def _reading(read: Callable, where: Path | str):
+def _reading(read: Callable[[], T], where: Path | str) -> T:
     try:
         return read()
     except KeyError as error:

@@ -73,7 +73,7 @@ def _version(config: dict, where: Path | str, given: str | None) -> str:
 
 def canonical_tensors(tensors: dict[str, LazyTensor], config: dict) -> dict[str, LazyTensor]:
     """`W_pack` is q, k and v, one after the other."""
-    canonical = {}
+    canonical: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
         if match := re.fullmatch(r"(.+\.self_attn)\.W_pack\.weight", name):
             canonical |= zip((f"{match[1]}.{part}_proj.weight" for part in "qkv"), split(tensor, 3), strict=True)

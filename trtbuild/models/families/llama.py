@@ -5,7 +5,7 @@ from pathlib import Path
 from trtbuild.tensors.lazy import LazyTensor
 
 DESCRIPTION = "LLaMA, CodeLlama, Yi"
-VERSIONS = ()
+VERSIONS: tuple[str, ...] = ()
 TOKENIZER_FILE = "tokenizer.model"
 
 

@@ -13,7 +13,7 @@ from trtbuild.models.config import EXTENSION
 from trtbuild.tensors.lazy import LazyTensor, split
 
 DESCRIPTION = "the first Qwen, QWenLMHeadModel"
-VERSIONS = ()
+VERSIONS: tuple[str, ...] = ()
 TOKENIZER_FILE = "qwen.tiktoken"
 
 NAMES = {
@@ -75,7 +75,7 @@ def canonical_config(config: dict, where: Path | str, model_version: str | None)
 
 def canonical_tensors(tensors: dict[str, LazyTensor], config: dict) -> dict[str, LazyTensor]:
     """`c_attn` is q, k and v, one after the other."""
-    canonical = {}
+    canonical: dict[str, LazyTensor] = {}
     for published, tensor in tensors.items():
         layer, name = "", published
         if match := re.fullmatch(r"transformer\.h\.(\d+)\.(.+)", published):

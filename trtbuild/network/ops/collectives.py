@@ -5,10 +5,14 @@ of their own they meet through their step's `ranks`.
 """
 
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
 
+from trtbuild.network.lowering import Lowered, Lowering
 from trtbuild.network.network import Op, Spec, Tensor
+from trtbuild.network.ranks import Ranks
+from trtbuild.network.step import Step
 
 Meeting = tuple[str, tuple[int, ...]]
 
@@ -24,10 +28,10 @@ class Collective(Op):
         """Every rank's result, from every rank's inputs by name, both in the order of `meeting`."""
         raise NotImplementedError
 
-    def reference(self, **inputs: torch.Tensor):
+    def reference(self, *args: Any, **inputs: Any) -> NoReturn:
         raise NotImplementedError(f"{self} is no rank's alone; run all ranks in lock-step")
 
-    def portable(self, step, *inputs: torch.Tensor):
+    def portable(self, step: Step, *args: Any, **inputs: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
         raise NotImplementedError
 
 
@@ -47,13 +51,13 @@ class AllReduce(Collective):
     def meeting(self, rank: int) -> Meeting:
         return "all_reduce", tuple(range(self.first, self.first + self.size))
 
-    def together(self, *brought):
+    def together(self, *brought: dict[str, torch.Tensor]) -> list[torch.Tensor | tuple]:
         return [torch.stack([inputs["x"] for inputs in brought]).sum(0)] * self.size
 
-    def portable(self, step, x):
-        return step.ranks.all_reduce(x, self.first, self.size)
+    def portable(self, step: Step, x: torch.Tensor) -> torch.Tensor:
+        return _others(step).all_reduce(x, self.first, self.size)
 
-    def to_tensorrt(self, lowering, x):
+    def to_tensorrt(self, lowering: Lowering, x: Lowered) -> Lowered:
         return lowering.all_reduce(x, range(self.first, self.first + self.size))
 
 
@@ -65,19 +69,18 @@ class AllGather(Collective):
     size: int
 
     def infer(self, x: Tensor) -> list[Spec]:
-        rows, columns = x.shape
-        return [(x.dtype, (rows, self.size * columns))]
+        return [(x.dtype, (x.shape[0], self.size * x.size(1)))]
 
     def meeting(self, rank: int) -> Meeting:
         return "all_gather", tuple(range(self.first, self.first + self.size))
 
-    def together(self, *brought):
+    def together(self, *brought: dict[str, torch.Tensor]) -> list[torch.Tensor | tuple]:
         return [torch.cat([inputs["x"] for inputs in brought], 1)] * self.size
 
-    def portable(self, step, x):
-        return step.ranks.all_gather(x, self.first, self.size)
+    def portable(self, step: Step, x: torch.Tensor) -> torch.Tensor:
+        return _others(step).all_gather(x, self.first, self.size)
 
-    def to_tensorrt(self, lowering, x):
+    def to_tensorrt(self, lowering: Lowering, x: Lowered) -> Lowered:
         return lowering.all_gather(x, range(self.first, self.first + self.size))
 
 
@@ -93,14 +96,14 @@ class Send(Collective):
     def meeting(self, rank: int) -> Meeting:
         return "pass", (rank, self.target)
 
-    def together(self, *brought):
+    def together(self, *brought: dict[str, torch.Tensor]) -> list[torch.Tensor | tuple]:
         return [(), brought[0]["x"]]
 
-    def portable(self, step, x):
-        step.ranks.send(x, self.target)
+    def portable(self, step: Step, x: torch.Tensor) -> tuple[()]:
+        _others(step).send(x, self.target)
         return ()
 
-    def to_tensorrt(self, lowering, x):
+    def to_tensorrt(self, lowering: Lowering, x: Lowered) -> tuple[()]:
         lowering.send(x)
         return ()
 
@@ -121,12 +124,18 @@ class Receive(Collective):
 
     together = Send.together
 
-    def portable(self, step, position_ids):
-        dtype = getattr(torch, self.dtype)
-        return step.ranks.receive(position_ids.new_empty((len(position_ids), self.columns), dtype=dtype), self.source)
+    def portable(self, step: Step, position_ids: torch.Tensor) -> torch.Tensor:
+        out = position_ids.new_empty((len(position_ids), self.columns), dtype=getattr(torch, self.dtype))
+        return _others(step).receive(out, self.source)
 
-    def to_tensorrt(self, lowering, position_ids):
+    def to_tensorrt(self, lowering: Lowering, position_ids: Lowered) -> Lowered:
         return lowering.received(getattr(torch, self.dtype), self.columns)
+
+
+def _others(step: Step) -> Ranks:
+    if step.ranks is None:
+        raise ValueError("a network of several ranks needs a step that leads to the others")
+    return step.ranks
 
 
 def all_reduce(x: Tensor, ranks: range) -> Tensor:
