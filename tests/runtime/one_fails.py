@@ -27,7 +27,7 @@ def fail() -> None:
 
 
 def fail_to_load(*_):
-    raise MemoryError("torch wanted 3 GB")
+    raise {"loads": MemoryError("torch wanted 3 GB"), "broken": ZeroDivisionError("a bug")}[HOW]
 
 
 def failing(portable):
@@ -50,7 +50,7 @@ if world().rank == RANK:
         together._sha256_of_config = lambda folder: "another"
     if HOW == "file":
         together.rank_file = lambda rank, kind: "missing.safetensors"
-    if HOW == "loads":
+    if HOW in ("loads", "broken"):
         together.PortableEngine.load = fail_to_load
 
 main()

@@ -205,6 +205,14 @@ def check_refusal(engines, run, how):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_bug_while_others_wait_for_word(engines, run, rank):
+    done = failed(engines(2, 1), 2, rank, "broken", run)
+    assert done.returncode == 2
+    assert done.stderr.endswith(f"error: rank {rank} on {socket.gethostname()}: ZeroDivisionError: a bug\n")
+
+
+@pytest.mark.slow
 def test_a_mistake_is_said_once(engines, run):
     done = mpiexec(2, "-m", "trtbuild", "run", "--engine-dir", engines(2, 1), *run, "--input-text", "")
     assert done.stderr == "error: prompt 3 is empty; give at least one token of text\n"

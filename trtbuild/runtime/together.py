@@ -95,8 +95,9 @@ def open_together(folder: Path, device: torch.device) -> RanksSession:
     assert here, "check_processes found it"
     folder = folder.absolute()
     fingerprint = trtbuild.__version__, _sha256_of_config(folder)
-    here.tell(("open", folder, device.type, fingerprint))
-    return open_rank(here, folder, device.type, fingerprint)
+    with here.busy():
+        here.tell(("open", folder, device.type, fingerprint))
+        return open_rank(here, folder, device.type, fingerprint)
 
 
 def open_rank(here: World, folder: Path, kind: str, fingerprint: tuple[str, str]) -> RanksSession:

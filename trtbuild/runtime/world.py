@@ -14,7 +14,7 @@ from trtbuild.errors import UserError
 
 SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")  # launchers say how many
 COMMANDS = 71  # tag of the messages that rank 0 leads with
-SPIN, LONGEST_NAP = 2e-3, 1e-3  # seconds
+SPIN, LONGEST_NAP = 1e-2, 1e-3  # seconds; a step of most models is shorter than the first
 
 
 class World:
@@ -50,6 +50,7 @@ class World:
         """Raises `UserError` on all ranks where one has a problem: a line that names the first such rank."""
         problems = self.gather(problem and (problem if self.rank == 0 else f"{self}: {problem}"))
         if (line := self.share(problems and next(filter(None, problems), None))) is not None:
+            self.stuck = False  # nobody waits for anybody
             raise UserError(line)
 
     def tell(self, message: object) -> None:
