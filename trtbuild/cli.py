@@ -614,7 +614,7 @@ def _dummy(name: str, models: Path, model_version: str | None) -> tuple[str, dic
         shape = file.resolve().parent.name if file.stem == "config" else file.stem
         return shape, {"config": str(file)} | version
     if not models.exists():
-        raise UserError(f"{models}, which would declare {name!r}, does not exist; give --models or a config.json")
+        raise UserError(f"{models} does not exist, which would declare {name!r}; give --models or a config.json")
     table = load_table(str(models), MODELS_SCHEMA)
     if name not in table:
         raise UserError(f"{unknown('model', name, table)}; or give a config.json")
