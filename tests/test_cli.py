@@ -554,7 +554,7 @@ def test_build_refuses(made, tmp_path, arguments, message):
         (["--model-config", "none.json", "--dummy"], "none.json does not exist"),
         (
             ["--model-config", "deep", "--dummy", "--models", "x/y.yaml"],
-            "x/y.yaml, which would declare 'deep', does not",
+            "x/y.yaml does not exist, which would declare 'deep'",
         ),
         (["--model-config", "deep", "--dummy", "--max-input-len", 999], "999 and .* are more than the 256 positions"),
         (["--model-config", "deep", "--dummy", "--num-layers", 9], "num_layers is 9; the model has 3"),
