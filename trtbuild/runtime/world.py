@@ -15,6 +15,7 @@ from trtbuild.errors import UserError
 SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")  # launchers say how many
 COMMANDS = 71  # tag of the messages that rank 0 leads with
 SPIN, LONGEST_NAP = 1e-2, 1e-3  # seconds; a step of most models is shorter than the first
+LAST_WORDS = 1  # seconds for the launcher to pass on what was printed, which it may forget when a rank aborts
 
 
 class World:
@@ -91,6 +92,7 @@ class World:
         with suppress(OSError):
             sys.stdout.flush()
             print(f"error: {self}: {line}", file=sys.stderr, flush=True)
+        time.sleep(LAST_WORDS)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPI has a line of its own
         self.comm.Abort(2)
         os._exit(2)  # Abort may return before the launcher has ended this process
