@@ -64,7 +64,9 @@ def test_two_ranks_give_the_results_of_one(finished):
     finished.config["evaluation"]["runtime"] = "interpreted"
     finished.fail("results/tiny/fp32@tp2/benchmark.json")
     log = (two / "logs/benchmark.log").read_text().splitlines()
-    assert log == [f"error: runtime interpreted runs one rank, {two / 'engine'} has 2; use --runtime portable"]
+    assert log == [
+        "error: runtime interpreted runs one rank, results/tiny/fp32@tp2/engine has 2; use --runtime portable"
+    ]
 
 
 @pytest.mark.parametrize(
