@@ -105,10 +105,12 @@ def check_chat_template(name: str, model: dict, where: str) -> None:
 
 
 def matrix_targets(config: dict) -> list[str]:
-    """The files that `snakemake` alone makes."""
+    """The files that `snakemake` alone makes. Raises `UserError` for what is no recipe, but lies beside them."""
     targets = []
     for entry in config["matrix"]:
         folder = f"results/{entry['model']}"
+        for name in reserved_names() & {*entry["recipes"]}:
+            raise UserError(f"config/config.yaml: matrix: {folder}/{name}/benchmark.json: {name!r} is no recipe")
         targets += [f"{folder}/hf/rouge.json", f"{folder}/hf/perplexity.json", f"{folder}/{TABLE}"]
         for recipe in entry["recipes"]:
             targets += [f"{folder}/{recipe}/{name}.json" for name in ("rouge", "perplexity", "benchmark")]

@@ -55,8 +55,8 @@ def obey(here: World) -> NoReturn:
                     session = None  # its memory, before the next engine's
                     with suppress(UserError):  # which rank 0 has, too
                         session = open_rank(here, *arguments)
-                case (name, *arguments) if session:
-                    session.obey(name, *arguments)
+                case (name, *arguments):
+                    session.obey(name, *arguments)  # type: ignore[union-attr]  # without one it is an error like others
     except Exception as error:
         _fail(here, error)
 
