@@ -1,5 +1,5 @@
 # make demo: one whole chain, from a download to ROUGE.   make test: the whole suite.   Both make .venv themselves.
-# make test-fast: what is not slow, in under 4 minutes.   make lint: style and types.
+# make test-fast: what is not slow, in under 5 minutes.   make lint: style and types.
 # make fuzz [CASES=20000] [SEED=1]: damaged inputs at random; make fuzz CASE=...: one of them again (docs/reliability.md).
 # Linux wheels of torch on PyPI hold CUDA; for the small CPU build: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 PYTHON ?= python3
