@@ -1,6 +1,8 @@
 """Imports run down only: a package may import those before it in this list, and itself (docs/architecture.md)."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "trtbuild"
@@ -36,3 +38,12 @@ def test_no_import_runs_upwards():
         and FLOORS.index(name) > FLOORS.index(file.relative_to(PACKAGE).parts[0].removesuffix(".py"))
     }
     assert not upward
+
+
+def test_a_workflow_starts_without_torch():
+    """Every `snakemake`, and every job of it, reads the Snakefile."""
+    rules = (PACKAGE.parent / "rules" / "common.smk").read_text()
+    imports = [line for line in rules.splitlines() if line.startswith("from trtbuild")]
+    assert len(imports) > 5
+    code = "\n".join([*imports, "import sys", "sys.exit('torch' in sys.modules)"])
+    assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent).returncode == 0

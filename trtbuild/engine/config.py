@@ -6,7 +6,6 @@ from pathlib import Path
 
 from trtbuild.errors import UserError
 from trtbuild.files import check_shape, kind_of, read_json, sha256, write_json
-from trtbuild.tensors.safetensors_stream import header_sha256
 
 CONFIG_FILE = "config.json"
 FILE = {"bytes": int, "sha256": str}
@@ -58,7 +57,13 @@ def write_config(folder: Path, outputs: list[str], **content: object) -> None:
 def identify(path: Path) -> dict:
     """Size and sha256 of an engine file, and of a portable engine's header, which holds the network."""
     found = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    return found | ({"header_sha256": header_sha256(path)} if _is_portable(path.name) else {})
+    return found | ({"header_sha256": _header_sha256(path)} if _is_portable(path.name) else {})
+
+
+def _header_sha256(path: Path) -> str:
+    from trtbuild.tensors.safetensors_stream import header_sha256  # it takes torch, and the Snakefile does without
+
+    return header_sha256(path)
 
 
 def _is_portable(name: str) -> bool:
@@ -95,6 +100,6 @@ def _difference(path: Path, expected: dict, check: bool) -> str | None:
     """In what a file is not the expected one, as far as it is looked at."""
     if path.stat().st_size != expected["bytes"]:
         return "size"
-    if _is_portable(path.name) and header_sha256(path) != expected["header_sha256"]:
+    if _is_portable(path.name) and _header_sha256(path) != expected["header_sha256"]:
         return "header"
     return "sha256" if check and sha256(path) != expected["sha256"] else None
