@@ -37,7 +37,7 @@ try:
     trtbuild_workflow.check_targets([*sys.argv[1:], *TARGETS], MODELS, RECIPES, REHEARSE)
     trtbuild_workflow.check_layouts_of_targets([*sys.argv[1:], *TARGETS], MODELS, RECIPES)
     trtbuild_workflow.check_positions_of_targets([*sys.argv[1:], *TARGETS], MODELS, RECIPES, config["build"])
-    rehearsal.check_rehearsal(sys.argv[1:], config, MODELS, RECIPES)
+    trtbuild_workflow.check_rehearsal(sys.argv[1:], config, MODELS, RECIPES)
     DECLARED = MODELS
     MODELS = MODELS | rehearsal.rehearsal_models(MODELS)
     CHAT_TEMPLATES = trtbuild_workflow.chat_templates(MODELS, config["models"])
@@ -89,7 +89,7 @@ def ranks_of(wildcards):
 def default_targets(wildcards):
     """What `snakemake` alone makes; said only here, where it is asked for: what of it cannot be rehearsed."""
     try:
-        rehearsal.check_rehearsal(TARGETS, config, DECLARED, RECIPES)
+        trtbuild_workflow.check_rehearsal(TARGETS, config, DECLARED, RECIPES)
     except UserError as error:
         raise WorkflowError(str(error)) from None
     return TARGETS

@@ -6,8 +6,7 @@ a rehearsal is so by the name alone (`engine.config.marker`).
 """
 
 import os
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 from trtbuild.engine.config import REHEARSAL
 from trtbuild.errors import UserError
 from trtbuild.files import scratch_beside
-from trtbuild.layout import sizes, split_run
+from trtbuild.layout import sizes
 from trtbuild.quantization.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -87,28 +86,6 @@ def small_calibration(recipe: Recipe) -> Recipe:
         return recipe
     amounts = {key: min(value, getattr(recipe.text, key)) for key, value in CALIBRATION.items()}
     return Recipe.parse(recipe.settings | {"calibration": recipe.settings.get("calibration", {}) | amounts})
-
-
-def check_rehearsal(targets: Iterable[str], config: dict, models: dict, recipes: dict[str, Recipe]) -> None:
-    """Raises `UserError` for a rehearsal that cannot be; configuration, models and recipes are the declared ones."""
-    for target in targets:
-        match = re.match(rf"results/{REHEARSAL}([^/]+)/([^/]+)", os.path.normpath(target))
-        if not match or match[1] not in models:
-            continue
-        model, folder = match[1], match[2]
-        if "config" not in models[model]:
-            raise UserError(
-                f"{target}: the model {model} cannot be rehearsed; add its published config.json to {config['models']} "
-                "as 'config'"
-            )
-        matrix = [run for entry in config["matrix"] if entry["model"] == model for run in entry["recipes"]]
-        for run in matrix if folder == "recipes.md" else [folder]:
-            recipe, _ = split_run(run)
-            if recipe in recipes and recipes[recipe].quant_checkpoint:
-                raise UserError(
-                    f"{target}: the recipe {recipe} cannot be rehearsed; its published weights "
-                    "(quant_checkpoint) have no dummy"
-                )
 
 
 @contextmanager

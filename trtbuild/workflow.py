@@ -230,6 +230,28 @@ def check_layouts_of_targets(targets: Iterable[str], models: dict, recipes: dict
             raise UserError(f"{target}: {error}") from error
 
 
+def check_rehearsal(targets: Iterable[str], config: dict, models: dict, recipes: dict[str, Recipe]) -> None:
+    """Raises `UserError` for a rehearsal that cannot be; configuration, models and recipes are the declared ones."""
+    for target in targets:
+        match = _parts(target)
+        if not match or not match[1] or match[2] not in models:
+            continue
+        model, folder = match[2], match[3]
+        if "config" not in models[model]:
+            raise UserError(
+                f"{target}: the model {model} cannot be rehearsed; add its published config.json to {config['models']} "
+                "as 'config'"
+            )
+        matrix = [run for entry in config["matrix"] if entry["model"] == model for run in entry["recipes"]]
+        for run in matrix if folder == TABLE else [folder]:
+            recipe, _ = split_run(run)
+            if recipe in recipes and recipes[recipe].quant_checkpoint:
+                raise UserError(
+                    f"{target}: the recipe {recipe} cannot be rehearsed; its published weights "
+                    "(quant_checkpoint) have no dummy"
+                )
+
+
 def _recipe_of(match: re.Match) -> str:
     return split_run(match[3])[0]
 

@@ -13,7 +13,6 @@ from trtbuild.engine.config import marker
 from trtbuild.errors import UserError, one_line
 from trtbuild.quantization.recipe import Recipe
 from trtbuild.rehearsal import (
-    check_rehearsal,
     rehearsal_config,
     rehearsal_models,
     rehearsal_recipes,
@@ -26,6 +25,7 @@ from trtbuild.workflow import (
     check_layouts_of_targets,
     check_limits,
     check_positions_of_targets,
+    check_rehearsal,
     check_targets,
     load_recipes,
     load_table,
