@@ -10,10 +10,10 @@ from trtbuild.engine.tensorrt_api import api, logger, set_target
 from trtbuild.errors import UserError
 from trtbuild.network import Network
 from trtbuild.network.lowering import Lowered
+from trtbuild.network.network import Shape
 from trtbuild.network.step import STEP_INPUTS
 from trtbuild.progress import item_bar
 
-Shape = tuple[int | str, ...]
 PADDING = ("pad_index", "unpad_index")
 PADDED = ("batch", "query_len")
 

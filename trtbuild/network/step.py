@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import cached_property
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -50,21 +51,30 @@ def _starts(chunks: Sequence[Chunk]) -> list[int]:
     return [0, *accumulate(len(chunk.tokens) for chunk in chunks)]
 
 
+def _rows(chunks: Sequence[Chunk]) -> list[range]:
+    """The packed rows of each sequence."""
+    return [range(start, end) for start, end in pairwise(_starts(chunks))]
+
+
+def _longest(chunks: Sequence[Chunk]) -> int:
+    return max(len(chunk.tokens) for chunk in chunks)
+
+
 def _logits_indices(chunks: Sequence[Chunk]) -> list[int]:
-    rows = [range(start, start + len(chunk.tokens)) for start, chunk in zip(_starts(chunks), chunks, strict=False)]
-    return [i for own, chunk in zip(rows, chunks, strict=True) for i in (own if chunk.all_logits else own[-1:])]
+    return [
+        i for own, chunk in zip(_rows(chunks), chunks, strict=True) for i in (own if chunk.all_logits else own[-1:])
+    ]
 
 
 def _pad_index(chunks: Sequence[Chunk]) -> list[int]:
     """The packed row of every padded place; padding is on the right and repeats the last token."""
-    longest = max(len(chunk.tokens) for chunk in chunks)
-    ends = [(start, start + len(chunk.tokens)) for start, chunk in zip(_starts(chunks), chunks, strict=False)]
-    return [i for start, end in ends for i in (*range(start, end), *[end - 1] * (longest - (end - start)))]
+    longest = _longest(chunks)
+    return [i for own in _rows(chunks) for i in (*own, *[own[-1]] * (longest - len(own)))]
 
 
 def _unpad_index(chunks: Sequence[Chunk]) -> list[int]:
     """The padded place of every packed row."""
-    longest = max(len(chunk.tokens) for chunk in chunks)
+    longest = _longest(chunks)
     return [b * longest + i for b, chunk in enumerate(chunks) for i in range(len(chunk.tokens))]
 
 
@@ -98,7 +108,7 @@ def step_tensors(
     """Those of a step's inputs that are among `names`, int32, copied to the device together."""
     flat: list[int] = []
     places = {}
-    longest = max(len(chunk.tokens) for chunk in chunks)
+    longest = _longest(chunks)
     for name in names:
         if name in STEP_INPUTS:
             values = STEP_INPUTS[name].values(chunks)
@@ -150,11 +160,12 @@ class Step:
         """`batch_index`: 0, 1, ... int64 `[batch]`."""
         return cls(None, batch_index, kv_bound, exact, ranks)
 
-    @property
+    @cached_property
     def first(self) -> int:
         """The first position of a token of any chunk."""
         return min(chunk.past for chunk in self.chunks or ())
 
+    @cached_property
     def alike(self) -> list[Sequence[Chunk]]:
         """The chunks, in order, in groups that one attention serves: all where they are prompts of one length."""
         chunks = self.chunks or ()

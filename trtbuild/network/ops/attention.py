@@ -126,7 +126,7 @@ class Attention(Op):
             return _generation(step, q, k, v, *caches, position_ids, slopes, scales), *caches
         biases = None if slopes is None else step.alibi(position_ids, slopes, k.shape[1], q.dtype)
         outputs, row = [], 0
-        for chunks in step.alike():
+        for chunks in step.alike:
             count, n, past, end = len(chunks), len(chunks[0].tokens), chunks[0].past, chunks[0].end
             slots, rows = slice(chunks[0].slot, chunks[0].slot + count), slice(row, row + count * n)
             row = rows.stop
