@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -51,7 +52,7 @@ class Round:
         map_: Callable,
     ) -> None:
         self.checkpoint, self.quantization, self.ranges = checkpoint, quantization, ranges
-        self.device, self.map = device, map_
+        self.samples, self.device, self.map = samples, device, map_
         self.format, self.options = quantization.format, quantization.weights
         self.dtype = getattr(torch, quantization.dtype)
         self.smoothing: dict[str, torch.Tensor] = {}  # by product, what `LayerWeights.smooth` was given
@@ -132,24 +133,17 @@ class Round:
 class _Sampled(Round):
     """A method that looks at samples of the activations themselves: its layers must be asked for in order."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        quantization: Quantization,
-        ranges: Calibration | None,
-        samples: list[list[int]] | None,
-        device: torch.device,
-        map_: Callable,
-    ) -> None:
-        super().__init__(checkpoint, quantization, ranges, samples, device, map_)
-        if samples is None or not isinstance(self.format, Int4Linear):
-            raise ValueError(f"{type(self).__name__} makes int4 weights, from samples")
-        self.int4 = self.format
-        self.traversal = Traversal(checkpoint, samples, device, map_)
+    @cached_property
+    def traversal(self) -> Traversal:
+        if self.samples is None:
+            raise ValueError(f"{type(self).__name__} looks at samples")
+        return Traversal(self.checkpoint, self.samples, self.device, self.map)
 
     def grid(self, width: int) -> Int4Grid:
         """Of a weight with `width` input channels."""
-        return self.int4.grid(width, self.dtype, self.options)
+        if not isinstance(self.format, Int4Linear):
+            raise ValueError(f"{type(self).__name__} makes int4 weights")
+        return self.format.grid(width, self.dtype, self.options)
 
     def gram(self, stop: Stop, prepare: Callable[[torch.Tensor], torch.Tensor] = lambda x: x) -> torch.Tensor:
         """The sum of `x x^T` over all tokens that reach a product, after `prepare`, float32 `[in, in]`."""
