@@ -44,3 +44,15 @@ def step_logits(session, prompts, new_tokens, all_logits: bool = True) -> torch.
     """Logits of the prompts, then of every decode step, in rows."""
     logits = [session.prefill(prompts, all_logits)]
     return torch.cat(logits + [session.decode(tokens).clone() for tokens in new_tokens])
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """`error` of two tensors."""
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def among_nan(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers where memory before and behind them is NaN: who reads beyond them shows it."""
+    memory = torch.full((3, *x.shape), float("nan"), dtype=x.dtype)
+    memory[1] = x
+    return memory[1]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from numerics import among_nan, relative_error
 
 pytest.importorskip("triton", "3.7")  # earlier interpreters fail with numpy 2.4
 
@@ -10,17 +11,6 @@ from trtbuild.kernels.add_rms_norm import add_rms_norm
 
 TOLERANCE = {torch.float16: 5e-4, torch.float32: 1e-6}  # the result's own rounding
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
-def among_nan(x: torch.Tensor) -> torch.Tensor:
-    """The same numbers where memory before and behind them is NaN: who reads beyond them shows it."""
-    memory = torch.full((3, *x.shape), float("nan"), dtype=x.dtype)
-    memory[1] = x
-    return memory[1]
 
 
 @dtypes

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from numerics import relative_error
 
 from trtbuild.linear.int4 import Int4Linear, dequantize, pack
 from trtbuild.linear.int8 import Int8Linear
@@ -15,10 +16,6 @@ TOLERANCE = 5e-4  # the result's own rounding to float16
 # rows, out, in: widths that blocks of channels divide or not, sums that are split (3 parts, the last one short and
 # with a part of a block; 2 parts) or not, more rows than the kernel takes
 SHAPES = [(1, 64, 128), (5, 40, 96), (16, 33, 320), (17, 32, 64), (2, 70, 3168), (33, 96, 1104), (65, 32, 64)]
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 def int4(out: int, width: int, group_size: int, symmetric: bool) -> list[torch.Tensor]:
