@@ -1,6 +1,8 @@
-"""Small integers to 16-bit floats inside kernels, four at a time; a conversion instruction each would cost too much.
+"""8 and 4-bit numbers to 16-bit floats inside kernels, four at a time: an instruction for each would cost too much.
 
-The bits are placed into the mantissa of a power of two, which is then subtracted, all of it exact (arXiv 2211.10017).
+Of integers the bits are placed into the mantissa of a power of two, which is then subtracted, all of it exact (arXiv
+2211.10017). An FP8 number's are moved to where a wider one has them, and the product with a power of two puts its
+exponent right, that of subnormal numbers too.
 """
 
 import triton
@@ -31,6 +33,33 @@ INT8_TO_BFLOAT16 = tl.constexpr("""{
     fma.rn.bf16x2 $0, low, one, $0;
     fma.rn.bf16x2 $1, high, one, $1;
 }""")
+# Four E4M3 (sign, 4 bits of exponent, 3 of mantissa) to two registers: bias 7 is 15 in float16, 127 in bfloat16.
+FP8_TO_16_BITS = """{
+    .reg .b32 low, high, sign;
+    prmt.b32 low, $2, 0, 0x1404;
+    prmt.b32 high, $2, 0, 0x3424;
+    and.b32 sign, low, 0x80008000;
+    and.b32 low, low, 0x7f007f00;
+    shr.u32 low, low, SHIFT;
+    or.b32 $0, low, sign;
+    and.b32 sign, high, 0x80008000;
+    and.b32 high, high, 0x7f007f00;
+    shr.u32 high, high, SHIFT;
+    or.b32 $1, high, sign;
+    MULTIPLY
+}"""
+FP8_TO_FLOAT16 = tl.constexpr(
+    FP8_TO_16_BITS.replace("SHIFT", "1").replace(
+        "MULTIPLY", "mov.b32 sign, 0x5c005c00; mul.f16x2 $0, $0, sign; mul.f16x2 $1, $1, sign;"
+    )
+)
+FP8_TO_BFLOAT16 = tl.constexpr(
+    FP8_TO_16_BITS.replace("SHIFT", "4").replace(
+        "MULTIPLY",
+        "mov.b32 sign, 0x7b807b80; mov.b32 low, 0x80008000; "
+        "fma.rn.bf16x2 $0, $0, sign, low; fma.rn.bf16x2 $1, $1, sign, low;",
+    )
+)
 # Four bytes to their low and their high nibbles, each added to a float of 1024 or, in bfloat16, 128.
 NIBBLES = """{
     .reg .b32 low, high;
@@ -54,6 +83,17 @@ def from_int8(q, like):
         return tl.inline_asm_elementwise(asm, "=r,=r,r", [q], dtype=like.dtype, is_pure=True, pack=4)
     else:
         return q.to(like.dtype)
+
+
+@triton.jit
+def from_fp8(x, like):
+    """float8_e4m3fn in the dtype of `like`: equals `x.to(like.dtype)`, except that NaN, which no cache or weight holds
+    that was rounded from finite numbers, is 480."""
+    if ASSEMBLY and like.dtype != tl.float32:
+        asm: tl.constexpr = FP8_TO_FLOAT16 if like.dtype == tl.float16 else FP8_TO_BFLOAT16
+        return tl.inline_asm_elementwise(asm, "=r,=r,r", [x], dtype=like.dtype, is_pure=True, pack=4)
+    else:
+        return x.to(like.dtype)
 
 
 @triton.jit

@@ -1,0 +1,44 @@
+"""Programmatic dependent launch: a kernel of a step starts while the one before it is still running.
+
+What it does before `wait` runs beside the end of its predecessor: it may read what no step writes (weights, scales),
+and nothing else, and it writes nothing. After `wait` all earlier kernels have ended and their results can be seen.
+Kernels that take part
+
+    are launched with `**dependent_launch(device)`, which gives them the constant `DEPENDENT`, and
+    call `trigger(DEPENDENT)` and `wait(DEPENDENT)` in every program, even in one that has nothing to do.
+
+A `wait` inside of a loop that the compiler pipelines may let loads pass it, so it stands before. To
+trigger at the start was faster than at the end.
+"""
+
+import os
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+SWITCH = "TRTBUILD_DEPENDENT_LAUNCH"  # 0 in the environment switches it off
+
+
+@lru_cache
+def dependent_launch(device: torch.device) -> dict[str, bool]:
+    """Options of a launch on `device`: GPUs can do it from compute capability 9.0 on."""
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    if not able or os.environ.get(SWITCH) == "0":
+        return {"DEPENDENT": False}
+    return {"DEPENDENT": True, "launch_pdl": True}
+
+
+@triton.jit
+def trigger(DEPENDENT: tl.constexpr):
+    """Lets the next kernel start."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait(DEPENDENT: tl.constexpr):
+    """Waits for the end of the kernels before."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
