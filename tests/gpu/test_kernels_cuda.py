@@ -1,5 +1,7 @@
 """The Triton kernels on CUDA against their operations' references. Run by hand: `pytest -m gpu tests/gpu`."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -177,28 +179,43 @@ def test_biased_attention_of_the_context_phase(lengths, heads, kv_heads, dtype, 
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 5e-4), (torch.bfloat16, 4e-3)])
-@pytest.mark.parametrize("rows", [1, 16, 2048])
+@pytest.mark.parametrize("rows", [1, 3, 16, 2048])
 @pytest.mark.parametrize("width", [576, 4096, 5120, 8192, 11008, 33])
-def test_fused_norm_and_swiglu(width, rows, dtype, tolerance):
-    """Against float64, and outputs poisoned (freed memory of their sizes, so likely theirs)."""
-    from trtbuild.kernels.add_rms_norm import add_rms_norm
+def test_norm_and_swiglu(width, rows, dtype, tolerance):
+    """Against float64, outputs poisoned; what is rounded to 8 bits equals the CPU's roundings of the rest."""
+    from trtbuild.kernels.add_rms_norm import norm_rows
     from trtbuild.kernels.swiglu import swiglu
 
     def poison() -> None:
+        """Memory of the results' sizes, freed, so that it is likely theirs."""
         torch.full((rows, width), float("nan"), dtype=dtype, device="cuda").clone()
+        torch.full((rows, width), 0x7F, dtype=torch.uint8, device="cuda")
+
+    def narrow_equals_rounded(kernel, values) -> None:
+        for (name, narrow), scale in itertools.product(DTYPES.items(), (None, torch.tensor([0.013]))):
+            poison()
+            actual, scales = kernel((narrow, None if scale is None else scale.cuda()))
+            expected, expected_scales = W8A8Linear(name, "token")._quantized(values.cpu(), scale)
+            assert torch.equal(scales.cpu(), expected_scales)
+            assert torch.equal(actual.float().cpu(), expected.float())
 
     a, b = torch.randn(2, rows, width, device="cuda").to(dtype)
     weight = (1 + 0.2 * torch.randn(width, device="cuda")).to(dtype)
-    poison()
-    total, normed = add_rms_norm(a, b, weight, 1e-5)
-    assert torch.equal(total, a + b)
-    expected = F.rms_norm((a + b).double(), (width,), weight.double(), 1e-5)
-    assert (normed.double() - expected).norm() / expected.norm() < tolerance
+    for addend in (None, b):
+        poison()
+        total, normed, _ = norm_rows(a, weight, 1e-5, b=addend)
+        assert total is None if addend is None else torch.equal(total, a + b)
+        wide = (a if total is None else total).double()
+        expected = F.rms_norm(wide, (width,), weight.double(), 1e-5)
+        assert (normed.double() - expected).norm() / expected.norm() < tolerance
+        narrow_equals_rounded(lambda q, b=addend: norm_rows(a, weight, 1e-5, b=b, quantize=q)[1:], normed)
     gate_up = torch.randn(rows, 2 * width, device="cuda").to(dtype)
     gate, up = gate_up.double().chunk(2, -1)
     poison()
+    values, _ = swiglu(gate_up)
     expected = F.silu(gate) * up
-    assert (swiglu(gate_up).double() - expected).norm() / expected.norm() < tolerance
+    assert (values.double() - expected).norm() / expected.norm() < tolerance
+    narrow_equals_rounded(lambda q: swiglu(gate_up, q), values)
 
 
 def test_results_do_not_vary():

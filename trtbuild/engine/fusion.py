@@ -76,7 +76,8 @@ class Fused(Op):
         given = dict(zip(self.inputs, inputs, strict=True))
         if inputs[0].is_cuda and step.chunks is not None and len(inputs[0]) < MIN_ROWS:
             return self._chain(given, lambda op, given: op.portable(step, **given))
-        return self.kernel(**given, **self.attributes)
+        results = self.kernel(**given, **self.attributes)[: len(self.outputs)]  # the last may be scales
+        return results if len(results) > 1 else results[0]
 
     def _chain(
         self, inputs: dict[str, torch.Tensor], run: Callable[[Op, dict[str, torch.Tensor]], torch.Tensor | tuple]

@@ -1,40 +1,68 @@
-"""Residual addition and the RMSNorm that follows it in one launch, which reads and writes every value once.
+"""Residual addition, RMSNorm and rounding to 8 bits in one launch, which reads and writes every value once.
 
-`add_rms_norm(a, b, weight, eps)` equals
+`norm_rows(a, weight, eps, b=b, quantize=(dtype, scale))` equals
 
-    total = a + b                                                           in their dtype
-    total, (total * rsqrt(mean(total^2) + eps) * weight).to(total.dtype)    the norm in float32
+    total = a + b                                               in their dtype
+    normed = weight * (total * rsqrt(mean(total^2) + eps))      in float32; the bracket and the result are rounded
+    quantize_rows(normed, scale, dtype)
 
-A program does one row.
+where without `b` the norm is that of `a`, and without `quantize` the result is `normed`. A program does one row.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from trtbuild.kernels.dependent_launch import dependent_launch, trigger, wait
+from trtbuild.kernels.quantize_rows import Quantize, narrow_rows, round_rows, warps
+
+
+def norm_rows(
+    a: torch.Tensor, weight: torch.Tensor, eps: float, *, b: torch.Tensor | None = None, quantize: Quantize = None
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+    """`a` and `b` `[rows, hidden]`, `weight` `[hidden]`, all float16, bfloat16 or float32.
+
+    Returns the sum (None without `b`), the norm in their dtype or as `quantize` has it, and its scale (None without
+    `quantize`): float32 `[1]` if given, else `[rows, 1]`.
+    """
+    rows, width = a.shape
+    a, b = a.contiguous(), None if b is None else b.contiguous()
+    total = None if b is None else torch.empty_like(a)
+    normed, scales, rounding = narrow_rows(a, width, quantize)
+    block = triton.next_power_of_2(width)
+    _kernel[(rows,)](
+        a, b, weight, total, normed, scales, width, eps, BLOCK=block, num_warps=warps(rows, block), **rounding,
+        **dependent_launch(a.device),
+    )  # fmt: skip
+    return total, normed, scales
+
 
 def add_rms_norm(
     a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two `[rows, hidden]` and `weight` `[hidden]`, all float16, bfloat16 or float32: the sum and its norm."""
-    rows, width = a.shape
-    a, b = a.contiguous(), b.contiguous()
-    total, normed = torch.empty_like(a), torch.empty_like(a)
-    block = triton.next_power_of_2(width)
-    warps = min(16, max(1, block // 512))
-    _kernel[(rows,)](a, b, weight, total, normed, width, eps, BLOCK=block, num_warps=warps)
-    return total, normed
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """The sum of two `[rows, hidden]` and its norm."""
+    return norm_rows(a, weight, eps, b=b)[:2]
 
 
 @triton.jit
-def _kernel(a, b, weight, total, normed, width, eps, BLOCK: tl.constexpr):
+def _kernel(
+    a, b, weight, total, normed, scales, width, eps,
+    STATIC: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    trigger(DEPENDENT)
     column = tl.arange(0, BLOCK)
     inside = column < width
-    at = tl.program_id(0).to(tl.int64) * width + column
-    scale = tl.load(weight + column, mask=inside, other=0).to(tl.float32)  # waits for no sum
-    x = tl.load(a + at, mask=inside, other=0).to(tl.float32) + tl.load(b + at, mask=inside, other=0).to(tl.float32)
-    rounded = x.to(total.dtype.element_ty)  # the norm is that of the sum as the next layer reads it
-    tl.store(total + at, rounded, mask=inside)
-    x = rounded.to(tl.float32)
-    x *= tl.rsqrt(tl.sum(x * x, 0) / width + eps) * scale
-    tl.store(normed + at, x.to(normed.dtype.element_ty), mask=inside)
+    row = tl.program_id(0).to(tl.int64)
+    factor = tl.load(weight + column, mask=inside, other=0).to(tl.float32)
+    wait(DEPENDENT)
+    at = row * width + column
+    x = tl.load(a + at, mask=inside, other=0)
+    if b is not None:
+        x = (x.to(tl.float32) + tl.load(b + at, mask=inside, other=0).to(tl.float32)).to(x.dtype)
+        tl.store(total + at, x, mask=inside)
+    wide = x.to(tl.float32)
+    bracket = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)).to(x.dtype)
+    y = (bracket.to(tl.float32) * factor).to(x.dtype)
+    if scales is not None:
+        y = round_rows(y, scales, row, STATIC, LIMIT, normed.dtype.element_ty)
+    tl.store(normed + at, y, mask=inside)

@@ -10,11 +10,16 @@ and `scale_product(product, row_scale, column_scale, bias, dtype)` equals
     (product.float() * row_scale * column_scale + bias).to(dtype)
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
+from trtbuild.kernels.dependent_launch import dependent_launch, trigger, wait
 from trtbuild.tensors.rounding import LIMIT
+
+Quantize = tuple[torch.dtype, torch.Tensor | None] | None  # int8 or float8_e4m3fn, and its scale, None for one a row
 
 
 def quantize_rows(
@@ -26,14 +31,30 @@ def quantize_rows(
     """
     rows, width = x.shape
     x = x.contiguous()
-    narrow = x.new_empty(max(rows, min_rows), width, dtype=dtype)
-    scales = x.new_empty(rows, 1, dtype=torch.float32) if scale is None else scale
+    narrow, scales, rounding = narrow_rows(x, width, (dtype, scale), min_rows)
     block = triton.next_power_of_2(width)
     _quantize_kernel[(rows,)](
-        x, narrow, scales, width, STATIC=scale is not None, LIMIT=LIMIT[dtype], INTEGER=dtype == torch.int8,
-        BLOCK=block, num_warps=min(16, max(1, block // 512)),
-    )  # fmt: skip
+        x, narrow, scales, width, BLOCK=block, num_warps=warps(rows, block), **rounding, **dependent_launch(x.device)
+    )
     return narrow, scales
+
+
+def narrow_rows(
+    x: torch.Tensor, width: int, quantize: Quantize, min_rows: int = 0
+) -> tuple[torch.Tensor, Any, dict[str, Any]]:
+    """Memory for a result with the rows of `x` and for its scales (None without `quantize`), and how to round it."""
+    rows = max(len(x), min_rows)
+    if quantize is None:
+        return x.new_empty(rows, width), None, {"STATIC": False, "LIMIT": 0.0}
+    dtype, scale = quantize
+    rounding = {"STATIC": scale is not None, "LIMIT": LIMIT[dtype]}
+    scales = x.new_empty(len(x), 1, dtype=torch.float32) if scale is None else scale
+    return x.new_empty(rows, width, dtype=dtype), scales, rounding
+
+
+def warps(rows: int, block: int) -> int:
+    """Of a program for a row of `block` values: few rows have many, to be short; many share the GPU."""
+    return min(16, max(1, block // (256 if rows <= 128 else 512)))
 
 
 def scale_product(
@@ -63,23 +84,36 @@ def scale_product(
 
 @triton.jit
 def _quantize_kernel(
-    x, narrow, scales, width, STATIC: tl.constexpr, LIMIT: tl.constexpr, INTEGER: tl.constexpr, BLOCK: tl.constexpr
-):
+    x, narrow, scales, width,
+    STATIC: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    trigger(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    values = tl.load(x + row * width + column, mask=column < width, other=0).to(tl.float32)
+    wait(DEPENDENT)
+    values = tl.load(x + row * width + column, mask=column < width, other=0)
+    values = round_rows(values, scales, row, STATIC, LIMIT, narrow.dtype.element_ty)
+    tl.store(narrow + row * width + column, values, mask=column < width)
+
+
+@triton.jit
+def round_rows(values, scales, row, STATIC: tl.constexpr, LIMIT: tl.constexpr, dtype: tl.constexpr):
+    """`values` in `dtype`, with the scale at `scales` if `STATIC`; else they are all of a row, whose scale is kept."""
+    values = values.to(tl.float32)
     if STATIC:
         scale = tl.load(scales)
     else:
-        scale = tl.div_rn(tl.max(tl.abs(values), 0), LIMIT)
-        scale = tl.where(scale > 0, scale, 1.0)
+        # As integers, magnitudes are in the same order, with NaN, which a maximum of floats would hide, on top.
+        largest = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0).to(tl.float32, bitcast=True)
+        scale = tl.div_rn(largest, LIMIT)
+        scale = tl.where(scale == 0, 1.0, scale)
         tl.store(scales + row, scale)
-    values = tl.div_rn(values, tl.full((BLOCK,), scale, tl.float32))
-    if INTEGER:  # a float32 of 1.5 * 2**23 and more has no fraction: adding that rounds to nearest even
+    values = tl.div_rn(values, tl.full(values.shape, scale, tl.float32))
+    if dtype == tl.int8:  # a float32 of 1.5 * 2**23 and more has no fraction: adding that rounds to nearest even
         values = (tl.clamp(values, -LIMIT - 1, LIMIT) + 12582912.0) - 12582912.0
     else:
         values = tl.clamp(values, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(narrow + row * width + column, values.to(narrow.dtype.element_ty), mask=column < width)
+    return values.to(dtype)
 
 
 @triton.jit

@@ -18,4 +18,4 @@ def quantize(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.
 def scale_for(absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Float32 scale that maps `absmax` to the type's limit; 1 where all values are zero, so that zero stays zero."""
     scale = absmax.float() / LIMIT[dtype]
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    return torch.where(scale == 0, torch.ones_like(scale), scale)  # NaN stays NaN
