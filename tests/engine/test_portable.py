@@ -298,10 +298,9 @@ def test_biases_of_the_generation_phase():
     assert biases[1, 0, 1].tolist() == [-1 / 4, 0, no, no]
 
 
-@pytest.mark.parametrize("lengths", [[3, 1], None])
-def test_biases_are_made_once_a_step(lengths):
-    chunks = lengths and whole_prompts([[0] * n for n in lengths])
-    step, positions = Step(chunks, torch.arange(2), 3), torch.tensor([2, 0], dtype=torch.int32)
+@pytest.mark.parametrize("step", [Step.of_chunks(whole_prompts([[0] * 3, [0]])), Step.generation(torch.arange(2), 3)])
+def test_biases_are_made_once_a_step(step):
+    positions = torch.tensor([2, 0], dtype=torch.int32)
     first = step.alibi(positions, SLOPES, 2, torch.float16)
     assert step.alibi(positions, SLOPES, 2, torch.float16) is first
     assert all(stride % 8 == 0 for stride in first.stride()[:-1])

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
+from trtbuild import kernels
 from trtbuild.engine.config import BuildLimits
+from trtbuild.engine.fused import FEW, FEW_ROWS, MANY
 from trtbuild.engine.fusion import Fused, fuse
 from trtbuild.errors import UserError
 from trtbuild.files import atomic
@@ -19,6 +21,7 @@ from trtbuild.tensors.safetensors_stream import open_file, write_file
 
 METADATA_KEY = "trtbuild"
 FORMAT_VERSION = 3
+Call = tuple[Callable, tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # what runs, slots: read, written, then free
 WEIGHTS = ("model.", "lm_head.")  # how names of a model's own constants begin; ALiBi's slopes are computed
 
 
@@ -52,31 +55,39 @@ def read_portable(path: Path) -> tuple[Network, BuildLimits]:
 
 
 class PortableEngine:
-    """A network prepared once for running: a flat list of bound calls over numbered slots.
+    """A network prepared once for running: flat lists of bound calls over numbered slots.
 
-    Every weight is mapped from the file and, on a GPU, copied there once. `nodes` are those that run: on a GPU the
-    network's with chains of them fused. A network of several ranks needs a step that leads to the others.
+    Every weight is mapped from the file and, on a GPU, copied there once. There the network's nodes run fused, in one
+    of two ways, by the number of a step's rows; all share slots and weights. A network of several ranks needs a step
+    that leads to the others.
     """
 
     def __init__(self, network: Network, limits: BuildLimits, device: torch.device) -> None:
         self.network, self.limits, self.device = network, limits, device
-        if device.type == "cuda":
-            network = fuse(network)
-        self.nodes = network.nodes
+        self.few = self.many = network
+        if kernels.run_on(device):
+            self.few, self.many = fuse(network, FEW), fuse(network, MANY)
         names = [name for name in network.tensors if name not in network.constants]
-        slots = {name: i for i, name in enumerate(names)}
-        self._values: list[torch.Tensor | None] = [None] * len(slots)
-        self._inputs = {name: slots[name] for name in network.inputs}
-        self._logits = slots.get("logits", ABSENT)
-        last_uses, constants = network.last_uses(), _Constants(network, device, self._values)
-        self._plan = []
-        for i, node in enumerate(network.nodes):
-            sources = {parameter: slots[x] for parameter, x in node.inputs.items() if x in slots} | constants.of(node)
-            read = {x for x in node.inputs.values() if x in slots and x not in self._inputs}
-            dead = tuple(slots[x] for x in read if last_uses[x] == i)
-            self._plan.append((*_bound(node.op, sources), tuple(slots[x] for x in node.outputs), dead))
-            constants.forget(x for x in node.inputs.values() if last_uses[x] == i)
+        self._slots = {name: i for i, name in enumerate(names)}
+        self._values: list[torch.Tensor | None] = [None] * len(names)
+        self._inputs = {name: self._slots[name] for name in network.inputs}
+        self._logits = self._slots.get("logits", ABSENT)
+        constants = _Constants(network, device, self._values)
+        self._plans = {kind: self._plan(kind, constants) for kind in dict.fromkeys((network, self.few, self.many))}
         self._values.append(None)  # `ABSENT`
+        self._search: list[Call] = []  # what runs in the place of a plan
+
+    def _plan(self, network: Network, constants: "_Constants") -> list[Call]:
+        """The calls of a step."""
+        plan, last_uses = [], network.last_uses()
+        for i, node in enumerate(network.nodes):
+            inputs = {parameter: self._slots[x] for parameter, x in node.inputs.items() if x in self._slots}
+            read = {x for x in node.inputs.values() if x in self._slots and x not in self._inputs}
+            dead = tuple(self._slots[x] for x in read if last_uses[x] == i)
+            targets = tuple(self._slots[x] for x in node.outputs)
+            plan.append((*_bound(node.op, inputs | constants.of(node)), targets, dead))
+            constants.forget(x for x in node.inputs.values() if last_uses[x] == i)
+        return plan
 
     @classmethod
     def load(cls, path: Path, device: torch.device | str = "cpu") -> "PortableEngine":
@@ -92,7 +103,9 @@ class PortableEngine:
         values = self._values.copy()
         for name, slot in self._inputs.items():
             values[slot] = inputs[name]
-        for run, sources, targets, dead in self._plan:
+        rows = len(inputs[self.network.inputs[0]])
+        plan = self._search or self._plans[self.few if rows <= FEW_ROWS else self.many]
+        for run, sources, targets, dead in plan:
             result = run(step, *[values[i] for i in sources])
             for slot in dead:
                 values[slot] = None
@@ -105,35 +118,29 @@ class PortableEngine:
 
     @contextmanager
     def checked(self) -> Iterator[None]:
-        """Inside, `run` ends with `NotFinite` where numbers stopped being finite.
+        """Inside, `run` ends with `NotFinite` where numbers stopped being finite; nothing is fused.
 
         Not before its end: other ranks are in the same step.
         """
-        plan, last = self._plan, ""
-        names: dict[str, str | None] = {}
-        self._plan = []
+        last, names = "", dict.fromkeys(self.network.states.values())  # caches have positions never written to
         found: list[tuple[str, int]] = []
-        for node, (run, sources, targets, dead) in zip(self.nodes, plan, strict=True):
-            for part in node.op.nodes if isinstance(node.op, Fused) else (node,):
-                constants = [name for name in part.inputs.values() if name in self.network.constants]
-                weights = [name for name in constants if name.startswith(WEIGHTS)]
-                last = weights[0].rpartition(".")[0] if weights else last
-                names |= dict.fromkeys(part.outputs, last)
-            names |= dict.fromkeys(self.network.states.values())  # caches have positions that nothing was written to
-            self._plan.append(
-                (_checked(run, [(names[x], len(self._plan)) for x in node.outputs], found), sources, targets, dead)
-            )
+        search: list[Call] = []
+        for node, (run, sources, targets, dead) in zip(self.network.nodes, self._plans[self.network], strict=True):
+            weights = [x for x in node.inputs.values() if x in self.network.constants and x.startswith(WEIGHTS)]
+            last = weights[0].rpartition(".")[0] if weights else last
+            places = [(names.get(x, last), len(search)) for x in node.outputs]
+            search.append((_checked(run, places, found), sources, targets, dead))
 
         def finish(step: Step) -> tuple:
             if found:
                 raise NotFinite(*found[0])
             return ()
 
-        self._plan.append((finish, (), (), ()))
+        self._search = [*search, (finish, (), (), ())]
         try:
             yield
         finally:
-            self._plan = plan
+            self._search = []
 
 
 class NotFinite(FloatingPointError):
@@ -168,7 +175,13 @@ class _Constants:
         self._prepared: dict[tuple, dict[str, int]] = {}
 
     def of(self, node: Node) -> dict[str, int]:
-        """Slots of a node's constants by parameter."""
+        """Slots of a node's constants by parameter; of a fused one's, those that its parts have."""
+        if isinstance(node.op, Fused):
+            return {
+                node.op.name_of(part, parameter): slot
+                for part in node.op.nodes
+                for parameter, slot in self.of(part).items()
+            }
         names = {parameter: name for parameter, name in node.inputs.items() if name in self.constants}
         key = node.op, *sorted(names.items())
         if key not in self._prepared:

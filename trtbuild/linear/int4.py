@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from trtbuild import kernels
 from trtbuild.linear.blockwise import blockwise_linear
 from trtbuild.linear.format import Granularity, Numbers, WeightFormat
 from trtbuild.network.lowering import Lowered, Lowering
@@ -84,7 +85,7 @@ class Int4Linear(WeightFormat):
         at most 256 channels; larger ones are repeated.
         """
         zeros = others.get("zeros")
-        if device.type == "cuda":
+        if kernels.run_on(device):
             from trtbuild.kernels.weight_only import interleave_int4
 
             laid = dict(zip(("weight", "scales", "zeros"), interleave_int4(weight, scales, zeros), strict=True))
@@ -108,7 +109,7 @@ class Int4Linear(WeightFormat):
         zeros: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if x.is_cuda:
+        if kernels.run_on(x.device):
             from trtbuild.kernels.weight_only import weight_only_linear
 
             return weight_only_linear(x, weight, scales, zeros, bias)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from trtbuild import kernels
 from trtbuild.linear.blockwise import blockwise_linear
 from trtbuild.linear.format import EightBits
 from trtbuild.network.lowering import Lowered, Lowering
@@ -35,7 +36,7 @@ class Int8Linear(EightBits):
     def portable(
         self, step: Step, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        if x.is_cuda:
+        if kernels.run_on(x.device):
             from trtbuild.kernels.weight_only import weight_only_linear
 
             return weight_only_linear(x, weight, scales, None, bias)

@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 
+from trtbuild import kernels
 from trtbuild.linear.blockwise import blockwise_linear
 from trtbuild.linear.format import EightBits
 from trtbuild.network.lowering import Lowered, Lowering
@@ -58,7 +59,7 @@ class W8A8Linear(EightBits):
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Float32 sums of products: of integers exact for up to 1032 terms, within 1e-7 of exact beyond."""
-        if x.is_cuda and self._has_kernel(weight):
+        if kernels.run_on(x.device) and self._has_kernel(weight):
             from trtbuild.kernels.quantize_rows import quantize_rows, scale_product
 
             narrow, s = quantize_rows(x, input_scale, self.values, INT_MM_MIN_ROWS if self.dtype == "int8" else 0)
@@ -101,7 +102,7 @@ class W8A8Linear(EightBits):
         """Whether cuBLAS has a product of this weight on its GPU."""
         if any(size % MULTIPLE[self.dtype] for size in weight.shape):
             return False
-        return torch.cuda.get_device_capability(weight.device) >= self.capability
+        return not weight.is_cuda or torch.cuda.get_device_capability(weight.device) >= self.capability
 
 
 def _product(narrow: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -90,6 +90,8 @@ STEP_INPUTS = {
     "query_starts": StepInput(("starts",), _starts),
     "past_lengths": StepInput(("batch",), lambda chunks: [chunk.past for chunk in chunks]),
     "logits_indices": StepInput(("rows",), _logits_indices),
+    # What a kernel reads of chunks besides.
+    "slots": StepInput(("batch",), lambda chunks: [chunk.slot for chunk in chunks]),
     # What its lowering to TensorRT reads in the place of `query_starts`; the indices only where tokens are packed.
     "kv_lengths": StepInput(("batch",), lambda chunks: [chunk.end for chunk in chunks]),
     "pad_index": StepInput(("batch", "query_len"), _pad_index),
@@ -125,33 +127,48 @@ def step_tensors(
 class Step:
     """What the host knows of a step, for operations that need more than their tensors, and what is made once in one.
 
-    Either `chunks`, in any mix of lengths and slots; or, in the generation phase, None: every sequence has one token,
-    its slot is its place in the batch, and its position is known to the device alone, so that a captured graph serves
-    all. Then `kv_bound` is the number of cache positions to read, and `exact` says that every sequence has that many.
-    `ranks` lead to the other ranks of a network that has several.
+    Either `chunks`, in any mix of lengths and slots; `slots`, int32 `[batch]`, has theirs on the device. Where `chunks`
+    is None the device alone knows them, and a captured graph serves any of as many sequences and rows. `max_tokens` is
+    the most that a sequence brings.
+
+    Or a generation step: every sequence has one token, its slot is its place in the batch, and its position is known to
+    the device alone. Then `kv_bound` is the number of cache positions to read, and `exact` says that every sequence has
+    that many. `ranks` lead to the other ranks of a network that has several.
     """
 
     def __init__(
         self,
         chunks: Sequence[Chunk] | None,
         batch_index: torch.Tensor | None,
-        kv_bound: int,
+        kv_bound: int = 0,
         exact: bool = False,
         ranks: Ranks | None = None,
+        slots: torch.Tensor | None = None,
+        max_tokens: int = 1,
     ) -> None:
         self.chunks = chunks
         self.ranks = ranks
         self.batch_index = batch_index
         self.kv_bound = kv_bound
         self.exact = exact
-        self._slots: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.slots = slots
+        self.max_tokens = max_tokens
+        self._entries: tuple[torch.Tensor, torch.Tensor] | None = None
         self._mask: torch.Tensor | None = None
         self._alibi: torch.Tensor | None = None
         self._causal: dict[tuple[int, int], torch.Tensor] = {}
 
     @classmethod
-    def of_chunks(cls, chunks: Sequence[Chunk], ranks: Ranks | None = None) -> "Step":
-        return cls(chunks, None, max(chunk.end for chunk in chunks), ranks=ranks)
+    def of_chunks(
+        cls, chunks: Sequence[Chunk], ranks: Ranks | None = None, slots: torch.Tensor | None = None
+    ) -> "Step":
+        end = max(chunk.end for chunk in chunks)
+        return cls(chunks, None, end, ranks=ranks, slots=slots, max_tokens=_longest(chunks))
+
+    @classmethod
+    def captured(cls, slots: torch.Tensor, max_tokens: int, ranks: Ranks | None = None) -> "Step":
+        """Of chunks that the device alone knows."""
+        return cls(None, None, ranks=ranks, slots=slots, max_tokens=max_tokens)
 
     @classmethod
     def generation(
@@ -159,6 +176,11 @@ class Step:
     ) -> "Step":
         """`batch_index`: 0, 1, ... int64 `[batch]`."""
         return cls(None, batch_index, kv_bound, exact, ranks)
+
+    @property
+    def generates(self) -> bool:
+        """Whether it is a generation step."""
+        return self.batch_index is not None
 
     @cached_property
     def first(self) -> int:
@@ -174,13 +196,13 @@ class Step:
             return [chunks]
         return [[chunk] for chunk in chunks]
 
-    def slots(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def entries(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Slot and position, int64, of the cache entry that each sequence's new token takes in the generation phase."""
-        if self._slots is None:
+        if self._entries is None:
             if self.batch_index is None:
                 raise ValueError("a step of chunks writes more than one entry a sequence")
-            self._slots = self.batch_index, position_ids.long()
-        return self._slots
+            self._entries = self.batch_index, position_ids.long()
+        return self._entries
 
     def mask(self, position_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
         """Generation phase: `[batch, 1, 1, kv_bound]` to add to scores, minus infinity beyond a sequence's end.
@@ -214,7 +236,7 @@ class Step:
         if self._alibi is None:
             device = slopes.device
             keys = torch.arange(self.kv_bound, device=device, dtype=torch.int32)
-            if self.chunks is None:
+            if self.generates:
                 queries, slopes = position_ids[:, None, None, None], slopes.view(kv_heads, -1, 1)
             else:
                 queries, slopes = keys[self.first :, None], slopes[None, :, None, None]

@@ -6,6 +6,7 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 
+from trtbuild import kernels
 from trtbuild.network.lowering import Lowered, Lowering
 from trtbuild.network.network import Op, Spec, Tensor
 from trtbuild.network.step import Step
@@ -122,7 +123,7 @@ class Attention(Op):
             dtype = caches[0].dtype
             stored = [_stored(new.transpose(0, 1), dtype, s) for new, s in zip((k, v), scales, strict=True)]
             k, v = (x.transpose(0, 1) for x in stored)
-        if caches and step.chunks is None:
+        if caches and step.generates:
             return _generation(step, q, k, v, *caches, position_ids, slopes, scales), *caches
         biases = None if slopes is None else step.alibi(position_ids, slopes, k.shape[1], q.dtype)
         outputs, row = [], 0
@@ -201,10 +202,10 @@ def _generation(
     scales: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> torch.Tensor:
     """One new token a sequence: `[batch, heads * head_dim]`."""
-    sequences, positions = step.slots(position_ids)
+    sequences, positions = step.entries(position_ids)
     key_cache[sequences, :, positions] = k
     value_cache[sequences, :, positions] = v
-    if q.is_cuda and _has_kernel(q, key_cache):
+    if kernels.run_on(q.device) and _has_kernel(q, key_cache):
         from trtbuild.kernels.decode_attention import decode_attention
 
         key_scale, value_scale = scales or (None, None)
@@ -221,7 +222,8 @@ def _generation(
 def _has_kernel(q: torch.Tensor, cache: torch.Tensor) -> bool:
     """Whether the decode kernel takes these: 16-bit queries, head sizes that are powers of two, FP8 on GPUs with it."""
     head_dim = q.shape[-1]
-    fp8_missing = cache.dtype == torch.float8_e4m3fn and torch.cuda.get_device_capability(q.device) < (8, 9)
+    fp8 = cache.dtype == torch.float8_e4m3fn
+    fp8_missing = fp8 and q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 9)
     return q.dtype != torch.float32 and head_dim >= 16 and head_dim & (head_dim - 1) == 0 and not fp8_missing
 
 

@@ -6,6 +6,7 @@ import torch
 
 from trtbuild.network.lowering import Lowered, Lowering
 from trtbuild.network.network import Op, Spec, Tensor
+from trtbuild.network.step import Step
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,9 @@ class SelectRows(Op):
 
     def reference(self, x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         return x.index_select(0, indices)
+
+    def portable(self, step: Step, x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        return x if step.generates else self.reference(x, indices)
 
     def to_tensorrt(self, lowering: Lowering, x: Lowered, indices: Lowered) -> Lowered:
         return lowering.gather(x, indices)
