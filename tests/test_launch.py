@@ -17,14 +17,17 @@ from trtbuild.launch import launch
 
 STAGES = """
 import os, signal, time
+from contextlib import suppress
 from pathlib import Path
 import torch
 from trtbuild.errors import UserError
 from trtbuild.runtime.world import COMMANDS, world
 
-def rank_1(cmdline, mine):
-    command = cmdline.read_bytes()
-    return mine in command and b"mpi4py" in command and b"PMI_RANK=1" in (cmdline.parent / "environ").read_bytes()
+def pids_of_rank_1(mine):
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has just ended
+            if mine in (folder / "cmdline").read_bytes() and b"PMI_RANK=1" in (folder / "environ").read_bytes():
+                yield int(folder.name)
 
 def stage(engine_dir, does="nothing", text=None, output=None, dataset=None):
     assert isinstance(engine_dir, Path) and isinstance(output, Path | None)
@@ -38,10 +41,7 @@ def stage(engine_dir, does="nothing", text=None, output=None, dataset=None):
         world().comm.send(("step",), 1, COMMANDS)  # of an engine that is not open
         time.sleep(60)
     if does == "kill rank 1":
-        mine = str(engine_dir.parent).encode()
-        while not (found := [x.parent.name for x in Path("/proc").glob("[0-9]*/cmdline") if rank_1(x, mine)]):
-            time.sleep(0.1)
-        os.kill(int(found[0]), signal.SIGKILL)
+        os.kill(max(pids_of_rank_1(str(engine_dir.parent).encode())), signal.SIGKILL)  # not the one that stays by
         time.sleep(60)
     return {"size": world().size, "threads": torch.get_num_threads(), "text": text, "output": str(output)} | dataset
 """

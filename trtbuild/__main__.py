@@ -7,6 +7,9 @@ import signal
 def main() -> None:
     """Runs the command line; Ctrl-C ends it without a word and with 130, also while it is being imported."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    from trtbuild.runtime.world import stay_by
+
+    stay_by()
     from trtbuild.cli import main
 
     signal.signal(signal.SIGINT, signal.default_int_handler)

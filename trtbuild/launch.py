@@ -5,14 +5,12 @@
 `FOLDER` holds the call. Rank 0 makes it, and leaves there what it returned; the others do what its engine is asked.
 """
 
-import ctypes
 import importlib
 import importlib.util
 import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import traceback
@@ -22,10 +20,10 @@ from typing import Any
 
 from trtbuild.errors import UserError, one_line
 from trtbuild.files import read_json, scratch_beside, write_json
+from trtbuild.runtime.world import end_with_parent, stay_by
 
 CALL, RESULT = "call.json", "result.json"
 PATHS = ("checkpoint_dir", "engine_dir", "output")
-RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")  # where launchers say which rank it is
 
 
 def launch(ranks: int, stage: Callable, **arguments: Any) -> Any:
@@ -65,7 +63,7 @@ def _run(program: list[str]) -> tuple[int, str]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        preexec_fn=_end_with_parent,
+        preexec_fn=end_with_parent,
     ) as run:
         assert run.stdout
         try:
@@ -83,12 +81,6 @@ def _run(program: list[str]) -> tuple[int, str]:
     return run.returncode, said
 
 
-def _end_with_parent() -> None:
-    """Has Linux end this process when its parent is killed, which cannot do it then."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
 def _mpiexec() -> str:
     """The launcher that was installed with this Python, or else the system's."""
     places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -102,19 +94,9 @@ def _mpiexec() -> str:
 
 
 def main() -> None:
-    """What MPI starts for a rank: starts the rank itself, and says if that was killed."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends it without a word; mpiexec ends the others
-    rank = [sys.executable, "-m", "mpi4py", "-c", "from trtbuild.launch import call; call()", sys.argv[1]]
-    code = subprocess.run(rank, close_fds=False, check=False).returncode  # MPI's launcher is at an open file
-    if code < 0:
-        number = next(os.environ[name] for name in RANKS if name in os.environ)
-        print(f"error: rank {number} on {socket.gethostname()} was killed (signal {-code})", file=sys.stderr)
-    sys.exit(abs(code))
-
-
-def call() -> None:
     """A rank's part of a call."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends it without a word; mpiexec ends the others
+    stay_by()
     import torch
 
     from trtbuild.runtime.together import led

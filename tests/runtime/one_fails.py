@@ -1,56 +1,67 @@
-"""`trtbuild`, on one rank of which something goes wrong: started by `test_processes.py`.
+"""`trtbuild`, on one rank of which something goes wrong: started by `test_processes.py` and `failures.py`.
 
-mpiexec -n 2 python tests/runtime/one_fails.py RANK HOW ARGUMENTS ...
+mpiexec -n 2 python tests/runtime/one_fails.py RANK HOW WHEN ARGUMENTS ...
+
+HOW: killed, memory, raises. WHEN: import, start, prompt, generation: before MPI is reached, while the engine is loaded,
+in the middle of the first prompts' step, and of a step of generation. Or WHEN is the check that finds a rank unlike
+rank 0: version, config, file. With FAILED in the environment it writes there when it was.
 """
 
 import os
 import signal
 import sys
+import time
+from pathlib import Path
 
-import trtbuild
-from trtbuild.__main__ import main
-from trtbuild.network.ops.collectives import AllReduce, Receive, Send
-from trtbuild.runtime import together
-from trtbuild.runtime.world import world
+from trtbuild.runtime.world import RANKS, stay_by
 
-RANK, HOW = int(sys.argv.pop(1)), sys.argv.pop(1)
-MEETINGS = 7  # it gets so far: into the middle of a decode step
+stay_by()
+HERE = int(next(os.environ[name] for name in RANKS if name in os.environ))
+RANK, HOW, WHEN = int(sys.argv.pop(1)), sys.argv.pop(1), sys.argv.pop(1)
+BATCH = 2  # steps of more rows are prompts'
+MEETING = {"prompt": 2, "generation": 7}  # in the middle of a step
 
 
-def fail() -> None:
+def fail(*_: object) -> None:
+    if path := os.environ.get("FAILED"):
+        Path(path).write_text(str(time.time()))
     if HOW == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    if HOW == "memory":
-        raise MemoryError("torch wanted 3 GB")
-    if HOW == "raises":
-        raise ZeroDivisionError("a bug")
-
-
-def fail_to_load(*_):
-    raise {"loads": MemoryError("torch wanted 3 GB"), "broken": ZeroDivisionError("a bug")}[HOW]
+    raise {"memory": MemoryError("torch wanted 3 GB"), "raises": ZeroDivisionError("a bug")}[HOW]
 
 
 def failing(portable):
+    """The method of an operation at which ranks meet, which fails in the middle of a step of the kind that is asked."""
+
     def call(self, step, x):
-        global MEETINGS
-        MEETINGS -= 1
-        if MEETINGS == 0:
-            fail()
+        if (len(x) > BATCH) == (WHEN == "prompt"):
+            MEETING[WHEN] -= 1
+            if MEETING[WHEN] == 0:
+                fail()
         return portable(self, step, x)
 
     return call
 
 
-if world().rank == RANK:
-    for op in (AllReduce, Send, Receive):
-        op.portable = failing(op.portable)
-    if HOW == "version":
+if HERE == RANK and WHEN == "import":
+    fail()
+
+import trtbuild  # noqa: E402
+from trtbuild.cli import main  # noqa: E402
+from trtbuild.network.ops.collectives import AllReduce, Receive, Send  # noqa: E402
+from trtbuild.runtime import together  # noqa: E402
+
+if HERE == RANK:
+    if WHEN in MEETING:
+        for op in (AllReduce, Send, Receive):
+            op.portable = failing(op.portable)
+    if WHEN == "start":
+        together.PortableEngine.load = fail
+    if WHEN == "version":
         trtbuild.__version__ = "0.0"
-    if HOW == "config":
+    if WHEN == "config":
         together._sha256_of_config = lambda folder: "another"
-    if HOW == "file":
+    if WHEN == "file":
         together.rank_file = lambda rank, kind: "missing.safetensors"
-    if HOW in ("loads", "broken"):
-        together.PortableEngine.load = fail_to_load
 
 main()

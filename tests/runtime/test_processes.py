@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 
+import failures
 import pytest
 import torch
 from processes import TESTS, mpiexec
@@ -140,76 +141,57 @@ def test_every_stage_by_all_layouts(engines, tiny_checkpoint, tmp_path, layout):
 # What ends one ends all
 
 
-def failed(engine, ranks: int, rank: int, how: str, run) -> subprocess.CompletedProcess:
-    return mpiexec(ranks, HERE / "one_fails.py", rank, how, "run", "--engine-dir", engine, *run)
+@pytest.fixture(scope="module")
+def failing(tmp_path_factory):
+    return failures.make(tmp_path_factory.mktemp("failing"))
 
 
-FAILURES = {
-    "memory": "out of memory (torch wanted 3 GB); use a smaller model or batch, or a larger machine",
-    "raises": "ZeroDivisionError: a bug",
-}
-some_failures = pytest.mark.parametrize(("rank", "how"), [(1, "killed"), (0, "memory"), (1, "raises")])
-all_failures = pytest.mark.parametrize("how", ["killed", *FAILURES])
-
-
-def check_failure(engine, ranks, rank, how, run):
-    done = failed(engine, ranks, rank, how, run)
-    if how == "killed":
-        assert done.returncode == 9
-        assert "{" not in done.stdout  # what mpiexec has to say is there
-        return
-    assert (done.returncode, done.stdout) == (2, "")
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert errors == [f"error: rank {rank} on {socket.gethostname()}: {FAILURES[how]}"]
-
-
-@some_failures
-def test_a_rank_that_fails_in_a_step_ends_all(engines, run, rank, how):
-    check_failure(engines(2, 1), 2, rank, how, run)
+@pytest.mark.parametrize(
+    ("when", "how", "rank"), [("prompt", "killed", 1), ("generation", "memory", 0), ("generation", "raises", 1)]
+)
+def test_a_rank_that_fails_ends_all(failing, when, how, rank):
+    assert failures.run(failures.Case(2, when, how, rank), failing)[1] == ""
 
 
 @pytest.mark.slow
-@all_failures
-@pytest.mark.parametrize("layout", [(2, 1), (2, 2)])
-def test_any_rank_that_fails_in_a_step_ends_all(engines, run, layout, how):
-    ranks = layout[0] * layout[1]
-    for rank in range(ranks):
-        check_failure(engines(*layout), ranks, rank, how, run)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(case for case in failures.cases(2) if case.when in ("import", "start")),
+        *(
+            failures.Case(4, failures.WHEN[1 + (rank + i) % 3], how, rank)
+            for i, how in enumerate(failures.HOW)
+            for rank in range(4)
+        ),
+    ],
+    ids=str,
+)
+def test_any_rank_that_fails_ends_all(failing, case):
+    """Each of four ranks in each way; `failures.py` does that at every moment, many times."""
+    assert failures.run(case, failing)[1] == ""
 
 
+def failed(engine, ranks: int, rank: int, how: str, when: str, run) -> subprocess.CompletedProcess:
+    return mpiexec(ranks, HERE / "one_fails.py", rank, how, when, "run", "--engine-dir", engine, *run)
+
+
+slow = pytest.mark.slow
 REFUSED = {
     "version": "it has trtbuild 0.0, rank 0 has ",
     "config": "config.json is not rank 0's; all ranks need the same engine folder",
     "file": "missing.safetensors",
-    "loads": "out of memory (torch wanted 3 GB)",
 }
 
 
-@pytest.mark.parametrize("how", ["config", pytest.param("version", marks=pytest.mark.slow)])
-def test_ranks_that_are_not_alike(engines, run, how):
-    check_refusal(engines, run, how)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["file", "loads"])
-def test_a_rank_that_cannot_load(engines, run, how):
-    check_refusal(engines, run, how)
-
-
-def check_refusal(engines, run, how):
-    done = failed(engines(2, 1), 2, 1, how, run)
+@pytest.mark.parametrize(
+    "what", ["config", *(pytest.param(name, marks=pytest.mark.slow) for name in ("version", "file"))]
+)
+def test_ranks_that_are_not_alike(engines, run, what):
+    done = failed(engines(2, 1), 2, 1, "", what, run)
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: rank 1 on {socket.gethostname()}: ")
-    assert REFUSED[how] in line
+    assert REFUSED[what] in line
     assert (done.returncode, done.stdout) == (2, "")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_bug_while_others_wait_for_word(engines, run, rank):
-    done = failed(engines(2, 1), 2, rank, "broken", run)
-    assert done.returncode == 2
-    assert done.stderr.endswith(f"error: rank {rank} on {socket.gethostname()}: ZeroDivisionError: a bug\n")
 
 
 @pytest.mark.slow

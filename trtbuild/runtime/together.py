@@ -110,7 +110,7 @@ def open_rank(here: World, folder: Path, kind: str, fingerprint: tuple[str, str]
         if kind == "cuda":
             device, place = _own_gpu(here)
     except Exception as error:
-        problem = _told(error)
+        problem = _told(here, error)
     here.agree(problem)
     here.agree(_shared_gpu(here, here.gather(place)) if kind == "cuda" else None)
     if kind == "cuda":
@@ -120,7 +120,7 @@ def open_rank(here: World, folder: Path, kind: str, fingerprint: tuple[str, str]
     try:
         engine = PortableEngine.load(folder / rank_file(here.rank, "portable"), device)
     except Exception as error:
-        problem = _told(error)
+        problem = _told(here, error)
     here.agree(problem)
     assert engine
     return RanksSession(engine, ranks_between(here, mapping, device), here, mapping)
@@ -136,11 +136,11 @@ def ranks_between(here: World, mapping: Mapping, device: torch.device) -> Ranks:
     return ranks
 
 
-def _told(error: Exception) -> str:
-    """A line for the other ranks. An error within the program is not for them."""
+def _told(here: World, error: Exception) -> str:
+    """A line for the other ranks. An error within the program is not for them; rank 0's mistakes are the user's."""
     if (line := one_line(error)) is None:
         raise error
-    return line
+    return f"{here}: {line}" if here.rank or not isinstance(error, UserError) else line
 
 
 def _check_alike(folder: Path, fingerprint: tuple[str, str]) -> None:

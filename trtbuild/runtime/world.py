@@ -1,7 +1,9 @@
 """The processes that MPI started together: rank 0 leads, the others obey."""
 
 import atexit
+import ctypes
 import os
+import signal
 import socket
 import sys
 import time
@@ -12,9 +14,12 @@ from typing import Any, NoReturn
 
 from trtbuild.errors import UserError
 
-SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")  # launchers say how many
+# Where launchers say how many processes they started, and which one this is.
+SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
 COMMANDS = 71  # tag of the messages that rank 0 leads with
 SPIN, LONGEST_NAP = 1e-2, 1e-3  # seconds; a step of most models is shorter than the first
+_in_mpi = -1  # where `stay_by` is told that this process has reached MPI
 LAST_WORDS = 1  # seconds for the launcher to pass on what was printed, which it may forget when a rank aborts
 
 
@@ -24,6 +29,8 @@ class World:
     def __init__(self) -> None:
         from mpi4py import MPI
 
+        if _in_mpi >= 0:
+            os.write(_in_mpi, b"!")
         self._mpi, self.comm = MPI, MPI.COMM_WORLD
         self.in_place = MPI.IN_PLACE
         self.rank, self.size = self.comm.rank, self.comm.size
@@ -48,8 +55,8 @@ class World:
         return self.comm.gather(value)
 
     def agree(self, problem: str | None) -> None:
-        """Raises `UserError` on all ranks where one has a problem: a line that names the first such rank."""
-        problems = self.gather(problem and (problem if self.rank == 0 else f"{self}: {problem}"))
+        """Raises `UserError` on all ranks where one has a problem: the first such rank's line."""
+        problems = self.gather(problem)
         if (line := self.share(problems and next(filter(None, problems), None))) is not None:
             self.stuck = False  # nobody waits for anybody
             raise UserError(line)
@@ -91,7 +98,7 @@ class World:
         """Ends all processes, whatever they wait for, with one line that names this one."""
         with suppress(OSError):
             sys.stdout.flush()
-            print(f"error: {self}: {line}", file=sys.stderr, flush=True)
+            print(f"\nerror: {self}: {line}", file=sys.stderr, flush=True)  # below rank 0's progress bar
         time.sleep(LAST_WORDS)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPI has a line of its own
         self.comm.Abort(2)
@@ -122,3 +129,35 @@ def world() -> World | None:
             f"several processes were started, which need mpi4py and MPI ({error}); 'pip install trtbuild[mpi]' brings "
             "them, or start one process"
         ) from error
+
+
+def stay_by() -> None:
+    """Where a launcher started several processes: this one stays and waits, and a child of it goes on.
+
+    One that is killed, as the kernel does when memory is short, cannot say so; and launchers let others wait for one
+    that ends before it has reached MPI, unless a signal ends it. To be called before anything with threads is imported.
+    """
+    global _in_mpi
+    if launched() == 1:
+        return
+    reached, _in_mpi = os.pipe()
+    child = os.fork()
+    if child == 0:
+        end_with_parent(signal.SIGKILL)
+        return
+    os.close(_in_mpi)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as others: the launcher sends it to both
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    waited_for = code > 0 and not os.read(reached, 1)
+    if code < 0 or waited_for:
+        rank = next((os.environ[name] for name in RANKS if name in os.environ), "?")
+        how = f"was killed (signal {-code})" if code < 0 else f"ended with exit code {code} before it reached MPI"
+        print(f"\nerror: rank {rank} on {socket.gethostname()} {how}", file=sys.stderr, flush=True)  # below a bar
+        os.kill(os.getpid(), -code if code < 0 else signal.SIGTERM)
+    os._exit(code)
+
+
+def end_with_parent(sent: signal.Signals = signal.SIGTERM) -> None:
+    """Has Linux end this process when its parent is killed, which cannot do it then."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, sent)  # PR_SET_PDEATHSIG
