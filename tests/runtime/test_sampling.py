@@ -1,5 +1,7 @@
 """Sampling against `transformers`' logits processors, and against the probabilities themselves."""
 
+import math
+
 import pytest
 import torch
 from transformers import (
@@ -11,7 +13,7 @@ from transformers import (
 )
 
 from trtbuild.errors import UserError
-from trtbuild.runtime.sampling import Sampler, SamplingParams, filter_logits
+from trtbuild.runtime.sampling import Sampler, SamplingParams, filter_logits, gumbel, philox
 
 VOCAB = 300
 CPU = torch.device("cpu")
@@ -21,8 +23,13 @@ def random_logits(rows=8):
     return 3 * torch.randn(rows, VOCAB)
 
 
-def sampler(rows, first=0, prompts=None, **params):
-    return Sampler(SamplingParams(**params), prompts or [[0]] * rows, first, CPU)
+def sampler(rows, first=0, prompts=None, vocab=VOCAB, **params):
+    params = SamplingParams(**params)
+    return Sampler(params.kind, rows, vocab, CPU).start(params, prompts or [[0]] * rows, first)
+
+
+def bounded(top_k=0, top_p=1.0):
+    return top_k, top_p if top_p < 1 else None
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 5, VOCAB, VOCAB + 7])
@@ -36,7 +43,7 @@ def test_filter_equals_transformers(temperature, top_k, top_p):
     if top_p < 1:
         warpers.append(TopPLogitsWarper(top_p))
     expected = warpers(None, logits)
-    actual = filter_logits(logits / temperature, SamplingParams(top_k=top_k, top_p=top_p))
+    actual = filter_logits(logits / temperature, *bounded(top_k, top_p))
     # The two add probabilities from opposite ends, so a token within rounding of the border may fall on either side.
     differ = (actual.isinf() != expected.isinf()).sum().item()
     assert differ <= 1
@@ -47,7 +54,7 @@ def test_filter_equals_transformers(temperature, top_k, top_p):
 def test_top_p_keeps_the_token_that_crosses_it():
     logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
     for top_p, kept in ((0.4, 1), (0.6, 2), (0.75, 2), (0.85, 3)):
-        assert filter_logits(logits, SamplingParams(top_p=top_p)).isfinite().sum() == kept
+        assert filter_logits(logits, top_p=top_p).isfinite().sum() == kept
 
 
 @pytest.mark.parametrize("penalty", [1.3, 0.7])
@@ -60,7 +67,7 @@ def test_repetition_penalty_equals_transformers(penalty):
     for _ in range(4):
         logits = random_logits(3)
         expected = torch.cat([process(torch.tensor([s]), row[None]) for s, row in zip(sequences, logits, strict=True)])
-        torch.testing.assert_close(sample._penalized(logits), expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(sample.processed(logits), expected, rtol=1e-6, atol=0)
         tokens = sample(logits)
         assert tokens.equal(expected.argmax(-1).int())
         for sequence, token in zip(sequences, tokens.tolist(), strict=True):
@@ -77,9 +84,9 @@ def test_greedy_is_argmax(params):
     assert tokens.equal(logits.argmax(-1).int())
 
 
-def draw(logits, steps, first=0, **params):
-    sample = sampler(len(logits), first, temperature=1.0, **params)
-    return torch.stack([sample(logits) for _ in range(steps)], 1)
+def draw(logits, steps, first=0, prompts=None, **params):
+    sample = sampler(len(logits), first, prompts, temperature=1.0, **params)
+    return torch.stack([sample(logits).clone() for _ in range(steps)], 1)
 
 
 def test_a_seed_gives_the_same_tokens_again():
@@ -96,6 +103,53 @@ def test_tokens_do_not_depend_on_the_batch():
     assert draw(logits[4:8], 20, first=4, seed=4).equal(together[4:])
 
 
+def test_a_token_depends_on_its_place_in_the_sequence_alone():
+    """A prompt that ends with what was drawn goes on as the first one did."""
+    logits = random_logits(1)
+    drawn = draw(logits, 20, seed=4, prompts=[[7, 8]])[0]
+    assert draw(logits, 15, seed=4, prompts=[[7, 8, *drawn[:5].tolist()]])[0].equal(drawn[5:])
+
+
+def test_prompt_i_alone_with_the_seed_plus_i():
+    logits = random_logits()
+    assert draw(logits[3:4], 20, seed=7)[0].equal(draw(logits, 20, seed=4)[3])
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64 - 2, 2**70 + 5])
+def test_any_integer_is_a_seed(seed):
+    logits = random_logits(2)
+    assert draw(logits, 8, seed=seed).equal(draw(logits, 8, seed=seed % 2**64))
+
+
+def test_philox_gives_the_published_words():
+    """Known answers of Random123 (kat_vectors), philox4x32-10, for counters and keys of zeros and of ones."""
+    zero, ones = torch.tensor([0]), torch.tensor([-1])
+    assert [int(x) for x in philox(zero, zero, zero)] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert philox(ones, zero, zero)[0] != philox(ones >> 32 & 0xFFFFFFFF, zero, zero)[0]  # both halves of a key count
+
+
+def test_noise_is_gumbels():
+    """Mean and variance of 800,000, and no two sequences or places that have it in common."""
+    noise = gumbel(torch.arange(40), torch.arange(40) % 3, 20_000)
+    assert noise.isfinite().all()
+    assert noise.mean() == pytest.approx(0.57722, abs=0.008)
+    assert noise.var() == pytest.approx(1.64493, abs=0.02)
+    uniform = torch.exp(-torch.exp(-noise.double()))
+    expected = noise.numel() / 50
+    chi_square = ((torch.histc(uniform, 50, 0, 1) - expected).square() / expected).sum()
+    assert chi_square < 110  # 49 degrees of freedom, one in 10^6
+    assert torch.corrcoef(noise).fill_diagonal_(0).abs().max() < 0.05
+
+
+def test_rare_tokens_are_drawn_as_often_as_they_should():
+    """20,000 of one part in 100,000 each, next to one that has the rest: 60 of 300 draws."""
+    logits = torch.zeros(1, 20_001)
+    logits[0, 0] = math.log(80_000)
+    sample = sampler(1, vocab=20_001, temperature=1.0, seed=3)
+    rare = sum(bool(sample(logits) > 0) for _ in range(300))
+    assert rare == pytest.approx(60, abs=35)
+
+
 def test_sequences_of_one_batch_draw_independently():
     tokens = draw(torch.zeros(2, VOCAB), 40)
     assert tokens[0].ne(tokens[1]).sum() >= 35  # equal by chance: 40 / 300
@@ -106,9 +160,9 @@ def test_sequences_of_one_batch_draw_independently():
 def test_frequencies_follow_the_probabilities(temperature, filters):
     """Chi-square over 16000 draws of one fixed distribution; the bound is exceeded once in 10^5 correct samplers."""
     logits = torch.tensor([1.0, 0.5, 0.0, -0.5, -1.0, 0.8, 0.2, -3.0])
-    expected = filter_logits(logits[None] / temperature, SamplingParams(**filters)).softmax(-1)[0].double()
-    sample = sampler(800, temperature=temperature, seed=11, **filters)
-    draws = torch.cat([sample(logits.expand(800, -1)) for _ in range(20)])
+    expected = filter_logits(logits[None] / temperature, *bounded(**filters)).softmax(-1)[0].double()
+    sample = sampler(800, vocab=8, temperature=temperature, seed=11, **filters)
+    draws = torch.cat([sample(logits.expand(800, -1)).clone() for _ in range(20)])
     counts = torch.bincount(draws, minlength=8).double()
     kept = expected > 0
     assert counts[~kept].sum() == 0

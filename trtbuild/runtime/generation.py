@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from trtbuild.errors import UserError
-from trtbuild.runtime.sampling import Sampler, SamplingParams
+from trtbuild.runtime.sampling import SamplingParams
 from trtbuild.runtime.session import Session
 
 
@@ -58,32 +58,25 @@ def _generate_batch(
     decode: Callable[[list[int]], str] | None,
     on_token: Callable[[int, int], object],
 ) -> None:
-    sampler = Sampler(params, prompts, first, session.device)
-    # On a GPU the next step is launched before the last one's tokens are looked at, so the device never waits for the
-    # host; the price is one step too many at the end. On a CPU that step would cost its full time.
-    ahead = session.device.type == "cuda"
+    sampler = session.sampler(params, prompts, first)
+    ring = sampler.ring
     logits = session.prefill(prompts)
-    finite = _to_host(logits.sum().isfinite().view(1))
-    tokens = sampler(logits)
-    for i in range(params.max_output_len):
-        fetch = _to_host(tokens)
-        last = i + 1 == params.max_output_len
-        if ahead and not last:
-            logits = session.decode(tokens)
-            tokens = sampler(logits)
-        fetched = fetch()
-        if i == 0 and not finite()[0]:
-            raise session.not_finite(prompts)
-        for index, (output, token) in enumerate(zip(outputs, fetched, strict=True)):
-            if not output.finish_reason:
-                output.output_ids.append(token)
-                output.finish_reason = _finish_reason(output.output_ids, params, decode)
-                on_token(first + index, token)
-        if last or all(output.finish_reason for output in outputs):
-            break
-        if not ahead:
-            logits = session.decode(tokens)
-            tokens = sampler(logits)
+    finite = torch.ones(1, dtype=torch.bool, pin_memory=logits.is_cuda)
+    finite.copy_(logits.sum().isfinite(), non_blocking=True)  # there before the first tokens are
+    sampler(logits)
+    ring.send()
+    while ring.received < params.max_output_len and not all(output.finish_reason for output in outputs):
+        while ring.sent < params.max_output_len and not ring.full:
+            logits = session.generate(sampler)
+            ring.send()
+        for tokens in ring.receive():
+            if not finite:
+                raise session.not_finite(prompts)
+            for index, (output, token) in enumerate(zip(outputs, tokens, strict=True)):
+                if not output.finish_reason:
+                    output.output_ids.append(token)
+                    output.finish_reason = _finish_reason(output.output_ids, params, decode)
+                    on_token(first + index, token)
     # What is not finite stays in the cache, so the last step tells of those before; what follows an end does not count.
     going = [len(output.output_ids) == params.max_output_len for output in outputs]
     session.check_finite(prompts, logits[torch.tensor(going, device=logits.device)])
@@ -98,19 +91,3 @@ def _finish_reason(output_ids: list[int], params: SamplingParams, decode: Callab
         if any(word in tail for word in params.stop_words):
             return "stop"
     return "length" if len(output_ids) == params.max_output_len else ""
-
-
-def _to_host(tokens: torch.Tensor) -> Callable[[], list[int]]:
-    """Starts a copy to the host; the returned call waits for it alone, not for later work."""
-    if tokens.device.type != "cuda":
-        return tokens.tolist
-    host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-    host.copy_(tokens, non_blocking=True)
-    done = torch.cuda.Event()
-    done.record()
-
-    def wait() -> list[int]:
-        done.synchronize()
-        return host.tolist()
-
-    return wait

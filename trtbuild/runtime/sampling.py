@@ -1,10 +1,23 @@
-"""From logits to the next token."""
+"""From logits to the next token, without the host: a step's tokens are where the next one reads them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from trtbuild.errors import UserError
+from trtbuild.runtime.token_ring import TokenRing
+
+
+class Kind(NamedTuple):
+    """What of sampling a captured step has in it; numbers that may change between its replays are on the device."""
+
+    penalized: bool
+    drawn: bool
+    top_k: int
+    nucleus: bool
 
 
 @dataclass(frozen=True)
@@ -13,7 +26,8 @@ class SamplingParams:
 
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 keep everything; top-p is nucleus sampling (arXiv 1904.09751).
     `repetition_penalty` divides positive and multiplies negative logits of tokens seen in the prompt or the output
-    (CTRL, arXiv 1909.05858). The order is that of Hugging Face: penalty, temperature, top-k, top-p.
+    (CTRL, arXiv 1909.05858). The order is that of Hugging Face: penalty, temperature, top-k, top-p. Prompt i is drawn
+    with `seed` + i, and its tokens depend on that, its logits and nothing else.
     """
 
     max_output_len: int = 100
@@ -37,57 +51,139 @@ class SamplingParams:
             if not valid:
                 raise UserError(message)
 
+    @property
+    def kind(self) -> Kind:
+        drawn = self.temperature > 0
+        return Kind(self.repetition_penalty != 1, drawn, self.top_k if drawn else 0, drawn and self.top_p < 1)
+
 
 class Sampler:
-    """The sampling state of one batch. A sequence's random numbers depend on the seed and its own number alone."""
+    """The sampling state of a batch, on its device: `tokens`, int32 `[batch]`, are those drawn last.
 
-    def __init__(self, params: SamplingParams, prompts: list[list[int]], first: int, device: torch.device) -> None:
-        self.params = params
-        self.prompts = prompts
-        self.device = device
-        self.seen: torch.Tensor | None = None
-        self.generators = [
-            torch.Generator(device).manual_seed(params.seed + first + i)
-            for i in range(len(prompts) if params.temperature > 0 else 0)
-        ]
+    `ring` takes them to the host. Where a captured step reads `tokens`, and its `position_ids` and `sequence_lengths`
+    (int32 `[batch]`), they are given, and drawing a token moves them on. `start` makes it ready for other prompts of a
+    batch as large, and for parameters of the same kind.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        batch: int,
+        vocab: int,
+        device: torch.device,
+        tokens: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        sequence_lengths: torch.Tensor | None = None,
+    ) -> None:
+        self.kind, self.device = kind, device
+        self.tokens = torch.zeros(batch, dtype=torch.int32, device=device) if tokens is None else tokens
+        self.ring = TokenRing(batch, device)
+        self._places = torch.zeros_like(self.tokens)  # in its sequence, of the token that is drawn next
+        self._seeds = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._numbers = torch.ones(3, device=device)  # temperature, repetition penalty, top-p
+        self._seen = torch.zeros(batch, vocab, dtype=torch.bool, device=device) if kind.penalized else None
+        self._step = position_ids, sequence_lengths
+        self._draw: Callable[..., None] = draw
+        if device.type == "cuda":
+            from trtbuild.kernels import sample
+
+            self._draw = partial(sample.draw, scratch=sample.new_scratch(batch, device))
+
+    def start(self, params: SamplingParams, prompts: list[list[int]], first: int = 0) -> "Sampler":
+        """For new prompts, the first of which has the number `first`."""
+        seeds = [_signed(params.seed + first + i) for i in range(len(prompts))]
+        lengths = [len(prompt) for prompt in prompts]
+        self._seeds.copy_(torch.tensor(seeds))
+        self._places.copy_(torch.tensor(lengths))
+        self._numbers.copy_(torch.tensor([params.temperature or 1, params.repetition_penalty, params.top_p]))
+        self.ring.start(lengths)
+        if self._seen is not None:
+            self._seen.zero_()
+            for row, prompt in zip(self._seen, prompts, strict=True):
+                row[torch.tensor(prompt, device=self.device)] = True
+        return self
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        """`[batch, vocab]` float32 logits to `[batch]` int32 tokens, without waiting for the device."""
-        if self.params.repetition_penalty != 1:
-            logits = self._penalized(logits)
-        if self.params.temperature == 0:
-            tokens = logits.argmax(-1)
-        else:
-            probabilities = filter_logits(logits / self.params.temperature, self.params).softmax(-1)
-            # The argmax of p / Exp(1) is a draw from p: one pass, no host synchronization.
-            noise = torch.stack(
-                [
-                    torch.empty_like(row).exponential_(generator=g)
-                    for row, g in zip(logits, self.generators, strict=True)
-                ]
-            )
-            tokens = (probabilities / noise).argmax(-1)
-        if self.seen is not None:
-            self.seen.scatter_(1, tokens[:, None], True)
-        return tokens.int()
+        """`[batch, vocab]` float32 logits to `tokens`, without waiting for the device."""
+        seeds = self._seeds if self.kind.drawn else None
+        self._draw(self.processed(logits), self.tokens, self._places, self.ring.buffer, seeds, self._seen, *self._step)
+        return self.tokens
 
-    def _penalized(self, logits: torch.Tensor) -> torch.Tensor:
-        if self.seen is None:
-            self.seen = torch.zeros(logits.shape, dtype=torch.bool, device=self.device)
-            for row, prompt in zip(self.seen, self.prompts, strict=True):
-                row[torch.tensor(prompt, device=self.device)] = True
-        penalty = self.params.repetition_penalty
-        return torch.where(self.seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    def processed(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits after penalty, temperature and filters, of which greedy sampling takes the first alone."""
+        temperature, penalty, top_p = self._numbers
+        if self._seen is not None:
+            logits = torch.where(self._seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+        if self.kind.drawn:
+            logits = filter_logits(logits / temperature, self.kind.top_k, top_p if self.kind.nucleus else None)
+        return logits
 
 
-def filter_logits(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """`[batch, vocab]` logits with everything outside top-k and top-p at minus infinity."""
-    if params.top_k:
-        kth = logits.topk(min(params.top_k, logits.shape[-1])).values[:, -1:]
+def draw(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    places: torch.Tensor,
+    ring: torch.Tensor,
+    seeds: torch.Tensor | None,
+    seen: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    sequence_lengths: torch.Tensor | None,
+) -> None:
+    """The tokens with the highest logits `[batch, vocab]`, or with `seeds`, int64 `[batch]`, a draw from their softmax.
+
+    They go to `tokens`, int32 `[batch]`, to the row of `ring`, int32 `[ahead, batch]`, that a token's place in its
+    sequence, int32 `places`, has modulo `ahead`, and are marked in `seen`, bool `[batch, vocab]`. The place becomes the
+    token's position, with a length of one more, and counts on.
+    """
+    if seeds is not None:  # the argmax of logits + Gumbel noise is a draw from their softmax
+        logits = logits + gumbel(seeds, places, logits.shape[1])
+    tokens.copy_(logits.argmax(-1))
+    ring[places % len(ring), torch.arange(len(tokens))] = tokens.to(ring.device)
+    if seen is not None:
+        seen.scatter_(1, tokens[:, None].long(), True)
+    if position_ids is not None:
+        position_ids.copy_(places)
+    places += 1
+    if sequence_lengths is not None:
+        sequence_lengths.copy_(places)
+
+
+def gumbel(seeds: torch.Tensor, places: torch.Tensor, vocab: int) -> torch.Tensor:
+    """`[batch, vocab]` float32 noise: -log(-log(1 - u)), u the random number of a seed, a place and a token alone."""
+    words = philox(seeds[:, None], torch.arange(-(-vocab // 4)), places[:, None].long())
+    bits = torch.stack(words, -1).flatten(1)[:, :vocab]  # four tokens have one counter
+    uniform = ((bits.float() + 0.5) * 2**-32).clamp_max_(1 - 2**-24)
+    return uniform.neg_().log1p_().neg_().log_().neg_()
+
+
+def philox(key: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Four times 32 random bits, as int64, for a 64-bit key and two counters: Philox4x32-10.
+
+    "Parallel random numbers: as easy as 1, 2, 3", Salmon et al., 2011. It is what `triton.language.philox` computes.
+    """
+    mask, rounds = 0xFFFFFFFF, 10
+    keys, (a, b, c, d) = [key & mask, key >> 32 & mask], (first, second, *[torch.zeros_like(first)] * 2)
+    for _ in range(rounds):
+        left, right = a * 0xD2511F53, c * 0xCD9E8D57  # the last bits of the product are right even where it wraps
+        a, c = (right >> 32 & mask) ^ b ^ keys[0], (left >> 32 & mask) ^ d ^ keys[1]
+        b, d = right & mask, left & mask
+        keys = [keys[0] + 0x9E3779B9 & mask, keys[1] + 0xBB67AE85 & mask]
+    return a, b, c, d
+
+
+def filter_logits(logits: torch.Tensor, top_k: int = 0, top_p: torch.Tensor | float | None = None) -> torch.Tensor:
+    """`[batch, vocab]` logits with everything outside top-k (0: all) and top-p (None: all) at minus infinity."""
+    if top_k:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))
-    if params.top_p < 1:
+    if top_p is not None:
         ordered, order = logits.sort(descending=True)
         probabilities = ordered.softmax(-1)
-        outside = probabilities.cumsum(-1) - probabilities >= params.top_p  # the mass before a token reaches top_p
+        outside = probabilities.cumsum(-1) - probabilities >= top_p  # the mass before a token reaches top_p
         logits = logits.masked_fill(outside.scatter(1, order, outside), float("-inf"))
     return logits
+
+
+def _signed(seed: int) -> int:
+    """A seed's last 64 bits, as a signed integer."""
+    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)

@@ -13,6 +13,7 @@ from trtbuild.network import Network
 from trtbuild.network.ranks import Ranks
 from trtbuild.network.step import Chunk, Step, step_tensors, whole_prompts
 from trtbuild.runtime.kv_cache import KVCache
+from trtbuild.runtime.sampling import Kind, Sampler, SamplingParams
 
 MIN_KV_STEP = 256
 
@@ -139,12 +140,33 @@ class Session(ABC):
 
         The result may be a buffer that the next step overwrites. Raises `UserError` when a cache is full.
         """
+        self._lengthen()
+        return _there(self._decode(tokens))
+
+    def sampler(self, params: SamplingParams, prompts: list[list[int]], first: int = 0) -> Sampler:
+        """For `generate` after a `prefill` of these prompts, the first of which has the number `first`.
+
+        It serves until the next one is asked for, and draws the first tokens from the prompts' logits itself.
+        """
+        return Sampler(params.kind, len(prompts), self.vocab_size, self.device).start(params, prompts, first)
+
+    @torch.inference_mode()
+    def generate(self, sampler: Sampler) -> torch.Tensor:
+        """Appends the sampler's tokens and draws the next ones; as `decode`, which draws none."""
+        self._lengthen()
+        return _there(self._generate(sampler))
+
+    def _lengthen(self) -> None:
         if max(self.lengths) >= self.limits.max_length:
             raise UserError(
                 f"a sequence has reached max_length {self.limits.max_length}; build with a larger max_output_len"
             )
         self.lengths = [n + 1 for n in self.lengths]
-        return _there(self._decode(tokens))
+
+    def _generate(self, sampler: Sampler) -> torch.Tensor | None:
+        logits = _there(self._decode(sampler.tokens))
+        sampler(logits)
+        return logits
 
     @abstractmethod
     def _step(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:
@@ -165,13 +187,12 @@ class PortableSession(Session):
         self.engine, self.ranks = engine, ranks
         self._slots = torch.arange(engine.limits.max_batch_size, device=engine.device)
         self._batches: dict[int, dict[str, torch.Tensor]] = {}
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor | None]] = {}
+        self._samplers: dict[tuple[int, Kind], Sampler] = {}
+        self._graphs: dict[tuple[int, int, Kind | None], tuple[torch.cuda.CUDAGraph, torch.Tensor | None]] = {}
 
     def _step(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:
         batch = len(self.lengths)
-        if batch not in self._batches:
-            self._batches[batch] = self._decode_inputs(batch)
-        self._decode_state = self._batches[batch]
+        self._decode_state = self._state(batch)
         ends = torch.tensor([self.lengths, self.prompt_lengths], dtype=torch.int32).to(self.device)
         for name, values in zip(("position_ids", "prompt_lengths"), ends, strict=True):
             if name in self._decode_state:
@@ -197,11 +218,32 @@ class PortableSession(Session):
             return found
         return None
 
-    def _decode_inputs(self, batch: int) -> dict[str, torch.Tensor]:
+    def _state(self, batch: int) -> dict[str, torch.Tensor]:
         """The buffers that the generation steps of a batch size read; `position_ids` counts up by itself."""
-        chunks = [Chunk([0], 1, slot=slot) for slot in range(batch)]
-        state = step_tensors(chunks, self.engine.network.inputs, self.device)
-        return state | {"past_lengths": state["position_ids"]} | self.cache.views(batch)
+        if batch not in self._batches:
+            chunks = [Chunk([0], 1, slot=slot) for slot in range(batch)]
+            state = step_tensors(chunks, self.engine.network.inputs, self.device)
+            self._batches[batch] = state | {"past_lengths": state["position_ids"]} | self.cache.views(batch)
+        return self._batches[batch]
+
+    @property
+    def _samples_in_graph(self) -> bool:
+        return self.device.type == "cuda" and not self.ranks
+
+    def sampler(self, params: SamplingParams, prompts: list[list[int]], first: int = 0) -> Sampler:
+        if not self._samples_in_graph:
+            return super().sampler(params, prompts, first)
+        batch, kind = len(prompts), params.kind
+        if (batch, kind) not in self._samplers:
+            state = self._state(batch)
+            moved = state["input_ids"], state["position_ids"], state.get("sequence_lengths")
+            self._samplers[batch, kind] = Sampler(kind, batch, self.vocab_size, self.device, *moved)
+        return self._samplers[batch, kind].start(params, prompts, first)
+
+    def _generate(self, sampler: Sampler) -> torch.Tensor | None:
+        if not self._samples_in_graph:
+            return super()._generate(sampler)
+        return self._replay(len(self.lengths), kv_bound(max(self.lengths), self.limits.max_length), sampler)
 
     def _decode(self, tokens: torch.Tensor) -> torch.Tensor | None:
         state, longest = self._decode_state, max(self.lengths)
@@ -218,9 +260,10 @@ class PortableSession(Session):
         state["position_ids"].add_(1)
         return logits
 
-    def _replay(self, batch: int, bound: int) -> torch.Tensor | None:
-        """Replays the graph for a batch size and a number of cache positions, captured on first use."""
-        if (batch, bound) not in self._graphs:
+    def _replay(self, batch: int, bound: int, sampler: Sampler | None = None) -> torch.Tensor | None:
+        """Replays the graph for a batch size, a number of cache positions and a sampler, captured on first use."""
+        key = batch, bound, sampler.kind if sampler else None
+        if key not in self._graphs:
             state = self._decode_state
 
             def run() -> torch.Tensor | None:
@@ -235,8 +278,10 @@ class PortableSession(Session):
             pool = next((g.pool() for g, _ in self._graphs.values()), None)
             with torch.cuda.graph(graph, pool=pool):
                 logits = run()
-            self._graphs[batch, bound] = graph, logits
-        graph, logits = self._graphs[batch, bound]
+                if sampler:
+                    sampler(_there(logits))
+            self._graphs[key] = graph, logits
+        graph, logits = self._graphs[key]
         graph.replay()
         return logits
 
