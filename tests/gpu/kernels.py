@@ -150,7 +150,8 @@ def attention(table: Table) -> None:
             shape = batch, kv_heads, length, head_dim
             count = copies(4 * math.prod(shape))
             dense = [tuple(torch.randn(2, *shape, device="cuda").half()) for _ in range(count)]
-            q = torch.randn(batch, heads, head_dim, device="cuda").half()
+            qkv = torch.randn(batch, (heads + 2 * kv_heads) * head_dim, device="cuda").half()
+            q = qkv.unflatten(1, (-1, head_dim))[:, :heads]
             position_ids = torch.full((batch,), length - 1, dtype=torch.int32, device="cuda")
             step = Step.generation(torch.arange(batch, device="cuda"), length)
 
@@ -168,11 +169,12 @@ def attention(table: Table) -> None:
                         tuple(quantize(x.float(), s[:, None, None], dtype) for x, s in zip(pair, scales, strict=True))
                         for pair in dense
                     ]
+                call = [(qkv, None, None, None, position_ids, *c, *scales, None, length, heads) for c in caches]
+                decode_attention(*call[0])
                 keys, values = (
                     x.double() * (s[:, None, None] if dtype else 1) for x, s in zip(caches[0], scales, strict=True)
                 )
                 expected = F.scaled_dot_product_attention(q.double()[:, :, None], keys, values, enable_gqa=True)
-                call = [(q, k, v, *scales, position_ids, length) for k, v in caches]
                 wrong = error(decode_attention(*call[0]), expected.flatten(1))
                 us = microseconds(decode_attention, call)
                 nbytes = 2 * keys.numel() * caches[0][0].element_size() + 2 * q.nbytes

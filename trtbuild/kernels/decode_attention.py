@@ -1,140 +1,282 @@
-"""Attention of one new token a sequence over its cache, with grouped heads and a cache of 16 or 8 bits.
+"""Attention of one new token a sequence, from its projections to what `o_proj` reads, in one launch.
 
-`decode_attention(q, key_cache, value_cache, key_scale, value_scale, position_ids, kv_bound, slopes)` equals, for every
-sequence `b`, query head `h` and its KV head `g = h // (heads / kv_heads)`, with `n = position_ids[b] + 1`,
+`decode_attention(qkv, cos, sin, factors, position_ids, key_cache, ...)` equals, for every sequence `b`, query head `h`
+and its KV head `g = h // (heads / kv_heads)`, with `p = position_ids[b]` and `n = p + 1`,
 
+    q, k, v = Rotate of qkv by cos and sin; SplitHeads without them; then q *= factors
+    key_cache[b, g, p], value_cache[b, g, p] = k[b, g], v[b, g]                 rounded as the caches are
     keys, values = key_cache[b, g, :n] * key_scale[g], value_cache[b, g, :n] * value_scale[g]
-    output[b, h] = softmax(keys @ q[b, h] * head_dim**-0.5 + slopes[h] * (arange(n) - (n - 1))) @ values
+    output[b, h] = softmax(keys @ q[b, h] * head_dim**-0.5 + slopes[h] * (arange(n) - p)) @ values
 
 A step reads the cache and little else, and one sequence has fewer KV heads than a GPU has multiprocessors. So the cache
-is split along its length: a program attends over one part for all query heads of a KV head, and a second, small kernel
-merges the parts by their softmax sums ("Flash-Decoding", which arXiv 2311.01282 builds on). Scales are applied to
-scores and outputs, never to the cache. The number of parts follows from shapes alone, so results are always the same.
+is split along its length: a program attends over one part for all query heads of a KV head, and the program that ends
+last merges the parts of its sequence and KV head, always in the same order ("Flash-Decoding", which arXiv 2311.01282
+builds on). Scales are applied to scores and outputs, never to the cache. How it is split follows from shapes, the GPU
+and the sequence's own length, so results are always the same.
+
+The first tile of a part is read before the kernels in front have ended. It holds positions of earlier steps, and a
+step has a launch that depends on nothing (the embedding of its tokens): what ran before that has ended.
+
+One query head a KV head is a matter of multiplying and adding what is read, on CUDA cores: every row of a tile keeps
+a maximum and a sum of its own, so that nothing in the loop waits for other threads. More heads use tensor cores.
 """
 
+import functools
 import math
 
 import torch
 import triton
 import triton.language as tl
 
-from trtbuild.kernels.conversion import from_int8
+from trtbuild.kernels.cache import rotated, scaled, stored, widened
+from trtbuild.kernels.dependent_launch import dependent_launch, trigger, wait
 from trtbuild.kernels.processors import processors
 
 PROGRAMS_PER_PROCESSOR = 4  # to keep enough loads in flight
 MIN_PART = 128  # positions; a shorter part costs more in merging than it gains
 BLOCK = 64  # positions read at a time
+COUNTERS = 1 << 16
+MERGED = 8192  # values that a program merges at a time
 LOG2_E = tl.constexpr(math.log2(math.e))
+LOWEST = tl.constexpr(-1e30)  # below every score, and finite: the difference of two of them is 0
 
 
 def decode_attention(
-    q: torch.Tensor,
+    qkv: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    factors: torch.Tensor | None,
+    position_ids: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     key_scale: torch.Tensor | None,
     value_scale: torch.Tensor | None,
-    position_ids: torch.Tensor,
+    slopes: torch.Tensor | None,
     kv_bound: int,
-    slopes: torch.Tensor | None = None,
+    heads: int,
 ) -> torch.Tensor:
-    """`[batch, heads, head_dim]` to `[batch, heads * head_dim]`.
+    """`[batch, (heads + 2 kv_heads) * head_dim]`, float16 or bfloat16, to `[batch, heads * head_dim]`; caches in place.
 
-    Caches `[batch, kv_heads, max_length, head_dim]` in float16, bfloat16, or int8 or float8_e4m3fn with scales float32
-    `[kv_heads]`; `position_ids` int32 `[batch]`, all below `kv_bound`; `head_dim` a power of two; for ALiBi
-    `slopes`, float32 `[heads]`.
+    `cos` and `sin` `[batch, head_dim]` as `RotaryEmbedding` makes them, or None; `factors` `[batch]` of the queries, or
+    None; `position_ids` int32 `[batch]`, all below `kv_bound`. Caches `[slots, kv_heads, max_length, head_dim]`, of
+    which sequence `b` has slot `b`, in float16, bfloat16, or int8 or float8_e4m3fn with scales float32 `[kv_heads]`;
+    for ALiBi `slopes`, float32 `[heads]`. `head_dim` a multiple of 8 up to 256.
     """
-    batch, heads, head_dim = q.shape
-    kv_heads = key_cache.shape[1]
-    programs = PROGRAMS_PER_PROCESSOR * processors(q.device)
-    parts = max(1, min(programs // (batch * kv_heads), triton.cdiv(kv_bound, MIN_PART)))
-    output = q.new_empty(batch, heads * head_dim)
-    partial, sums = output, None  # one part is the result
-    if parts > 1:
-        partial = q.new_empty(batch, heads, parts, head_dim, dtype=torch.float32)
-        sums = q.new_empty(batch, heads, parts, dtype=torch.float32)
-    _part_kernel[parts, kv_heads, batch](
-        q, key_cache, value_cache, key_scale, value_scale, position_ids, slopes, partial, sums,
-        *q.stride()[:2], *key_cache.stride()[:2], heads, head_dim**-0.5 * math.log2(math.e),
-        GROUP=heads // kv_heads, BLOCK_H=max(16, triton.next_power_of_2(heads // kv_heads)), BLOCK=BLOCK,
-        HEAD_DIM=head_dim, num_warps=4, num_stages=2,
+    batch, kv_heads = len(qkv), key_cache.shape[1]
+    group = heads // kv_heads
+    parts = 1
+    if batch * kv_heads <= COUNTERS:
+        programs = PROGRAMS_PER_PROCESSOR * processors(qkv.device)
+        parts = max(1, min(programs // (batch * kv_heads), triton.cdiv(kv_bound - 1, MIN_PART)))
+    plain = group == 1
+    return _launch(
+        qkv, cos, sin, factors, position_ids, key_cache, value_cache, key_scale, value_scale, slopes, heads, parts,
+        MIN_PART=MIN_PART, PLAIN=plain, BLOCK_H=1 if plain else max(16, triton.next_power_of_2(group)), BLOCK=BLOCK,
+        STAGES=2, num_warps=4,
     )  # fmt: skip
+
+
+def _launch(
+    qkv, cos, sin, factors, position_ids, key_cache, value_cache, key_scale, value_scale, slopes, heads, parts,
+    BLOCK_H, **options,
+):  # fmt: skip
+    batch = len(qkv)
+    _, kv_heads, _, head_dim = key_cache.shape
+    output = qkv.new_empty(batch, heads * head_dim)
+    partial = sums = counters = None  # one part is the result
     if parts > 1:
-        _merge_kernel[heads, batch](
-            partial, sums, output, heads, parts, PARTS=triton.next_power_of_2(parts), HEAD_DIM=head_dim
-        )
+        partial = qkv.new_empty(batch, heads, parts, head_dim, dtype=torch.float32)
+        sums = qkv.new_empty(2, batch, heads, parts, dtype=torch.float32)
+        counters = _counters(qkv.device)
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_parts = triton.next_power_of_2(parts)
+    _kernel[parts, kv_heads, batch](
+        qkv, cos, sin, factors, position_ids, key_cache, value_cache, key_scale, value_scale, slopes,
+        output, partial, sums, counters,
+        qkv.stride(0), *key_cache.stride()[:2], head_dim**-0.5 * math.log2(math.e),
+        KV_HEADS=kv_heads, GROUP=heads // kv_heads, BLOCK_H=BLOCK_H, HEAD_DIM=head_dim, BLOCK_D=block_d,
+        PARTS=block_parts, MERGED=max(1, min(block_parts, MERGED // (BLOCK_H * block_d))),
+        **options, **dependent_launch(qkv.device),
+    )  # fmt: skip
     return output
 
 
+@functools.cache
+def _counters(device: torch.device) -> torch.Tensor:
+    """How many parts of a sequence's KV head have ended. Zero between launches, of which one runs at a time."""
+    return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+
+
 @triton.jit
-def _part_kernel(
-    q, key_cache, value_cache, key_scale, value_scale, position_ids, slopes, partial, sums,
-    q_stride, q_head_stride, cache_stride, cache_head_stride, heads, score_scale,
-    GROUP: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+def _kernel(
+    qkv, cos, sin, factors, position_ids, key_cache, value_cache, key_scale, value_scale, slopes,
+    output, partial, sums, counters,
+    qkv_stride, cache_stride, cache_head_stride, score_scale,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_H: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr, MERGED: tl.constexpr, MIN_PART: tl.constexpr, PLAIN: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Scores are in units of log 2, so that `exp2` does for the softmax."""
     part, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    parts = tl.num_programs(0)
     member = tl.arange(0, BLOCK_H)  # of the query heads that share the KV head
     head = kv_head * GROUP + member
-    d = tl.arange(0, HEAD_DIM)
-    t = tl.arange(0, BLOCK)
-    length = tl.load(position_ids + b) + 1
-    size = tl.cdiv(tl.cdiv(length, parts), BLOCK) * BLOCK
+    d = tl.arange(0, BLOCK_D)
+    in_head = d < HEAD_DIM
+    real = (member[:, None] < GROUP) & in_head[None, :]
+
+    # The part's positions, `begin` to `end`; the last part also has the new one.
+    past = tl.load(position_ids + b)
+    size = tl.cdiv(tl.maximum(MIN_PART, tl.cdiv(past, tl.num_programs(0))), BLOCK) * BLOCK
+    parts = tl.maximum(1, tl.cdiv(past, size))
     begin = part * size
-    end = tl.minimum(begin + size, length)
-    q_at = b * q_stride + head[:, None] * q_head_stride + d[None, :]
-    queries = tl.load(q + q_at, mask=member[:, None] < GROUP, other=0)
+    end = tl.minimum(begin + size, past)
+    newest = part == parts - 1
+
+    at = begin + tl.arange(0, BLOCK)
     start_of_head = b * cache_stride + kv_head * cache_head_stride
-    keys = key_cache + start_of_head + d[:, None]
-    values = value_cache + start_of_head + d[None, :]
+    key_cache += start_of_head
+    value_cache += start_of_head
+    k = tl.load(key_cache + _places(at, d, HEAD_DIM), mask=_inside(at, d, end, HEAD_DIM), other=0.0)
+    v = tl.load(value_cache + _places(at, d, HEAD_DIM), mask=_inside(at, d, end, HEAD_DIM), other=0.0)
+    k_factor, v_factor = None, None
     if key_scale is not None:
-        score_scale *= tl.load(key_scale + kv_head)
+        k_factor, v_factor = tl.load(key_scale + kv_head), tl.load(value_scale + kv_head)
+        score_scale *= k_factor
+    slope = None
     if slopes is not None:
         slope = tl.load(slopes + head, mask=member < GROUP, other=0.0) * LOG2_E
+    trigger(DEPENDENT)
+    wait(DEPENDENT)
+    if part >= parts:
+        return
 
-    highest = tl.full((BLOCK_H,), float("-inf"), tl.float32)
-    weight_sum = tl.zeros((BLOCK_H,), tl.float32)
-    total = tl.zeros((BLOCK_H, HEAD_DIM), tl.float32)
-    for start in range(begin, end, BLOCK):
-        at = start + t
-        k = tl.load(keys + at[None, :] * HEAD_DIM, mask=at[None, :] < end, other=0.0)
-        scores = tl.dot(queries, _widened(k, queries), input_precision="ieee") * score_scale
-        if slopes is not None:
-            scores += slope[:, None] * (at + 1 - length)[None, :]
-        scores = tl.where(at[None, :] < end, scores, float("-inf"))
-        higher = tl.maximum(highest, tl.max(scores, 1))
-        weights = tl.exp2(scores - higher[:, None])
-        shrink = tl.exp2(highest - higher)
-        v = tl.load(values + at[:, None] * HEAD_DIM, mask=at[:, None] < end, other=0.0)
-        weight_sum = weight_sum * shrink + tl.sum(weights, 1)
-        total = total * shrink[:, None]
-        total = tl.dot(weights.to(queries.dtype), _widened(v, queries), total, input_precision="ieee")
-        highest = higher
+    qkv += b * qkv_stride
+    partner = tl.where(d < HEAD_DIM // 2, d + HEAD_DIM // 2, d - HEAD_DIM // 2)
+    q = tl.load(qkv + head[:, None] * HEAD_DIM + d[None, :], mask=real, other=0.0)
+    new_k = qkv + (KV_HEADS * GROUP + kv_head) * HEAD_DIM
+    new_v = tl.load(new_k + KV_HEADS * HEAD_DIM + d, mask=in_head & newest, other=0.0)
+    own_k = tl.load(new_k + d, mask=in_head & newest, other=0.0)
+    if cos is not None:
+        c = tl.load(cos + b * HEAD_DIM + d, mask=in_head, other=0.0)
+        s = tl.load(sin + b * HEAD_DIM + d, mask=in_head, other=0.0)
+        q_partner = tl.load(qkv + head[:, None] * HEAD_DIM + partner[None, :], mask=real, other=0.0)
+        q = rotated(q, q_partner, c[None, :], s[None, :])
+        own_k = rotated(own_k, tl.load(new_k + partner, mask=in_head & newest, other=0.0), c, s)
+    if factors is not None:
+        q = scaled(q, tl.load(factors + b))
+    own_k = stored(own_k, k_factor, key_cache.dtype.element_ty)
+    own_v = stored(new_v, v_factor, value_cache.dtype.element_ty)
+    tl.store(key_cache + past * HEAD_DIM + d, own_k, mask=in_head & newest)
+    tl.store(value_cache + past * HEAD_DIM + d, own_v, mask=in_head & newest)
+    own_score = tl.sum(q.to(tl.float32) * own_k.to(tl.float32)[None, :], 1) * score_scale
+    own_score = tl.where(newest, own_score, LOWEST)
 
-    if value_scale is not None:
-        total *= tl.load(value_scale + kv_head)
-    row = (b * heads + head) * parts + part
-    at = row[:, None] * HEAD_DIM + d[None, :]
-    weight_sum = tl.where(weight_sum > 0, weight_sum, 1.0)  # 0 in an empty part, whose `highest` is minus infinity
-    if sums is not None:
-        tl.store(sums + row, highest + tl.log2(weight_sum), mask=member < GROUP)
-    tl.store(partial + at, (total / weight_sum[:, None]).to(partial.dtype.element_ty), mask=member[:, None] < GROUP)
+    # What the part has seen: the highest score, the sum of the weights, and their sum over the values.
+    if PLAIN:
+        wide_q = q.to(tl.float32) * score_scale
+        rows = (
+            tl.full((BLOCK,), LOWEST, tl.float32),
+            tl.zeros((BLOCK,), tl.float32),
+            tl.zeros((BLOCK, BLOCK_D), tl.float32),
+        )
+        rows = _plain(rows, wide_q, k, v, at, past, end, slope, q)
+        for start in tl.range(begin + BLOCK, end, BLOCK, num_stages=STAGES):
+            at = start + tl.arange(0, BLOCK)
+            k = tl.load(key_cache + _places(at, d, HEAD_DIM), mask=_inside(at, d, end, HEAD_DIM), other=0.0)
+            v = tl.load(value_cache + _places(at, d, HEAD_DIM), mask=_inside(at, d, end, HEAD_DIM), other=0.0)
+            rows = _plain(rows, wide_q, k, v, at, past, end, slope, q)
+        highest = tl.full((1,), tl.max(rows[0], 0), tl.float32)
+        weights = tl.exp2(rows[0] - highest)
+        weight_sum = tl.full((1,), tl.sum(rows[1] * weights, 0), tl.float32)
+        total = tl.sum(rows[2] * weights[:, None], 0)[None, :]
+    else:
+        state = (
+            tl.full((BLOCK_H,), LOWEST, tl.float32), tl.zeros((BLOCK_H,), tl.float32),
+            tl.zeros((BLOCK_H, BLOCK_D), tl.float32),
+        )  # fmt: skip
+        state = _dots(state, q, k, v, at, past, end, slope, score_scale)
+        for start in tl.range(begin + BLOCK, end, BLOCK, num_stages=STAGES):
+            at = start + tl.arange(0, BLOCK)
+            k = tl.load(key_cache + _places(at, d, HEAD_DIM), mask=_inside(at, d, end, HEAD_DIM), other=0.0)
+            v = tl.load(value_cache + _places(at, d, HEAD_DIM), mask=_inside(at, d, end, HEAD_DIM), other=0.0)
+            state = _dots(state, q, k, v, at, past, end, slope, score_scale)
+        highest, weight_sum, total = state
+    higher = tl.maximum(highest, own_score)
+    shrink, own_weight = tl.exp2(highest - higher), tl.exp2(own_score - higher)
+    weight_sum = weight_sum * shrink + own_weight
+    total = total * shrink[:, None] + own_weight[:, None] * own_v.to(tl.float32)[None, :]
+    if v_factor is not None:
+        total *= v_factor
+
+    whole = parts == 1  # what this program has is the result
+    if partial is not None:  # noqa: SIM102 (known when compiled)
+        if parts > 1:
+            row = (b * KV_HEADS * GROUP + head) * tl.num_programs(0)
+            weight_sums = sums + tl.num_programs(2) * KV_HEADS * GROUP * tl.num_programs(0)
+            tl.store(sums + row + part, higher, mask=member < GROUP)
+            tl.store(weight_sums + row + part, weight_sum, mask=member < GROUP)
+            tl.store(partial + (row + part)[:, None] * HEAD_DIM + d[None, :], total, mask=real)
+            tl.debug_barrier()  # all threads have written before one counts the part
+            whole = tl.atomic_add(counters + b * KV_HEADS + kv_head, 1, sem="acq_rel") == parts - 1
+            if whole:
+                tl.debug_barrier()
+                tl.store(counters + b * KV_HEADS + kv_head, 0)
+                p = tl.arange(0, PARTS)
+                of_parts = (p[:, None] < parts) & (member[None, :] < GROUP)
+                at = row[None, :] + p[:, None]
+                scores = tl.load(sums + at, mask=of_parts, other=LOWEST, cache_modifier=".cg")
+                weight_sum = tl.load(weight_sums + at, mask=of_parts, other=0, cache_modifier=".cg")
+                highest = tl.max(scores, 0)
+                weight_sum = tl.sum(weight_sum * tl.exp2(scores - highest[None, :]), 0)
+                weight_sum = tl.where(member < GROUP, weight_sum, 1.0)
+                total = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
+                for first in range(0, parts, MERGED):
+                    p = first + tl.arange(0, MERGED)
+                    of_parts = (p[:, None] < parts) & (member[None, :] < GROUP)
+                    at = row[None, :] + p[:, None]
+                    scores = tl.load(sums + at, mask=of_parts, other=LOWEST, cache_modifier=".cg")
+                    at = at[:, :, None] * HEAD_DIM + d[None, None, :]
+                    some = of_parts[:, :, None] & in_head[None, None, :]
+                    values = tl.load(partial + at, mask=some, other=0.0, cache_modifier=".cg")
+                    total += tl.sum(values * tl.exp2(scores - highest[None, :])[:, :, None], 0)
+    at = b * KV_HEADS * GROUP * HEAD_DIM + head[:, None] * HEAD_DIM + d[None, :]
+    tl.store(output + at, (total / weight_sum[:, None]).to(output.dtype.element_ty), mask=real & whole)
 
 
 @triton.jit
-def _merge_kernel(partial, sums, output, heads, parts, PARTS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """`sums` are the logarithms (to base 2) of the parts' softmax denominators, minus infinity for empty parts."""
-    row = tl.program_id(1).to(tl.int64) * heads + tl.program_id(0)
-    part = tl.arange(0, PARTS)
-    d = tl.arange(0, HEAD_DIM)
-    logs = tl.load(sums + row * parts + part, mask=part < parts, other=float("-inf"))
-    weights = tl.exp2(logs - tl.max(logs, 0))
-    at = (row * parts + part[:, None]) * HEAD_DIM + d[None, :]
-    values = tl.load(partial + at, mask=part[:, None] < parts, other=0)
-    merged = tl.sum(values * weights[:, None], 0) / tl.sum(weights, 0)
-    tl.store(output + row * HEAD_DIM + d, merged.to(output.dtype.element_ty))
+def _places(at, d, HEAD_DIM: tl.constexpr):
+    """Where positions `at` of a head's cache are."""
+    return at[:, None] * HEAD_DIM + d[None, :]
 
 
 @triton.jit
-def _widened(x, like):
-    return from_int8(x, like) if x.dtype == tl.int8 else x.to(like.dtype)
+def _inside(at, d, end, HEAD_DIM: tl.constexpr):
+    return at[:, None] < end if d.shape[0] == HEAD_DIM else (at[:, None] < end) & (d[None, :] < HEAD_DIM)
+
+
+@triton.jit
+def _plain(rows, q, k, v, at, past, end, slope, like):
+    """A tile of keys and values `[BLOCK, BLOCK_D]` for one query, float32 and scaled; the rows' own sums."""
+    highest, weight_sum, total = rows
+    scores = tl.sum(widened(k, like).to(tl.float32) * q, 1)
+    if slope is not None:
+        scores += slope * (at - past)
+    scores = tl.where(at < end, scores, float("-inf"))
+    higher = tl.maximum(highest, scores)
+    weights, shrink = tl.exp2(scores - higher), tl.exp2(highest - higher)
+    total = total * shrink[:, None] + weights[:, None] * widened(v, like).to(tl.float32)
+    return higher, weight_sum * shrink + weights, total
+
+
+@triton.jit
+def _dots(state, q, k, v, at, past, end, slope, score_scale):
+    """A tile of keys and values for the queries of a group."""
+    highest, weight_sum, total = state
+    scores = tl.dot(q, widened(k, q).T) * score_scale
+    if slope is not None:
+        scores += slope[:, None] * (at - past)[None, :]
+    scores = tl.where(at[None, :] < end, scores, float("-inf"))
+    higher = tl.maximum(highest, tl.max(scores, 1))
+    weights, shrink = tl.exp2(scores - higher[:, None]), tl.exp2(highest - higher)
+    total = tl.dot(weights.to(q.dtype), widened(v, q), total * shrink[:, None])
+    return higher, weight_sum * shrink + tl.sum(weights, 1), total

@@ -119,6 +119,16 @@ class Attention(Op):
         each sequence's own.
         """
         caches, scales = _both(key_cache, value_cache), _both(key_scale, value_scale)
+        if caches and step.generates and kernels.run_on(q.device):
+            from trtbuild.kernels.cache import takes
+            from trtbuild.kernels.decode_attention import decode_attention
+
+            if takes(q, q.shape[2], caches[0]):
+                qkv, heads = torch.cat((q, k, v), 1).flatten(1), q.shape[1]
+                output = decode_attention(
+                    qkv, None, None, None, position_ids, *caches, key_scale, value_scale, slopes, step.kv_bound, heads
+                )
+                return output, *caches
         if caches and scales:
             dtype = caches[0].dtype
             stored = [_stored(new.transpose(0, 1), dtype, s) for new, s in zip((k, v), scales, strict=True)]
@@ -205,11 +215,6 @@ def _generation(
     sequences, positions = step.entries(position_ids)
     key_cache[sequences, :, positions] = k
     value_cache[sequences, :, positions] = v
-    if kernels.run_on(q.device) and _has_kernel(q, key_cache):
-        from trtbuild.kernels.decode_attention import decode_attention
-
-        key_scale, value_scale = scales or (None, None)
-        return decode_attention(q, key_cache, value_cache, key_scale, value_scale, position_ids, step.kv_bound, slopes)
     keys, values = key_cache[:, :, : step.kv_bound], value_cache[:, :, : step.kv_bound]
     if scales:
         keys, values = (_loaded(x, q.dtype, s) for x, s in zip((keys, values), scales, strict=True))
@@ -217,14 +222,6 @@ def _generation(
     grouped = q.unflatten(1, (kv_heads, -1))  # the heads of a group are the queries of its KV head
     mask = step.mask(position_ids, q.dtype) if slopes is None else step.alibi(position_ids, slopes, kv_heads, q.dtype)
     return _attend(grouped, keys, values, mask).flatten(1)
-
-
-def _has_kernel(q: torch.Tensor, cache: torch.Tensor) -> bool:
-    """Whether the decode kernel takes these: 16-bit queries, head sizes that are powers of two, FP8 on GPUs with it."""
-    head_dim = q.shape[-1]
-    fp8 = cache.dtype == torch.float8_e4m3fn
-    fp8_missing = fp8 and q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 9)
-    return q.dtype != torch.float32 and head_dim >= 16 and head_dim & (head_dim - 1) == 0 and not fp8_missing
 
 
 def _stored(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None) -> torch.Tensor:

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
+from trtbuild import kernels
 from trtbuild.network.lowering import Lowered, Lowering
 from trtbuild.network.network import Op, Spec, Tensor
+from trtbuild.network.step import Step
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,21 @@ class RotaryEmbedding(Op):
         cos, sin = angles.cos(), angles.sin()
         dtype = getattr(torch, self.dtype)
         return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+
+    def portable(
+        self,
+        step: Step,
+        position_ids: torch.Tensor,
+        inverse_frequencies: torch.Tensor,
+        sequence_lengths: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not kernels.run_on(position_ids.device):
+            return self.reference(position_ids, inverse_frequencies, sequence_lengths)
+        from trtbuild.kernels.rotary_embedding import rotary_embedding
+
+        dtype = getattr(torch, self.dtype)
+        dynamic = sequence_lengths, self.ntk_factor, self.max_positions
+        return rotary_embedding(position_ids, inverse_frequencies, dtype, *dynamic)
 
     @staticmethod
     def _exponents(frequencies: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,74 @@
+"""The kernels of a step of chunks, interpreted: rotation with cache write, and attention."""
+
+import pytest
+import torch
+
+from trtbuild.models.alibi import alibi_slopes
+from trtbuild.network.ops.attention import Attention
+from trtbuild.network.ops.rotate import Rotate
+from trtbuild.network.ops.scale_tokens import ScaleTokens
+from trtbuild.network.ops.split_heads import SplitHeads
+from trtbuild.tensors.rounding import quantize
+
+pytest.importorskip("triton", "3.7")  # earlier interpreters fail with numpy 2.4
+
+from trtbuild.kernels.context_attention import context_attention, write_cache
+
+FP8 = torch.float8_e4m3fn
+TOLERANCE = {torch.float16: 2e-3, torch.int8: 2e-2, FP8: 0.2}  # the interpreter rounds to FP8 in its own way
+PADDING = 3  # rows after the last sequence
+CASES = [  # heads, kv_heads, head_dim, tokens and past of every sequence
+    (1, 1, 64, [(66, 0)]),
+    (4, 1, 16, [(1, 129), (0, 0), (9, 0), (5, 60)]),  # ragged, with a sequence that has nothing to do
+    (2, 1, 40, [(2, 3), (4, 62)]),
+]
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float16, torch.int8, FP8], ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "chunks"), CASES)
+@pytest.mark.parametrize("alibi", [False, True], ids=["rope", "alibi"])
+def test_chunks(heads, kv_heads, head_dim, chunks, cache_dtype, alibi):
+    """Against the operations in float64; rows of padding and what lies beyond a sequence are poisoned."""
+    torch.manual_seed(heads)
+    batch, lengths = len(chunks), [n for n, _ in chunks]
+    tokens = sum(lengths)
+    qkv = torch.randn(tokens + PADDING, (heads + 2 * kv_heads) * head_dim).half()
+    qkv[tokens:] = float("nan")
+    past = torch.tensor([p for _, p in chunks], dtype=torch.int32)
+    starts = torch.tensor([0, *lengths]).cumsum(0).int()
+    positions = torch.cat([*(torch.arange(p, p + n) for n, p in chunks), torch.full((PADDING,), 999)]).int()
+    slots = torch.arange(1, batch + 1).flip(0).int()
+    caches, scales = [*torch.randn(2, batch + 1, kv_heads, 140, head_dim).half()], (None, None)
+    if cache_dtype.itemsize == 1:
+        scales = tuple(torch.rand(2, kv_heads) * 0.02 + 0.01)
+        caches = [quantize(c.float(), s[:, None, None], cache_dtype) for c, s in zip(caches, scales, strict=True)]
+    if cache_dtype != torch.int8:
+        for cache in caches:
+            for slot, (n, p) in zip(slots, chunks, strict=True):
+                cache[slot, :, p + n :] = float("nan")
+    angles = torch.rand(tokens + PADDING, head_dim) * 7
+    cos, sin = (None, None) if alibi else (angles.cos().half(), angles.sin().half())
+    factors = None if alibi else (1 + torch.rand(tokens + PADDING)).half()
+    slopes = alibi_slopes(heads) if alibi else None
+
+    def run(dtype: torch.dtype):
+        sizes = heads, kv_heads, head_dim
+        wide = [None if x is None else x[:tokens].to(dtype) for x in (qkv, cos, sin, factors)]
+        q, k, v = SplitHeads(*sizes).reference(wide[0]) if alibi else Rotate(*sizes).reference(*wide[:3])
+        q = q if factors is None else ScaleTokens().reference(q, wide[3])
+        held = [c[slots] if scales[0] is not None else c[slots].to(dtype) for c in caches]
+        return q, Attention().reference(q, k, v, positions[:tokens], starts, past, *held, slopes, *scales)
+
+    _, (expected, *_) = run(torch.float64)
+    expected_q, (_, *written) = run(torch.float16)
+    actual = [cache.clone() for cache in caches]
+    q = write_cache(qkv, cos, sin, factors, positions, starts, slots, *actual, *scales, heads)
+    assert torch.equal(q[:tokens], expected_q)
+    for cache, wanted, before in zip(actual, written, caches, strict=True):
+        assert torch.equal(cache[0].view(torch.uint8), before[0].view(torch.uint8))
+        if cache_dtype == FP8:
+            torch.testing.assert_close(cache[slots].float(), wanted.float(), rtol=0.5, atol=0.01, equal_nan=True)
+        else:
+            assert torch.equal(cache[slots].view(torch.uint8), wanted.view(torch.uint8))
+    output = context_attention(q, *actual, *scales, starts, past, slots, slopes)
+    assert (output[:tokens].double() - expected).norm() / expected.norm() < TOLERANCE[cache_dtype]

@@ -1,0 +1,276 @@
+"""Attention of chunks of prompts: their keys and values into the cache, and causal attention over what that holds.
+
+`write_cache(qkv, cos, sin, ...)` equals, for every row `i` of sequence `b`, with its position `p = position_ids[i]`,
+
+    q, k, v = Rotate of qkv by cos and sin; SplitHeads without them; then q *= factors
+    key_cache[slots[b], :, p], value_cache[slots[b], :, p] = k[i], v[i]         rounded as the caches are
+
+and returns q. `context_attention(q, ...)` then equals, with `g = h // (heads / kv_heads)` and `n = p + 1`,
+
+    keys, values = key_cache[slots[b], g, :n] * key_scale[g], value_cache[slots[b], g, :n] * value_scale[g]
+    output[i, h] = softmax(keys @ q[i, h] * head_dim**-0.5 + slopes[h] * (arange(n) - p)) @ values
+
+All lengths are read on the device, so that a captured graph serves many steps: sequence `b` has the rows
+`query_starts[b] .. query_starts[b + 1]` and `past_lengths[b]` positions of earlier steps, and the rows after
+`query_starts[batch]` are padding, for which nothing is read or written. Any mix of sequences is one launch of each.
+
+A program attends for a block of one sequence's rows and one head ("FlashAttention", arXiv 2205.14135); masks are needed
+on the diagonal alone. Those that look back furthest start first. Scales are applied to scores and outputs.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from trtbuild.kernels.cache import rotated, scaled, stored, widened
+from trtbuild.kernels.dependent_launch import dependent_launch, trigger, wait
+from trtbuild.kernels.processors import processors
+
+WRITTEN = 2048  # values of a program that writes
+BLOCK_N = 64  # positions read at a time
+LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+def write_cache(
+    qkv: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    factors: torch.Tensor | None,
+    position_ids: torch.Tensor,
+    query_starts: torch.Tensor,
+    slots: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    key_scale: torch.Tensor | None,
+    value_scale: torch.Tensor | None,
+    heads: int,
+) -> torch.Tensor:
+    """`[tokens, (heads + 2 kv_heads) * head_dim]`, float16 or bfloat16, to q `[tokens, heads, head_dim]`.
+
+    `cos` and `sin` `[tokens, head_dim]` as `RotaryEmbedding` makes them, or None; `factors` `[tokens]` of the queries,
+    or None; `position_ids` `[tokens]`, `query_starts` `[batch + 1]` and `slots` `[batch]`, all int32. Caches `[slots,
+    kv_heads, max_length, head_dim]` in float16, bfloat16, or int8 or float8_e4m3fn with scales float32 `[kv_heads]`.
+    `head_dim` a multiple of 8 up to 256.
+    """
+    tokens, batch = len(qkv), len(slots)
+    _, kv_heads, _, head_dim = key_cache.shape
+    q = qkv.new_empty(tokens, heads, head_dim)
+    block_d = triton.next_power_of_2(head_dim)
+    block_h = min(triton.next_power_of_2(heads), max(1, WRITTEN // block_d))
+    of_q, of_kv = triton.cdiv(heads, block_h), triton.cdiv(kv_heads, block_h)
+    _write_kernel[of_q + 2 * of_kv, tokens](
+        qkv, cos, sin, factors, position_ids, query_starts, slots, q, key_cache, value_cache, key_scale, value_scale,
+        batch, qkv.stride(0), *key_cache.stride()[:2],
+        HEADS=heads, KV_HEADS=kv_heads, BLOCK_H=block_h, HALF=head_dim // 2, BLOCK_HALF=block_d // 2,
+        BATCH=max(16, triton.next_power_of_2(batch)), num_warps=4, **dependent_launch(qkv.device),
+    )  # fmt: skip
+    return q
+
+
+def context_attention(
+    q: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    key_scale: torch.Tensor | None,
+    value_scale: torch.Tensor | None,
+    query_starts: torch.Tensor,
+    past_lengths: torch.Tensor,
+    slots: torch.Tensor,
+    slopes: torch.Tensor | None,
+) -> torch.Tensor:
+    """`[tokens, heads, head_dim]` to `[tokens, heads * head_dim]`, as `write_cache` has it.
+
+    `past_lengths` int32 `[batch]`; for ALiBi `slopes`, float32 `[heads]`.
+    """
+    many = q.shape[0] * q.shape[1] >= 2 * 128 * processors(q.device)
+    return _attend(
+        q, key_cache, value_cache, key_scale, value_scale, query_starts, past_lengths, slots, slopes,
+        BLOCK_M=128 if many else 64, BLOCK_N=BLOCK_N, num_warps=8 if many else 4, num_stages=3,
+    )  # fmt: skip
+
+
+def _attend(
+    q, key_cache, value_cache, key_scale, value_scale, query_starts, past_lengths, slots, slopes, BLOCK_M, **options
+):
+    tokens, heads, head_dim = q.shape
+    batch, kv_heads = len(slots), key_cache.shape[1]
+    output = q.new_empty(tokens, heads * head_dim)
+    blocks = (tokens + batch * (BLOCK_M - 1)) // BLOCK_M  # there are no more, however long the sequences are
+    _attention_kernel[heads, blocks](
+        q, key_cache, value_cache, key_scale, value_scale, query_starts, past_lengths, slots, slopes, output,
+        batch, *key_cache.stride()[:2], head_dim**-0.5 * math.log2(math.e),
+        HEADS=heads, GROUP=heads // kv_heads, HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        BATCH=max(16, triton.next_power_of_2(batch)), BLOCK_M=BLOCK_M, **options, **dependent_launch(q.device),
+    )  # fmt: skip
+    return output
+
+
+@triton.jit
+def _write_kernel(
+    qkv, cos, sin, factors, position_ids, query_starts, slots, q, key_cache, value_cache, key_scale, value_scale,
+    batch, qkv_stride, cache_stride, cache_head_stride,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_H: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BATCH: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """Some heads of one token: queries, keys or values."""
+    trigger(DEPENDENT)
+    wait(DEPENDENT)
+    block, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    of_q: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
+    of_kv: tl.constexpr = (KV_HEADS + BLOCK_H - 1) // BLOCK_H
+    sequences = tl.arange(0, BATCH)
+    ends = tl.load(query_starts + 1 + sequences, mask=sequences < batch, other=0)
+    b = tl.sum(((ends <= token) & (sequences < batch)).to(tl.int32), 0)
+    if b == batch:
+        return
+    d = tl.arange(0, BLOCK_HALF)
+    member = tl.arange(0, BLOCK_H)
+    if block < of_q:
+        head = block * BLOCK_H + member
+        inside = (head[:, None] < HEADS) & (d[None, :] < HALF)
+        at = head[:, None] * (2 * HALF) + d[None, :]
+        first, second = _halves(qkv + token * qkv_stride + at, cos, sin, token, d, inside, HALF)
+        if factors is not None:
+            factor = tl.load(factors + token)
+            first, second = scaled(first, factor), scaled(second, factor)
+        q += token * (HEADS * 2 * HALF)
+        tl.store(q + at, first, mask=inside)
+        tl.store(q + at + HALF, second, mask=inside)
+    else:
+        slot, position = tl.load(slots + b).to(tl.int64), tl.load(position_ids + token)
+        there = slot * cache_stride + position * (2 * HALF)
+        if block < of_q + of_kv:
+            head = (block - of_q) * BLOCK_H + member
+            at = qkv + token * qkv_stride + HEADS * 2 * HALF + head[:, None] * (2 * HALF) + d[None, :]
+            inside = (head[:, None] < KV_HEADS) & (d[None, :] < HALF)
+            first, second = _halves(at, cos, sin, token, d, inside, HALF)
+            _store(key_cache + there, key_scale, first, second, head, d, inside, cache_head_stride, KV_HEADS, HALF)
+        else:
+            head = (block - of_q - of_kv) * BLOCK_H + member
+            at = qkv + token * qkv_stride + (HEADS + KV_HEADS) * 2 * HALF + head[:, None] * (2 * HALF) + d[None, :]
+            inside = (head[:, None] < KV_HEADS) & (d[None, :] < HALF)
+            first, second = _halves(at, None, None, token, d, inside, HALF)
+            _store(value_cache + there, value_scale, first, second, head, d, inside, cache_head_stride, KV_HEADS, HALF)
+
+
+@triton.jit
+def _halves(x, cos, sin, token, d, inside, HALF: tl.constexpr):
+    """Both halves of some heads, rotated."""
+    first, second = tl.load(x, mask=inside, other=0.0), tl.load(x + HALF, mask=inside, other=0.0)
+    if cos is not None:
+        c = cos + token * (2 * HALF) + d
+        s = sin + token * (2 * HALF) + d
+        c0, s0 = tl.load(c, mask=d < HALF, other=0.0)[None, :], tl.load(s, mask=d < HALF, other=0.0)[None, :]
+        c1 = tl.load(c + HALF, mask=d < HALF, other=0.0)[None, :]
+        s1 = tl.load(s + HALF, mask=d < HALF, other=0.0)[None, :]
+        first, second = rotated(first, second, c0, s0), rotated(second, first, c1, s1)
+    return first, second
+
+
+@triton.jit
+def _store(cache, scale, first, second, head, d, inside, head_stride, KV_HEADS: tl.constexpr, HALF: tl.constexpr):
+    factor = None
+    if scale is not None:
+        factor = tl.load(scale + head, mask=head < KV_HEADS, other=1.0)[:, None]
+    at = cache + head[:, None].to(tl.int64) * head_stride + d[None, :]
+    tl.store(at, stored(first, factor, cache.dtype.element_ty), mask=inside)
+    tl.store(at + HALF, stored(second, factor, cache.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _attention_kernel(
+    q, key_cache, value_cache, key_scale, value_scale, query_starts, past_lengths, slots, slopes, output,
+    batch, cache_stride, cache_head_stride, score_scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BATCH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """Scores are in units of log 2, so that `exp2` does for the softmax."""
+    trigger(DEPENDENT)
+    wait(DEPENDENT)
+    head, block = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
+    sequences = tl.arange(0, BATCH)
+    real = sequences < batch
+    starts = tl.load(query_starts + sequences, mask=real, other=0)
+    blocks = tl.cdiv(tl.load(query_starts + sequences + 1, mask=real, other=0) - starts, BLOCK_M)
+    b = tl.sum((tl.cumsum(blocks, 0) <= block).to(tl.int32), 0)
+    if b >= batch:
+        return
+    start = tl.load(query_starts + b)
+    length = tl.load(query_starts + b + 1) - start
+    past = tl.load(past_lengths + b)
+    slot = tl.load(slots + b).to(tl.int64)
+    first = (block - tl.sum(tl.where(sequences < b, blocks, 0), 0)) * BLOCK_M
+
+    row = first + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    at = (start + row).to(tl.int64)[:, None] * (HEADS * HEAD_DIM) + head * HEAD_DIM + d[None, :]
+    inside = (row[:, None] < length) & (d[None, :] < HEAD_DIM)
+    queries = tl.load(q + at, mask=inside, other=0.0)
+    start_of_head = slot * cache_stride + (head // GROUP) * cache_head_stride
+    key_cache += start_of_head
+    value_cache += start_of_head
+    if key_scale is not None:
+        score_scale *= tl.load(key_scale + head // GROUP)
+    slope = None
+    if slopes is not None:
+        slope = tl.load(slopes + head) * LOG2_E
+
+    state = (
+        tl.full((BLOCK_M,), float("-inf"), tl.float32), tl.zeros((BLOCK_M,), tl.float32),
+        tl.zeros((BLOCK_M, BLOCK_D), tl.float32),
+    )  # fmt: skip
+    position = past + row
+    seen_by_all = (past + first + 1) // BLOCK_N * BLOCK_N
+    end = past + tl.minimum(first + BLOCK_M, length)
+    state = _over(
+        state, queries, key_cache, value_cache, position, slope, score_scale, 0, seen_by_all, end,
+        False, HEAD_DIM, BLOCK_D, BLOCK_N,
+    )  # fmt: skip
+    state = _over(
+        state, queries, key_cache, value_cache, position, slope, score_scale, seen_by_all, end, end,
+        True, HEAD_DIM, BLOCK_D, BLOCK_N,
+    )  # fmt: skip
+    _, weight_sum, total = state
+    scale = 1 / weight_sum
+    if value_scale is not None:
+        scale *= tl.load(value_scale + head // GROUP)
+    tl.store(output + at, (total * scale[:, None]).to(output.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _over(
+    state, queries, keys, values, position, slope, score_scale, begin, stop, end,
+    MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Attends to the positions from `begin` to `stop`; where masked, none beyond a query's own."""
+    highest, weight_sum, total = state
+    d = tl.arange(0, BLOCK_D)
+    for n in range(begin, stop, BLOCK_N):
+        at = n + tl.arange(0, BLOCK_N)
+        places = at[:, None] * HEAD_DIM + d[None, :]
+        if MASKED:
+            inside = (at[:, None] < end) & (d[None, :] < HEAD_DIM)
+            k, v = tl.load(keys + places, mask=inside, other=0.0), tl.load(values + places, mask=inside, other=0.0)
+        elif HEAD_DIM == BLOCK_D:
+            k, v = tl.load(keys + places), tl.load(values + places)
+        else:
+            inside = d[None, :] < HEAD_DIM
+            k, v = tl.load(keys + places, mask=inside, other=0.0), tl.load(values + places, mask=inside, other=0.0)
+        scores = tl.dot(queries, widened(k, queries).T)
+        if slope is not None:
+            scores = scores * score_scale + slope * (at[None, :] - position[:, None])
+        if MASKED:
+            scores = tl.where(at[None, :] <= position[:, None], scores, float("-inf"))
+        if slope is None:
+            higher = tl.maximum(highest, tl.max(scores, 1) * score_scale)
+            weights = tl.exp2(scores * score_scale - higher[:, None])
+        else:
+            higher = tl.maximum(highest, tl.max(scores, 1))
+            weights = tl.exp2(scores - higher[:, None])
+        shrink = tl.exp2(highest - higher)
+        weight_sum = weight_sum * shrink + tl.sum(weights, 1)
+        total = tl.dot(weights.to(queries.dtype), widened(v, queries), total * shrink[:, None])
+        highest = higher
+    return highest, weight_sum, total
