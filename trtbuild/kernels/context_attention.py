@@ -118,65 +118,63 @@ def _write_kernel(
     trigger(DEPENDENT)
     wait(DEPENDENT)
     block, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    of_q: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
-    of_kv: tl.constexpr = (KV_HEADS + BLOCK_H - 1) // BLOCK_H
     sequences = tl.arange(0, BATCH)
     ends = tl.load(query_starts + 1 + sequences, mask=sequences < batch, other=0)
     b = tl.sum(((ends <= token) & (sequences < batch)).to(tl.int32), 0)
     if b == batch:
         return
-    d = tl.arange(0, BLOCK_HALF)
+    of_q: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
+    of_kv: tl.constexpr = (KV_HEADS + BLOCK_H - 1) // BLOCK_H
     member = tl.arange(0, BLOCK_H)
+    d = tl.arange(0, BLOCK_HALF)
+    qkv += token * qkv_stride
+    if cos is not None:
+        cos += token * 2 * HALF
+        sin += token * 2 * HALF
     if block < of_q:
         head = block * BLOCK_H + member
-        inside = (head[:, None] < HEADS) & (d[None, :] < HALF)
-        at = head[:, None] * (2 * HALF) + d[None, :]
-        first, second = _halves(qkv + token * qkv_stride + at, cos, sin, token, d, inside, HALF)
+        first, second = _halves(qkv, cos, sin, head, d, HEADS, HALF)
         if factors is not None:
             factor = tl.load(factors + token)
             first, second = scaled(first, factor), scaled(second, factor)
-        q += token * (HEADS * 2 * HALF)
-        tl.store(q + at, first, mask=inside)
-        tl.store(q + at + HALF, second, mask=inside)
+        _store(q + token * (HEADS * 2 * HALF), 2 * HALF, None, first, second, head, d, HEADS, HALF)
     else:
-        slot, position = tl.load(slots + b).to(tl.int64), tl.load(position_ids + token)
-        there = slot * cache_stride + position * (2 * HALF)
+        there = tl.load(slots + b).to(tl.int64) * cache_stride + tl.load(position_ids + token) * 2 * HALF
         if block < of_q + of_kv:
             head = (block - of_q) * BLOCK_H + member
-            at = qkv + token * qkv_stride + HEADS * 2 * HALF + head[:, None] * (2 * HALF) + d[None, :]
-            inside = (head[:, None] < KV_HEADS) & (d[None, :] < HALF)
-            first, second = _halves(at, cos, sin, token, d, inside, HALF)
-            _store(key_cache + there, key_scale, first, second, head, d, inside, cache_head_stride, KV_HEADS, HALF)
+            first, second = _halves(qkv + HEADS * 2 * HALF, cos, sin, head, d, KV_HEADS, HALF)
+            _store(key_cache + there, cache_head_stride, key_scale, first, second, head, d, KV_HEADS, HALF)
         else:
             head = (block - of_q - of_kv) * BLOCK_H + member
-            at = qkv + token * qkv_stride + (HEADS + KV_HEADS) * 2 * HALF + head[:, None] * (2 * HALF) + d[None, :]
-            inside = (head[:, None] < KV_HEADS) & (d[None, :] < HALF)
-            first, second = _halves(at, None, None, token, d, inside, HALF)
-            _store(value_cache + there, value_scale, first, second, head, d, inside, cache_head_stride, KV_HEADS, HALF)
+            first, second = _halves(qkv + (HEADS + KV_HEADS) * 2 * HALF, None, None, head, d, KV_HEADS, HALF)
+            _store(value_cache + there, cache_head_stride, value_scale, first, second, head, d, KV_HEADS, HALF)
 
 
 @triton.jit
-def _halves(x, cos, sin, token, d, inside, HALF: tl.constexpr):
-    """Both halves of some heads, rotated."""
-    first, second = tl.load(x, mask=inside, other=0.0), tl.load(x + HALF, mask=inside, other=0.0)
+def _halves(x, cos, sin, head, d, HEADS: tl.constexpr, HALF: tl.constexpr):
+    """Both halves of some heads, rotated if there are `cos` and `sin`."""
+    at = x + head[:, None] * (2 * HALF) + d[None, :]
+    inside = (head[:, None] < HEADS) & (d[None, :] < HALF)
+    first, second = tl.load(at, mask=inside, other=0.0), tl.load(at + HALF, mask=inside, other=0.0)
     if cos is not None:
-        c = cos + token * (2 * HALF) + d
-        s = sin + token * (2 * HALF) + d
-        c0, s0 = tl.load(c, mask=d < HALF, other=0.0)[None, :], tl.load(s, mask=d < HALF, other=0.0)[None, :]
-        c1 = tl.load(c + HALF, mask=d < HALF, other=0.0)[None, :]
-        s1 = tl.load(s + HALF, mask=d < HALF, other=0.0)[None, :]
+        real = d < HALF
+        c0, s0 = tl.load(cos + d, mask=real, other=0.0)[None, :], tl.load(sin + d, mask=real, other=0.0)[None, :]
+        cos += HALF
+        sin += HALF
+        c1, s1 = tl.load(cos + d, mask=real, other=0.0)[None, :], tl.load(sin + d, mask=real, other=0.0)[None, :]
         first, second = rotated(first, second, c0, s0), rotated(second, first, c1, s1)
     return first, second
 
 
 @triton.jit
-def _store(cache, scale, first, second, head, d, inside, head_stride, KV_HEADS: tl.constexpr, HALF: tl.constexpr):
+def _store(to, head_stride, scale, first, second, head, d, HEADS: tl.constexpr, HALF: tl.constexpr):
     factor = None
     if scale is not None:
-        factor = tl.load(scale + head, mask=head < KV_HEADS, other=1.0)[:, None]
-    at = cache + head[:, None].to(tl.int64) * head_stride + d[None, :]
-    tl.store(at, stored(first, factor, cache.dtype.element_ty), mask=inside)
-    tl.store(at + HALF, stored(second, factor, cache.dtype.element_ty), mask=inside)
+        factor = tl.load(scale + head, mask=head < HEADS, other=1.0)[:, None]
+    at = to + head[:, None].to(tl.int64) * head_stride + d[None, :]
+    inside = (head[:, None] < HEADS) & (d[None, :] < HALF)
+    tl.store(at, stored(first, factor, to.dtype.element_ty), mask=inside)
+    tl.store(at + HALF, stored(second, factor, to.dtype.element_ty), mask=inside)
 
 
 @triton.jit

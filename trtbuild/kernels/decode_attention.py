@@ -152,24 +152,26 @@ def _kernel(
 
     qkv += b * qkv_stride
     partner = tl.where(d < HEAD_DIM // 2, d + HEAD_DIM // 2, d - HEAD_DIM // 2)
-    q = tl.load(qkv + head[:, None] * HEAD_DIM + d[None, :], mask=real, other=0.0)
-    new_k = qkv + (KV_HEADS * GROUP + kv_head) * HEAD_DIM
-    new_v = tl.load(new_k + KV_HEADS * HEAD_DIM + d, mask=in_head & newest, other=0.0)
-    own_k = tl.load(new_k + d, mask=in_head & newest, other=0.0)
+    c, s = None, None
     if cos is not None:
         c = tl.load(cos + b * HEAD_DIM + d, mask=in_head, other=0.0)
         s = tl.load(sin + b * HEAD_DIM + d, mask=in_head, other=0.0)
-        q_partner = tl.load(qkv + head[:, None] * HEAD_DIM + partner[None, :], mask=real, other=0.0)
-        q = rotated(q, q_partner, c[None, :], s[None, :])
-        own_k = rotated(own_k, tl.load(new_k + partner, mask=in_head & newest, other=0.0), c, s)
+    if PLAIN:
+        q = _head(qkv + kv_head * HEAD_DIM, d, partner, c, s, in_head)
+    else:
+        rows = head[:, None] * HEAD_DIM
+        q = _head(qkv, rows + d[None, :], rows + partner[None, :], c, s, real)
     if factors is not None:
         q = scaled(q, tl.load(factors + b))
+    new_k = qkv + (KV_HEADS * GROUP + kv_head) * HEAD_DIM
+    own_k = _head(new_k, d, partner, c, s, in_head & newest)
+    own_v = tl.load(new_k + KV_HEADS * HEAD_DIM + d, mask=in_head & newest, other=0.0)
     own_k = stored(own_k, k_factor, key_cache.dtype.element_ty)
-    own_v = stored(new_v, v_factor, value_cache.dtype.element_ty)
+    own_v = stored(own_v, v_factor, value_cache.dtype.element_ty)
     tl.store(key_cache + past * HEAD_DIM + d, own_k, mask=in_head & newest)
     tl.store(value_cache + past * HEAD_DIM + d, own_v, mask=in_head & newest)
-    own_score = tl.sum(q.to(tl.float32) * own_k.to(tl.float32)[None, :], 1) * score_scale
-    own_score = tl.where(newest, own_score, LOWEST)
+    own_score = tl.sum(q.to(tl.float32) * own_k.to(tl.float32), len(q.shape) - 1) * score_scale
+    own_score = tl.where(newest, own_score, tl.full((BLOCK_H,), LOWEST, tl.float32))
 
     # What the part has seen: the highest score, the sum of the weights, and their sum over the values.
     if PLAIN:
@@ -221,26 +223,47 @@ def _kernel(
             if whole:
                 tl.debug_barrier()
                 tl.store(counters + b * KV_HEADS + kv_head, 0)
-                p = tl.arange(0, PARTS)
-                of_parts = (p[:, None] < parts) & (member[None, :] < GROUP)
-                at = row[None, :] + p[:, None]
-                scores = tl.load(sums + at, mask=of_parts, other=LOWEST, cache_modifier=".cg")
-                weight_sum = tl.load(weight_sums + at, mask=of_parts, other=0, cache_modifier=".cg")
-                highest = tl.max(scores, 0)
-                weight_sum = tl.sum(weight_sum * tl.exp2(scores - highest[None, :]), 0)
-                weight_sum = tl.where(member < GROUP, weight_sum, 1.0)
-                total = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
-                for first in range(0, parts, MERGED):
-                    p = first + tl.arange(0, MERGED)
-                    of_parts = (p[:, None] < parts) & (member[None, :] < GROUP)
-                    at = row[None, :] + p[:, None]
-                    scores = tl.load(sums + at, mask=of_parts, other=LOWEST, cache_modifier=".cg")
-                    at = at[:, :, None] * HEAD_DIM + d[None, None, :]
-                    some = of_parts[:, :, None] & in_head[None, None, :]
-                    values = tl.load(partial + at, mask=some, other=0.0, cache_modifier=".cg")
-                    total += tl.sum(values * tl.exp2(scores - highest[None, :])[:, :, None], 0)
+                weight_sum, total = _merged(
+                    sums, weight_sums, partial, row, parts, member < GROUP, d, HEAD_DIM, PARTS, MERGED
+                )
     at = b * KV_HEADS * GROUP * HEAD_DIM + head[:, None] * HEAD_DIM + d[None, :]
     tl.store(output + at, (total / weight_sum[:, None]).to(output.dtype.element_ty), mask=real & whole)
+
+
+@triton.jit
+def _head(x, at, partner, cos, sin, inside):
+    """What is at `x + at`, rotated if there are `cos` and `sin`."""
+    values = tl.load(x + at, mask=inside, other=0.0)
+    if cos is None:
+        return values
+    else:
+        return rotated(values, tl.load(x + partner, mask=inside, other=0.0), cos, sin)
+
+
+@triton.jit
+def _merged(
+    sums, weight_sums, partial, row, parts, real, d, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr, MERGED: tl.constexpr
+):
+    """The sums of all parts, whose data begin at `row` of every head; other programs wrote them, past the L1 cache."""
+    part = tl.arange(0, PARTS)
+    inside = (part[:, None] < parts) & real[None, :]
+    at = row[None, :] + part[:, None]
+    scores = tl.load(sums + at, mask=inside, other=LOWEST, cache_modifier=".cg")
+    weight_sum = tl.load(weight_sums + at, mask=inside, other=0.0, cache_modifier=".cg")
+    highest = tl.max(scores, 0)
+    weight_sum = tl.sum(weight_sum * tl.exp2(scores - highest[None, :]), 0)
+    total = tl.zeros((row.shape[0], d.shape[0]), tl.float32)
+    for first in range(0, parts, MERGED):
+        some = first + tl.arange(0, MERGED)
+        within = (some[:, None] < parts) & real[None, :]
+        places = row[None, :] + some[:, None]
+        weights = tl.exp2(tl.load(sums + places, mask=within, other=LOWEST, cache_modifier=".cg") - highest[None, :])
+        values = tl.load(
+            partial + places[:, :, None] * HEAD_DIM + d[None, None, :],
+            mask=within[:, :, None] & (d[None, None, :] < HEAD_DIM), other=0.0, cache_modifier=".cg",
+        )  # fmt: skip
+        total += tl.sum(values * weights[:, :, None], 0)
+    return tl.where(real, weight_sum, 1.0), total
 
 
 @triton.jit
@@ -258,7 +281,7 @@ def _inside(at, d, end, HEAD_DIM: tl.constexpr):
 def _plain(rows, q, k, v, at, past, end, slope, like):
     """A tile of keys and values `[BLOCK, BLOCK_D]` for one query, float32 and scaled; the rows' own sums."""
     highest, weight_sum, total = rows
-    scores = tl.sum(widened(k, like).to(tl.float32) * q, 1)
+    scores = tl.sum(widened(k, like).to(tl.float32) * q[None, :], 1)
     if slope is not None:
         scores += slope * (at - past)
     scores = tl.where(at < end, scores, float("-inf"))
