@@ -109,6 +109,15 @@ def refusal(session: Session) -> str:
     return ""
 
 
+def refusal_of_generation(session: Session) -> str:
+    """With other sequences under way, where they are a pipeline's."""
+    try:
+        generate(session, [[1, 2]] * 4, SamplingParams(4))
+    except UserError as refused:
+        return str(refused)
+    return ""
+
+
 def compare(case: Case, ranks: Session) -> dict:
     one = case.session(Mapping(), alone)
     found = logits(ranks)
@@ -133,7 +142,8 @@ def main(here: World, mapping: Mapping, names: list[str]) -> dict:
                 session.obey(*message)
             continue
         if case is broken:
-            results[case.name] = [refusal(session), refusal(case.session(Mapping(), alone)), refusal(session)]
+            one = refusal(case.session(Mapping(), alone))
+            results[case.name] = [refusal(session), one, refusal_of_generation(session), refusal(session)]
         else:
             results[case.name] = compare(case, session)
         here.tell(("next",))

@@ -8,6 +8,7 @@ import torch
 
 from trtbuild.engine.fusion import Fused, Result, Rule, maybe, one
 from trtbuild.network.ops.add import Add
+from trtbuild.network.ops.collectives import AllReduce
 from trtbuild.network.ops.rms_norm import RmsNorm
 from trtbuild.network.ops.swiglu import SwiGlu
 from trtbuild.network.step import Step
@@ -34,6 +35,20 @@ class FusedNorm(Fused):
 
 
 @dataclass(frozen=True, eq=False)
+class FusedSum(Fused):
+    """The sum over ranks with the residual's addition and the norm that follow it."""
+
+    names: ClassVar = {(Add, "a"): "residual", (Add, "b"): "residual"}
+    keeps = (Add,)
+
+    def kernel(self, step: Step, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> Result:
+        total, _, norm = (node.op for node in self.nodes)
+        assert isinstance(total, AllReduce)
+        assert isinstance(norm, RmsNorm)
+        return total.ranks(step).all_reduce_add_rms_norm(x, residual, weight, norm.eps, total.first, total.size)
+
+
+@dataclass(frozen=True, eq=False)
 class FusedSwiGlu(Fused):
     """SwiGLU in one launch."""
 
@@ -44,6 +59,7 @@ class FusedSwiGlu(Fused):
 
 
 MANY = (
+    Rule(FusedSum, (one(AllReduce), one(Add), one(RmsNorm))),
     Rule(FusedNorm, (maybe(Add), one(RmsNorm))),
     Rule(FusedSwiGlu, (one(SwiGlu),)),
 )

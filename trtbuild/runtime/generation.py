@@ -1,6 +1,6 @@
 """Batched text generation over any session."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -8,6 +8,8 @@ import torch
 from trtbuild.errors import UserError
 from trtbuild.runtime.sampling import SamplingParams
 from trtbuild.runtime.session import Session
+
+END = object()
 
 
 @dataclass
@@ -44,8 +46,14 @@ def generate(
         session.check_prompt(prompt, i)
     outputs = [Output() for _ in prompts]
     for first in range(0, len(prompts), limits.max_batch_size):
-        batch = slice(first, first + limits.max_batch_size)
-        _generate_batch(session, prompts[batch], outputs[batch], first, params, decode, on_token)
+        end = min(first + limits.max_batch_size, len(prompts))
+        going = []
+        for part in session.parts(end - first):
+            batch = slice(first, min(first + part.limits.max_batch_size, end))
+            going.append(_generate_batch(part, prompts[batch], outputs[batch], first, params, decode, on_token))
+            first = batch.stop
+        while going:
+            going = [one for one in going if next(one, END) is not END]
     return outputs
 
 
@@ -57,17 +65,22 @@ def _generate_batch(
     params: SamplingParams,
     decode: Callable[[list[int]], str] | None,
     on_token: Callable[[int, int], object],
-) -> None:
+) -> Iterator[None]:
+    """Comes back wherever it has started a step, so that others can be started before its logits are asked for."""
     sampler = session.sampler(params, prompts, first)
     ring = sampler.ring
-    logits = session.prefill(prompts)
+    logits_of = session.start_prefill(prompts)
+    yield
+    logits = logits_of()
     finite = torch.ones(1, dtype=torch.bool, pin_memory=logits.is_cuda)
     finite.copy_(logits.sum().isfinite(), non_blocking=True)  # there before the first tokens are
     sampler(logits)
     ring.send()
     while ring.received < params.max_output_len and not all(output.finish_reason for output in outputs):
         while ring.sent < params.max_output_len and not ring.full:
-            logits = session.generate(sampler)
+            logits_of = session.start_generate(sampler)
+            yield
+            logits = logits_of()
             ring.send()
         for tokens in ring.receive():
             if not finite:

@@ -1,5 +1,7 @@
 """The KV cache's memory."""
 
+from copy import copy
+
 import torch
 
 from trtbuild.network import Network
@@ -22,6 +24,12 @@ class KVCache:
     def views(self, batch_size: int, first: int = 0) -> dict[str, torch.Tensor]:
         """The caches of `batch_size` sequences from slot `first` on, by input name."""
         return {name: buffer[first : first + batch_size] for name, buffer in self.buffers.items()}
+
+    def part(self, slots: range) -> "KVCache":
+        """The cache of some of its slots, in the same memory."""
+        part = copy(self)
+        part.buffers = self.views(len(slots), slots.start)
+        return part
 
     def sum_of_keys(self, batch_size: int, length: int) -> torch.Tensor:
         """Float32 sum of the first `length` keys in float16, of which any that is not finite makes it so.

@@ -1,4 +1,4 @@
-"""How tensors pass between the processes of an engine: through MPI on CPUs, NCCL on GPUs; small sums there directly."""
+"""How tensors pass between an engine's processes: through MPI on CPUs; on GPUs by NCCL, and on one host directly."""
 
 from contextlib import suppress
 from itertools import pairwise
@@ -11,7 +11,7 @@ from trtbuild.network.ranks import Ranks
 from trtbuild.runtime.world import World
 
 if TYPE_CHECKING:
-    from trtbuild.kernels.one_shot_all_reduce import OneShotAllReduce
+    from trtbuild.kernels.peer_memory import PeerMemory
 
 
 class MpiRanks(Ranks):
@@ -20,6 +20,7 @@ class MpiRanks(Ranks):
     def __init__(self, world: World) -> None:
         self.rank, self._world = world.rank, world
         self._groups: dict[tuple[int, int], object] = {}
+        self._sent: list[tuple[Any, torch.Tensor]] = []
 
     def all_reduce(self, x: torch.Tensor, first: int, size: int) -> torch.Tensor:
         x = x.contiguous()
@@ -34,15 +35,18 @@ class MpiRanks(Ranks):
         return out.transpose(0, 1).reshape(rows, size * columns)
 
     def send(self, x: torch.Tensor, target: int) -> None:
-        self._world.comm.Send(_bytes(x), target)
+        self._sent = [sent for sent in self._sent if not sent[0].Test()]
+        x = x.contiguous()
+        self._sent.append((self._world.comm.Isend(_bytes(x), target), x))
 
     def receive(self, out: torch.Tensor, source: int) -> torch.Tensor:
         self._world.comm.Recv(_bytes(out), source)
         return out
 
-    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
+    def broadcast(self, x: torch.Tensor, size: int) -> torch.Tensor:
         x = x.contiguous()
-        self._world.comm.Bcast(_bytes(x))
+        if size > 1:
+            self._group(0, size).Bcast(_bytes(x))
         return x
 
     def _group(self, first: int, size: int) -> Any:
@@ -59,7 +63,8 @@ def _bytes(x: torch.Tensor) -> Any:
 class NcclRanks(Ranks):
     """Tensors of the GPU, through torch.distributed; of the CPU through its gloo, which tests use.
 
-    What passes between two ranks alone is a broadcast of that pair's. All ranks make the same groups in the same order.
+    Ranks of a stage on one host reach each other's memory, if the GPUs can. What passes between two ranks alone is a
+    broadcast of that pair's, in a group of its own for what goes back. All ranks make the same groups in one order.
     """
 
     def __init__(self, world: World, mapping: Mapping, device: torch.device) -> None:
@@ -72,17 +77,18 @@ class NcclRanks(Ranks):
             backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
             ends = {"store": self._store(), "rank": world.rank, "world_size": world.size}
             dist.init_process_group(backend, device_id=own, **ends)
-        everyone = tuple(range(world.size))
-        self._groups = {everyone: dist.group.WORLD}
-        for ranks in sorted({*_meetings(mapping.tp_size, mapping.pp_size)} - {everyone}):
-            self._groups[ranks] = dist.new_group(ranks)
+        self._groups = {
+            ranks: dist.group.WORLD if ranks == (*range(world.size),) else dist.new_group(sorted(ranks))
+            for ranks in _meetings(mapping.tp_size, mapping.pp_size)
+        }
         for group in self._groups.values():  # connects them, which cannot be done while a graph is captured
             if group is not dist.GroupMember.NON_GROUP_MEMBER:
                 dist.all_reduce(torch.zeros(1, device=device), group=group)
-        self._one_shot: OneShotAllReduce | None = None
+        self._sent: list[tuple[Any, torch.Tensor]] = []
+        self._peers: PeerMemory | None = None
         stage = mapping.stage
         if device.type == "cuda" and len(stage) > 1 and world.local_size == world.size:
-            self._one_shot = _one_shot(self._group(stage.start, len(stage)), device)
+            self._peers = _peer_memory(self._group(stage.start, len(stage)), device)
 
     def _store(self) -> Any:
         """Where the ranks find each other: rank 0's, of which MPI tells the others."""
@@ -97,30 +103,56 @@ class NcclRanks(Ranks):
 
     def all_reduce(self, x: torch.Tensor, first: int, size: int) -> torch.Tensor:
         x = x.contiguous()
-        if self._one_shot and self._one_shot.takes(x):
-            return self._one_shot(x)
+        if self._peers:
+            from trtbuild.kernels.one_shot_all_reduce import all_reduce
+
+            return all_reduce(self._peers, x)
         self._dist.all_reduce(x, group=self._group(first, size))
         return x
 
+    def all_reduce_add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, first: int, size: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._peers:
+            from trtbuild.kernels.one_shot_all_reduce import all_reduce_add_rms_norm
+
+            return all_reduce_add_rms_norm(self._peers, x.contiguous(), residual, weight, eps)
+        return super().all_reduce_add_rms_norm(x, residual, weight, eps, first, size)
+
     def all_gather(self, x: torch.Tensor, first: int, size: int) -> torch.Tensor:
+        x = x.contiguous()
+        if self._peers:
+            from trtbuild.kernels.one_shot_all_gather import all_gather, takes
+
+            if takes(x):
+                return all_gather(self._peers, x)
         rows, columns = x.shape
         out = x.new_empty(size * rows, columns)
-        self._gather(out, x.contiguous(), group=self._group(first, size))
+        self._gather(out, x, group=self._group(first, size))
         return out.view(size, rows, columns).transpose(0, 1).reshape(rows, size * columns)
 
     def send(self, x: torch.Tensor, target: int) -> None:
-        self._pass(x.contiguous(), self.rank, target)
+        x = x.contiguous()
+        if target > self.rank:
+            self._pass(x, self.rank, target)
+            return
+        self._sent = [sent for sent in self._sent if not sent[0].is_completed()]
+        group = self._groups[self.rank, target]
+        self._sent.append((self._dist.broadcast(x, self.rank, group, async_op=True), x))
 
     def receive(self, out: torch.Tensor, source: int) -> torch.Tensor:
         self._pass(out, source, self.rank)
         return out
 
-    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
-        self._dist.broadcast(x, 0)
+    def broadcast(self, x: torch.Tensor, size: int) -> torch.Tensor:
+        if size > 1 and self._peers:
+            return self.all_gather(x[None], 0, size)[0, : len(x)]
+        if size > 1:
+            self._dist.broadcast(x, 0, self._group(0, size))
         return x
 
     def _pass(self, x: torch.Tensor, source: int, target: int) -> None:
-        self._dist.broadcast(x, source, group=self._groups[tuple(sorted((source, target)))])
+        self._dist.broadcast(x, source, group=self._groups[source, target])
 
     def _group(self, first: int, size: int) -> Any:
         return self._groups[tuple(range(first, first + size))]
@@ -133,23 +165,26 @@ class NcclRanks(Ranks):
             self._dist.destroy_process_group()
 
 
-def _one_shot(group: Any, device: torch.device) -> "OneShotAllReduce | None":
-    """The kernel for small sums, where all ranks of a stage reach each other's memory."""
+def _peer_memory(group: Any, device: torch.device) -> "PeerMemory | None":
+    """Where all ranks of a stage reach each other's memory."""
     import torch.distributed as dist
 
-    from trtbuild.kernels.one_shot_all_reduce import OneShotAllReduce
+    from trtbuild.kernels.peer_memory import PeerMemory
 
     made = None
     with suppress(RuntimeError):
-        made = OneShotAllReduce(group, device)
+        made = PeerMemory.of(group, device)
     works = torch.tensor([made is not None], dtype=torch.int32, device=device)
     dist.all_reduce(works, dist.ReduceOp.MIN, group=group)
     return made if works.item() else None
 
 
 def _meetings(tp_size: int, pp_size: int) -> list[tuple[int, ...]]:
-    """Which ranks of an engine meet: a stage's, neighbours in the pipeline, and who makes logits and who reads them."""
+    """Which ranks of an engine meet, each once: a stage's, and who sends to whom.
+
+    Those are neighbours in the pipeline, and back to who reads the logits who makes them.
+    """
     size = tp_size * pp_size
     stages = [tuple(range(first, first + tp_size)) for first in range(0, size, tp_size)]
     pairs = [pair for before, after in pairwise(stages) for pair in zip(before, after, strict=True)]
-    return [ranks for ranks in (*stages, *pairs, (0, size - tp_size)) if len({*ranks}) > 1]
+    return [ranks for ranks in (*stages, *pairs, (size - tp_size, 0)) if len({*ranks}) > 1]

@@ -1,7 +1,10 @@
 """A session over an engine of several ranks: what rank 0's is asked to do it tells the others', and all do it."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,7 +21,9 @@ class RanksSession(PortableSession):
     """One rank's. Rank 0's checks what it is asked, samples and has the logits; the others' only `obey`.
 
     Every rank makes its own at the same time. A step's chunks are told over the host; a generation step's tokens go
-    from device to device.
+    from device to device, to the first stage alone. Where a pipeline's last stage has the logits, they come to rank 0
+    when they are asked for, in the order in which steps were started. Until then the first stage can go on with others
+    of the `parts` of a batch, which are sessions over some of its slots.
     """
 
     ranks: Ranks
@@ -26,55 +31,107 @@ class RanksSession(PortableSession):
     def __init__(self, engine: PortableEngine, ranks: Ranks, world: World, mapping: Mapping) -> None:
         super().__init__(engine, ranks)
         self.world, self.mapping = world, mapping
+        self._source = mapping.world_size - mapping.tp_size  # of the logits, which all ranks of its stage have
+        self._own = range(self.limits.max_batch_size)  # slots of the whole engine's
+        self._parts: dict[range, RanksSession] = {}
+        self._asked: list[torch.Tensor] = []  # logits of all parts that are still to come
         own = torch.tensor([self.weight_bytes, self.bytes_per_position, self.vocab_size])
         known = world.gather(own)
         # Ranks of a stage read at the same time, stages one after the other; the last knows the vocabulary.
         read, per_position, _ = world.share(known and sum(known) // mapping.tp_size).tolist()
         self.weight_bytes, self.bytes_per_position = read, per_position
         self.vocab_size = world.share(known and known[-1][2].item())
-        graphs = weakref.WeakMethod(self.forget_graphs)
-        world.closing.append(lambda: (forget := graphs()) and forget())
+        forget = weakref.WeakMethod(self.forget_graphs)
+        world.closing.append(lambda: (call := forget()) and call())
+
+    def parts(self, batch_size: int) -> Sequence["RanksSession"]:
+        count = min(self.mapping.pp_size, batch_size)
+        bounds = [batch_size * i // count for i in range(count + 1)]
+        return [self._part(range(*pair)) for pair in pairwise(bounds)] if count > 1 else [self]
+
+    def _part(self, slots: range) -> "RanksSession":
+        """The session over some slots; steps of it and of sessions over others may be under way at the same time."""
+        if slots == self._own:
+            return self
+        if slots not in self._parts:
+            part = self._parts[slots] = copy(self)
+            part.limits, part._own, part._parts = replace(self.limits, max_batch_size=len(slots)), slots, {}
+            part._begin(self.cache.part(slots))
+        return self._parts[slots]
 
     def forget_graphs(self) -> None:
         """Before the ways to other ranks close, which captured steps hold open."""
-        self._graphs.clear()
+        for part in (self, *self._parts.values()):
+            part._graphs.clear()
 
-    def obey(self, name: str, *arguments: object) -> None:
+    def obey(self, name: str, slots: range, *arguments: object) -> None:
         """What rank 0 told."""
-        getattr(self, f"_all_{name}")(*arguments)
+        getattr(self._part(slots), f"_all_{name}")(*arguments)
 
-    def _step(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+    def _step(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:
         return self._all("step", chunks, self.lengths, self.prompt_lengths)
 
-    def _decode(self, tokens: torch.Tensor) -> torch.Tensor:
+    def _decode(self, tokens: torch.Tensor) -> torch.Tensor | None:
         self._tokens = tokens
         return self._all("decode", self.lengths)
 
     def _sum_of_keys(self, batch_size: int, length: int) -> torch.Tensor:
+        self._receive()
         return self._all("sum_of_keys", batch_size, length)
 
     def _search(self, chunks: Sequence[Chunk]) -> NotFinite | None:
+        self._receive()
         return self._all("search", chunks)
 
     def _all(self, name: str, *arguments: object) -> Any:
         """Does something on all ranks; rank 0's result."""
         with self.world.busy():
-            self.world.tell((name, *arguments))
-            return getattr(self, f"_all_{name}")(*arguments)
+            self.world.tell((name, self._own, *arguments))
+            result = getattr(self, f"_all_{name}")(*arguments)
+        self.world.stuck = bool(self._asked)
+        return result
+
+    def _later(self, logits: torch.Tensor | None, rows: int) -> Callable[[], torch.Tensor]:
+        if self._source == 0:
+            return super()._later(logits, rows)
+        out = torch.empty((rows, self.vocab_size), dtype=torch.float32, device=self.device)
+        self._asked.append(out)
+        self.world.stuck = True
+
+        def receive() -> torch.Tensor:
+            self._receive(out)
+            return out
+
+        return receive
+
+    @torch.inference_mode()
+    def _receive(self, last: torch.Tensor | None = None) -> None:
+        """Logits that are still to come, in order, up to `last` where it is one of them, or all of them."""
+        if last is not None and all(out is not last for out in self._asked):
+            return
+        while self._asked:
+            out = self._asked.pop(0)
+            self.ranks.receive(out, self._source)
+            if out is last:
+                break
+        self.world.stuck = bool(self._asked)
 
     # What all do
 
     @torch.inference_mode()
     def _all_step(self, chunks: Sequence[Chunk], lengths: list[int], prompt_lengths: list[int]) -> torch.Tensor | None:
         self.lengths, self.prompt_lengths = lengths, prompt_lengths
-        rows = sum(len(chunk.tokens) if chunk.all_logits else 1 for chunk in chunks)
-        return self._at_first(super()._step(chunks), rows)
+        return self._back(super()._step(chunks))
 
     @torch.inference_mode()
     def _all_decode(self, lengths: list[int]) -> torch.Tensor | None:
-        self.lengths, batch = lengths, len(lengths)
-        tokens = self._tokens.int() if self.mapping.rank == 0 else self._slots.new_empty(batch, dtype=torch.int32)
-        return self._at_first(super()._decode(self.ranks.broadcast(tokens)), batch)
+        self.lengths = lengths
+        tokens = (
+            self._tokens.int() if self.mapping.rank == 0 else self._slots.new_empty(len(lengths), dtype=torch.int32)
+        )
+        if self.mapping.is_first:
+            tokens = self.ranks.broadcast(tokens, self.mapping.tp_size)
+        return self._back(super()._decode(tokens))
 
     def _all_sum_of_keys(self, batch_size: int, length: int) -> torch.Tensor | None:
         sums = self.world.gather(self.cache.sum_of_keys(batch_size, length).item())
@@ -87,12 +144,8 @@ class RanksSession(PortableSession):
         self.cache.clear()
         return NotFinite(min(places)[2], min(places)[1]) if places else None
 
-    def _at_first(self, logits: torch.Tensor | None, rows: int) -> torch.Tensor | None:
-        """The logits, which all ranks of the last stage have, on rank 0."""
-        source = self.mapping.world_size - self.mapping.tp_size
-        if logits is not None and self.mapping.rank == source != 0:
+    def _back(self, logits: torch.Tensor | None) -> torch.Tensor | None:
+        """Sends them to rank 0 from where they are."""
+        if logits is not None and self.mapping.rank == self._source != 0:
             self.ranks.send(logits, 0)
-        if self.mapping.rank == 0 != source:
-            out = torch.empty((rows, self.vocab_size), dtype=torch.float32, device=self.device)
-            return self.ranks.receive(out, source)
         return logits

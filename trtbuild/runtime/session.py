@@ -2,7 +2,7 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -21,6 +21,9 @@ MIN_KV_STEP = 256
 class Session(ABC):
     """Runs steps: `prefill` starts a batch, `decode` appends one token to each of its sequences, `step` does anything.
 
+    `start_prefill`, `start_decode`, `start_generate` and `start_step` return a call that gives the logits. Until it is
+    called, others of a batch's `parts` may be started, which pipelines do at the same time.
+
     `lengths` are the positions that each slot of the cache holds. Of bytes that a generation step reads one after the
     other `weight_bytes` are weights, and `bytes_per_position` keys and values of one position of one sequence.
     """
@@ -37,7 +40,12 @@ class Session(ABC):
         self.lengths: list[int] = []
         self.prompt_lengths: list[int] = []
 
-    @torch.inference_mode()
+    def parts(self, batch_size: int) -> Sequence["Session"]:
+        """Sessions that share the sequences of a batch, in order, each as many as its `max_batch_size`; itself alone
+        unless parts are faster. Their caches are its own.
+        """
+        return [self]
+
     def step(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """Runs any mix of prompts, parts of prompts and continuations; float32 logits in the chunks' order, packed.
 
@@ -45,6 +53,11 @@ class Session(ABC):
         Nothing waits for the device; whether the logits are finite is the caller's to check. The result may be a buffer
         that the next step overwrites. Raises `UserError` for a chunk that the engine cannot take.
         """
+        return self.start_step(chunks)()
+
+    @torch.inference_mode()
+    def start_step(self, chunks: Sequence[Chunk]) -> Callable[[], torch.Tensor]:
+        """As `step`."""
         for chunk in chunks:
             self._check_chunk(chunk)
         slots = [chunk.slot for chunk in chunks]
@@ -58,10 +71,12 @@ class Session(ABC):
             for c in chunks
         )
         if continued and slots == list(range(len(self.lengths))):
-            return self.decode(torch.tensor([chunk.tokens[0] for chunk in chunks], dtype=torch.int32).to(self.device))
+            tokens = torch.tensor([chunk.tokens[0] for chunk in chunks], dtype=torch.int32)
+            return self.start_decode(tokens.to(self.device))
         for chunk in chunks:
             self.lengths[chunk.slot], self.prompt_lengths[chunk.slot] = chunk.end, chunk.prompt_length
-        return _there(self._step(chunks))
+        rows = sum(len(chunk.tokens) if chunk.all_logits else 1 for chunk in chunks)
+        return self._later(self._step(chunks), rows)
 
     def prefill(self, prompts: list[list[int]], all_logits: bool = False) -> torch.Tensor:
         """Starts a new batch from token ids; returns float32 logits of each last token, `[batch, vocab]`.
@@ -70,15 +85,19 @@ class Session(ABC):
         waits for the device, and it is the caller's to check. Raises `UserError` for an empty prompt, one longer than
         `max_input_len`, or more than `max_batch_size` of them.
         """
+        logits = self.start_prefill(prompts, all_logits)()
+        if all_logits:
+            self.check_finite(prompts, logits)
+        return logits
+
+    def start_prefill(self, prompts: list[list[int]], all_logits: bool = False) -> Callable[[], torch.Tensor]:
+        """As `prefill`, but that nothing is checked."""
         if not 0 < len(prompts) <= self.limits.max_batch_size:
             raise UserError(
                 f"{len(prompts)} prompts in one batch; the engine's max_batch_size is {self.limits.max_batch_size}"
             )
         self.lengths, self.prompt_lengths = [], []
-        logits = self.step(whole_prompts(prompts, all_logits))
-        if all_logits:
-            self.check_finite(prompts, logits)
-        return logits
+        return self.start_step(whole_prompts(prompts, all_logits))
 
     def check_finite(self, prompts: list[list[int]], logits: torch.Tensor) -> None:
         """`UserError` where `logits`, or the prompts' keys in the cache, are not finite; waits for the device."""
@@ -134,14 +153,18 @@ class Session(ABC):
                 f"engine's max_length is {self.limits.max_length}; build with a larger max_output_len"
             )
 
-    @torch.inference_mode()
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
         """Appends one token to every sequence (`[batch]` int32, on the session's device); returns `[batch, vocab]`.
 
         The result may be a buffer that the next step overwrites. Raises `UserError` when a cache is full.
         """
+        return self.start_decode(tokens)()
+
+    @torch.inference_mode()
+    def start_decode(self, tokens: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """As `decode`."""
         self._lengthen()
-        return _there(self._decode(tokens))
+        return self._later(self._decode(tokens), len(self.lengths))
 
     def sampler(self, params: SamplingParams, prompts: list[list[int]], first: int = 0) -> Sampler:
         """For `generate` after a `prefill` of these prompts, the first of which has the number `first`.
@@ -150,11 +173,15 @@ class Session(ABC):
         """
         return Sampler(params.kind, len(prompts), self.vocab_size, self.device).start(params, prompts, first)
 
-    @torch.inference_mode()
     def generate(self, sampler: Sampler) -> torch.Tensor:
         """Appends the sampler's tokens and draws the next ones; as `decode`, which draws none."""
+        return self.start_generate(sampler)()
+
+    @torch.inference_mode()
+    def start_generate(self, sampler: Sampler) -> Callable[[], torch.Tensor]:
+        """As `generate`; the tokens are drawn when the logits are asked for."""
         self._lengthen()
-        return _there(self._generate(sampler))
+        return self._start_generate(sampler)
 
     def _lengthen(self) -> None:
         if max(self.lengths) >= self.limits.max_length:
@@ -163,10 +190,19 @@ class Session(ABC):
             )
         self.lengths = [n + 1 for n in self.lengths]
 
-    def _generate(self, sampler: Sampler) -> torch.Tensor | None:
-        logits = _there(self._decode(sampler.tokens))
-        sampler(logits)
-        return logits
+    def _start_generate(self, sampler: Sampler) -> Callable[[], torch.Tensor]:
+        logits_of = self._later(self._decode(sampler.tokens), len(self.lengths))
+
+        def sampled() -> torch.Tensor:
+            sampler(logits := logits_of())
+            return logits
+
+        return sampled
+
+    def _later(self, logits: torch.Tensor | None, rows: int) -> Callable[[], torch.Tensor]:
+        """What gives a step's `rows` of logits."""
+        there = _there(logits)
+        return lambda: there
 
     @abstractmethod
     def _step(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:
@@ -186,6 +222,11 @@ class PortableSession(Session):
         super().__init__(engine.network, engine.limits, engine.device)
         self.engine, self.ranks = engine, ranks
         self._slots = torch.arange(engine.limits.max_batch_size, device=engine.device)
+        self._begin(self.cache)
+
+    def _begin(self, cache: KVCache) -> None:
+        """Knows of no sequence and no captured step yet."""
+        self.cache, self.lengths, self.prompt_lengths = cache, [], []
         self._batches: dict[int, dict[str, torch.Tensor]] = {}
         self._samplers: dict[tuple[int, Kind], Sampler] = {}
         self._graphs: dict[tuple[int, int, Kind | None], tuple[torch.cuda.CUDAGraph, torch.Tensor | None]] = {}
@@ -240,10 +281,11 @@ class PortableSession(Session):
             self._samplers[batch, kind] = Sampler(kind, batch, self.vocab_size, self.device, *moved)
         return self._samplers[batch, kind].start(params, prompts, first)
 
-    def _generate(self, sampler: Sampler) -> torch.Tensor | None:
+    def _start_generate(self, sampler: Sampler) -> Callable[[], torch.Tensor]:
         if not self._samples_in_graph:
-            return super()._generate(sampler)
-        return self._replay(len(self.lengths), kv_bound(max(self.lengths), self.limits.max_length), sampler)
+            return super()._start_generate(sampler)
+        rows = len(self.lengths)
+        return self._later(self._replay(rows, kv_bound(max(self.lengths), self.limits.max_length), sampler), rows)
 
     def _decode(self, tokens: torch.Tensor) -> torch.Tensor | None:
         state, longest = self._decode_state, max(self.lengths)

@@ -28,6 +28,13 @@ class Collective(Op):
         """Every rank's result, from every rank's inputs by name, both in the order of `meeting`."""
         raise NotImplementedError
 
+    @staticmethod
+    def ranks(step: Step) -> Ranks:
+        """The ways to the others."""
+        if step.ranks is None:
+            raise ValueError("a network of several ranks needs a step that leads to the others")
+        return step.ranks
+
     def reference(self, *args: Any, **inputs: Any) -> NoReturn:
         raise NotImplementedError(f"{self} is no rank's alone; run all ranks in lock-step")
 
@@ -55,7 +62,7 @@ class AllReduce(Collective):
         return [torch.stack([inputs["x"] for inputs in brought]).sum(0)] * self.size
 
     def portable(self, step: Step, x: torch.Tensor) -> torch.Tensor:
-        return _others(step).all_reduce(x, self.first, self.size)
+        return self.ranks(step).all_reduce(x, self.first, self.size)
 
     def to_tensorrt(self, lowering: Lowering, x: Lowered) -> Lowered:
         return lowering.all_reduce(x, range(self.first, self.first + self.size))
@@ -78,7 +85,7 @@ class AllGather(Collective):
         return [torch.cat([inputs["x"] for inputs in brought], 1)] * self.size
 
     def portable(self, step: Step, x: torch.Tensor) -> torch.Tensor:
-        return _others(step).all_gather(x, self.first, self.size)
+        return self.ranks(step).all_gather(x, self.first, self.size)
 
     def to_tensorrt(self, lowering: Lowering, x: Lowered) -> Lowered:
         return lowering.all_gather(x, range(self.first, self.first + self.size))
@@ -100,7 +107,7 @@ class Send(Collective):
         return [(), brought[0]["x"]]
 
     def portable(self, step: Step, x: torch.Tensor) -> tuple[()]:
-        _others(step).send(x, self.target)
+        self.ranks(step).send(x, self.target)
         return ()
 
     def to_tensorrt(self, lowering: Lowering, x: Lowered) -> tuple[()]:
@@ -126,16 +133,10 @@ class Receive(Collective):
 
     def portable(self, step: Step, position_ids: torch.Tensor) -> torch.Tensor:
         out = position_ids.new_empty((len(position_ids), self.columns), dtype=getattr(torch, self.dtype))
-        return _others(step).receive(out, self.source)
+        return self.ranks(step).receive(out, self.source)
 
     def to_tensorrt(self, lowering: Lowering, position_ids: Lowered) -> Lowered:
         return lowering.received(getattr(torch, self.dtype), self.columns)
-
-
-def _others(step: Step) -> Ranks:
-    if step.ranks is None:
-        raise ValueError("a network of several ranks needs a step that leads to the others")
-    return step.ranks
 
 
 def all_reduce(x: Tensor, ranks: range) -> Tensor:
