@@ -9,14 +9,13 @@ from functools import cache, partial
 import pytest
 import torch
 from published_models import LLAMA, QWEN, Tensors, baichuan_config, baichuan_tensors, llama_tensors, qwen_tensors
+from rounded_weights import rounded
 
 from trtbuild.decoder.decoder import CacheScales, decoder
 from trtbuild.decoder.mapping import Mapping
 from trtbuild.decoder.sharding import shard
 from trtbuild.engine.fused import FEW, MANY
 from trtbuild.engine.fusion import Fused, fuse
-from trtbuild.linear.format import round_8bit
-from trtbuild.linear.int4 import Int4Grid
 from trtbuild.linear.linear import WEIGHT_FORMATS, Weight
 from trtbuild.models.config import ModelConfig
 from trtbuild.models.families import canonical_config, config_from_hugging_face, family_of
@@ -25,7 +24,6 @@ from trtbuild.network.network import Op
 from trtbuild.network.ops.collectives import Collective
 from trtbuild.network.step import Chunk, step_tensors
 from trtbuild.tensors.lazy import LazyTensor, from_tensor
-from trtbuild.tensors.quantized_weight import QuantizedWeight
 from trtbuild.tensors.rounding import DTYPES, LIMIT
 
 LAYOUTS = [(2, 1), (4, 1), (1, 2), (2, 2), (4, 3)]
@@ -208,22 +206,12 @@ def test_a_rank_can_be_fused(name, rules):
 # to one by some ranks and to the other by more
 
 
-def rounded(weight: torch.Tensor, kind: str) -> QuantizedWeight:
-    name, _, option = kind.partition(" ")
-    if name == "int4":
-        size = weight.shape[1] if option == "rows" else GROUP
-        values, scales, zeros = Int4Grid(size, option == "symmetric", torch.float32).round(weight)
-        kept = None if option == "symmetric" else from_tensor(zeros.to(torch.int8))
-        return QuantizedWeight("int4", from_tensor(values.to(torch.int8)), from_tensor(scales), kept)
-    values, scales = round_8bit(weight, DTYPES[name], per_tensor=False)
-    input_scale = from_tensor(torch.tensor([4 / LIMIT[DTYPES[name]]])) if option == "static" else None
-    return QuantizedWeight(name, from_tensor(values), from_tensor(scales), None, option, input_scale)
-
-
 def quantized(model: Model, kind: str | None) -> Callable[[str], Weight]:
     """Its weights, those of all products rounded."""
     products = ("proj.weight", "lm_head.weight") if kind else ()
-    return lambda name: rounded(model.tensors[name].load(), kind) if name.endswith(products) else model.tensors[name]
+    return lambda name: (
+        rounded(model.tensors[name].load(), kind, GROUP) if name.endswith(products) else model.tensors[name]
+    )
 
 
 def scales_of(config: ModelConfig, dtype: torch.dtype | None) -> CacheScales | None:

@@ -1,7 +1,5 @@
 """How many cache positions a captured step reads: all that it needs, few more, and few different numbers of them."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -10,7 +8,6 @@ from trtbuild.decoder.decoder import decoder
 from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.portable import PortableEngine
 from trtbuild.models.families import config_from_hugging_face
-from trtbuild.network.step import Step
 from trtbuild.runtime.session import PortableSession, kv_bound
 
 LENGTHS = [*range(1, 5000), *(2**i + j for i in range(13, 21) for j in (-1, 0, 1))]
@@ -48,9 +45,9 @@ def test_a_sequence_that_grows_needs_few_graphs():
 class Replayed(PortableSession):
     """Generation steps as on CUDA, with a bound, but run instead of replayed."""
 
-    def _replay(self, batch: int, bound: int) -> torch.Tensor:
-        self.bounds.append(bound)
-        return self.engine.run(Step.generation(self._slots[: len(self.lengths)], bound), self._decode_state)
+    def _positions_read(self) -> tuple[int, bool]:
+        self.bounds.append(kv_bound(max(self.lengths), self.limits.max_length))
+        return self.bounds[-1], False
 
 
 @pytest.mark.parametrize("positions", [{}, {"trtbuild": {"family": "baichuan", "position_embedding": "alibi"}}])
@@ -66,7 +63,6 @@ def test_steps_across_a_bound(tiny_config, positions):
     prompts = [torch.randint(2, 258, (n,)).tolist() for n in (253, 9)]
     tokens = exact.prefill(prompts).argmax(-1).int()
     tested.prefill(prompts)
-    tested.device = SimpleNamespace(type="cuda")
     for _ in range(6):
         expected, actual = exact.decode(tokens), tested.decode(tokens)
         assert (actual - expected).norm() < 1e-5 * expected.norm()

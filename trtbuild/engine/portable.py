@@ -10,8 +10,9 @@ import torch
 
 from trtbuild import kernels
 from trtbuild.engine.config import BuildLimits
-from trtbuild.engine.fused import FEW, FEW_ROWS, MANY
+from trtbuild.engine.fused import FEW, FEW_ROWS, MANY, knows_lengths
 from trtbuild.engine.fusion import Fused, fuse
+from trtbuild.engine.memory import check_memory
 from trtbuild.errors import UserError
 from trtbuild.files import atomic
 from trtbuild.linear import linear  # noqa: F401 (makes the weight formats' operations known)
@@ -59,11 +60,13 @@ class PortableEngine:
 
     Every weight is mapped from the file and, on a GPU, copied there once. There the network's nodes run fused, in one
     of two ways, by the number of a step's rows; all share slots and weights. A network of several ranks needs a step
-    that leads to the others.
+    that leads to the others. Raises `UserError` for one that a GPU's memory does not hold.
     """
 
     def __init__(self, network: Network, limits: BuildLimits, device: torch.device) -> None:
         self.network, self.limits, self.device = network, limits, device
+        if device.type == "cuda":
+            check_memory(network, limits, _free(device))
         self.few = self.many = network
         if kernels.run_on(device):
             self.few, self.many = fuse(network, FEW), fuse(network, MANY)
@@ -75,6 +78,7 @@ class PortableEngine:
         constants = _Constants(network, device, self._values)
         self._plans = {kind: self._plan(kind, constants) for kind in dict.fromkeys((network, self.few, self.many))}
         self._values.append(None)  # `ABSENT`
+        self._knows_lengths = kernels.run_on(device) and knows_lengths(self.few, device)
         self._search: list[Call] = []  # what runs in the place of a plan
 
     def _plan(self, network: Network, constants: "_Constants") -> list[Call]:
@@ -116,6 +120,11 @@ class PortableEngine:
                     values[slot] = value
         return values[self._logits]
 
+    @property
+    def captures_chunks(self) -> bool:
+        """Whether a step needs of its chunks only what is on the device, so that a captured graph can have it."""
+        return self._knows_lengths and not self._search
+
     @contextmanager
     def checked(self) -> Iterator[None]:
         """Inside, `run` ends with `NotFinite` where numbers stopped being finite; nothing is fused.
@@ -141,6 +150,12 @@ class PortableEngine:
             yield
         finally:
             self._search = []
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of a GPU that nothing has, or torch alone and without a use."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
 
 
 class NotFinite(FloatingPointError):

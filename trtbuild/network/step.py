@@ -104,20 +104,30 @@ def step_input(network: Network, name: str) -> Tensor:
     return network.input(name, torch.int32, STEP_INPUTS[name].shape)
 
 
+def step_values(chunks: Sequence[Chunk], names: Iterable[str], rows: int = 0) -> tuple[torch.Tensor, dict[str, slice]]:
+    """Those of a step's inputs that are among `names`, int32 on the host, one after the other, and where each is.
+
+    Tokens fewer than `rows` are followed by others, which belong to no sequence.
+    """
+    flat: list[int] = []
+    places = {}
+    for name in names:
+        if name in STEP_INPUTS:
+            values = STEP_INPUTS[name].values(chunks)
+            if STEP_INPUTS[name].shape == ("tokens",):
+                values = [*values, *[0] * (rows - len(values))]
+            places[name] = slice(len(flat), len(flat) + len(values))
+            flat += [*values, *[0] * (-len(values) % ALIGNMENT)]
+    return torch.tensor(flat, dtype=torch.int32), places
+
+
 def step_tensors(
     chunks: Sequence[Chunk], names: Iterable[str], device: torch.device | str = "cpu"
 ) -> dict[str, torch.Tensor]:
     """Those of a step's inputs that are among `names`, int32, copied to the device together."""
-    flat: list[int] = []
-    places = {}
-    longest = _longest(chunks)
-    for name in names:
-        if name in STEP_INPUTS:
-            values = STEP_INPUTS[name].values(chunks)
-            places[name] = len(flat), len(values)
-            flat += [*values, *[0] * (-len(values) % ALIGNMENT)]
-    there = torch.tensor(flat, dtype=torch.int32).to(device)
-    tensors = {name: there[start : start + length] for name, (start, length) in places.items()}
+    values, places = step_values(chunks, names)
+    there, longest = values.to(device), _longest(chunks)
+    tensors = {name: there[place] for name, place in places.items()}
     return {
         name: tensor.view(-1, longest) if len(STEP_INPUTS[name].shape) == 2 else tensor
         for name, tensor in tensors.items()
@@ -128,8 +138,7 @@ class Step:
     """What the host knows of a step, for operations that need more than their tensors, and what is made once in one.
 
     Either `chunks`, in any mix of lengths and slots; `slots`, int32 `[batch]`, has theirs on the device. Where `chunks`
-    is None the device alone knows them, and a captured graph serves any of as many sequences and rows. `max_tokens` is
-    the most that a sequence brings.
+    is None the device alone knows them, and a captured graph serves any of as many sequences and rows.
 
     Or a generation step: every sequence has one token, its slot is its place in the batch, and its position is known to
     the device alone. Then `kv_bound` is the number of cache positions to read, and `exact` says that every sequence has
@@ -144,7 +153,6 @@ class Step:
         exact: bool = False,
         ranks: Ranks | None = None,
         slots: torch.Tensor | None = None,
-        max_tokens: int = 1,
     ) -> None:
         self.chunks = chunks
         self.ranks = ranks
@@ -152,7 +160,6 @@ class Step:
         self.kv_bound = kv_bound
         self.exact = exact
         self.slots = slots
-        self.max_tokens = max_tokens
         self._entries: tuple[torch.Tensor, torch.Tensor] | None = None
         self._mask: torch.Tensor | None = None
         self._alibi: torch.Tensor | None = None
@@ -163,12 +170,12 @@ class Step:
         cls, chunks: Sequence[Chunk], ranks: Ranks | None = None, slots: torch.Tensor | None = None
     ) -> "Step":
         end = max(chunk.end for chunk in chunks)
-        return cls(chunks, None, end, ranks=ranks, slots=slots, max_tokens=_longest(chunks))
+        return cls(chunks, None, end, ranks=ranks, slots=slots)
 
     @classmethod
-    def captured(cls, slots: torch.Tensor, max_tokens: int, ranks: Ranks | None = None) -> "Step":
+    def captured(cls, slots: torch.Tensor, ranks: Ranks | None = None) -> "Step":
         """Of chunks that the device alone knows."""
-        return cls(None, None, ranks=ranks, slots=slots, max_tokens=max_tokens)
+        return cls(None, None, ranks=ranks, slots=slots)
 
     @classmethod
     def generation(

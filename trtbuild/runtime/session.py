@@ -11,11 +11,13 @@ from trtbuild.engine.portable import NotFinite, PortableEngine
 from trtbuild.errors import UserError
 from trtbuild.network import Network
 from trtbuild.network.ranks import Ranks
-from trtbuild.network.step import Chunk, Step, step_tensors, whole_prompts
+from trtbuild.network.step import Chunk, Step, step_tensors, step_values, whole_prompts
 from trtbuild.runtime.kv_cache import KVCache
 from trtbuild.runtime.sampling import Kind, Sampler, SamplingParams
 
 MIN_KV_STEP = 256
+# Rows of captured steps of chunks. Of more rows the device has work for longer than the host takes to launch it.
+CAPTURED_ROWS = (16, 32, 64, 128, 192, 256, 384, 512)
 
 
 class Session(ABC):
@@ -214,7 +216,7 @@ class Session(ABC):
 
 
 class PortableSession(Session):
-    """Runs a portable engine. On CUDA every generation step is the replay of one captured graph."""
+    """Runs a portable engine. On CUDA generation steps, and those of short prompts, are replays of captured graphs."""
 
     kind = "portable"
 
@@ -229,7 +231,8 @@ class PortableSession(Session):
         self.cache, self.lengths, self.prompt_lengths = cache, [], []
         self._batches: dict[int, dict[str, torch.Tensor]] = {}
         self._samplers: dict[tuple[int, Kind], Sampler] = {}
-        self._graphs: dict[tuple[int, int, Kind | None], tuple[torch.cuda.CUDAGraph, torch.Tensor | None]] = {}
+        self._short: dict[tuple, torch.Tensor] = {}  # what short steps of chunks read
+        self._graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, torch.Tensor | None]] = {}
 
     def _step(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:
         batch = len(self.lengths)
@@ -238,8 +241,29 @@ class PortableSession(Session):
         for name, values in zip(("position_ids", "prompt_lengths"), ends, strict=True):
             if name in self._decode_state:
                 self._decode_state[name].copy_(values)
-        inputs = step_tensors(chunks, self.engine.network.inputs, self.device)
-        return self.engine.run(Step.of_chunks(chunks, self.ranks), inputs | self.cache.views(batch))
+        rows = sum(len(chunk.tokens) for chunk in chunks)
+        size = next((size for size in CAPTURED_ROWS if size >= rows), 0)
+        if size and self.engine.captures_chunks and not any(chunk.all_logits for chunk in chunks):
+            return self._short_step(chunks, size)
+        inputs = step_tensors(chunks, (*self.engine.network.inputs, "slots"), self.device)
+        step = Step.of_chunks(chunks, self.ranks, inputs["slots"])
+        return self.engine.run(step, inputs | self.cache.views(batch))
+
+    def _short_step(self, chunks: Sequence[Chunk], size: int) -> torch.Tensor | None:
+        """Padded up to `size` rows. A size's first step is no graph: there may be no second one."""
+        key = "chunks", size, len(chunks)
+        values, places = step_values(chunks, (*self.engine.network.inputs, "slots"), size)
+        known = key in self._short
+        if not known:
+            self._short[key] = torch.empty_like(values, device=self.device)
+        there = self._short[key].copy_(values)
+        inputs = {name: there[place] for name, place in places.items()}
+        inputs |= self.cache.views(self.limits.max_batch_size)
+
+        def run() -> torch.Tensor | None:
+            return self.engine.run(Step.captured(inputs["slots"], self.ranks), inputs)
+
+        return self._replay(key, run) if known else run()
 
     def _where_not_finite(self, prompts: list[list[int]]) -> str:
         found = self._search(whole_prompts(prompts))
@@ -284,33 +308,42 @@ class PortableSession(Session):
     def _start_generate(self, sampler: Sampler) -> Callable[[], torch.Tensor]:
         if not self._samples_in_graph:
             return super()._start_generate(sampler)
-        rows = len(self.lengths)
-        return self._later(self._replay(rows, kv_bound(max(self.lengths), self.limits.max_length), sampler), rows)
+        return self._later(self._generation_step(sampler), len(self.lengths))
 
     def _decode(self, tokens: torch.Tensor) -> torch.Tensor | None:
-        state, longest = self._decode_state, max(self.lengths)
+        state = self._decode_state
         if "input_ids" in state:
             state["input_ids"].copy_(tokens)
         if "sequence_lengths" in state:
             torch.add(state["position_ids"], 1, out=state["sequence_lengths"])
-        if self.device.type == "cuda":
-            logits = self._replay(len(self.lengths), kv_bound(longest, self.limits.max_length))
-        else:
-            exact = min(self.lengths) == longest
-            step = Step.generation(self._slots[: len(self.lengths)], longest, exact, self.ranks)
-            logits = self.engine.run(step, state)
+        logits = self._generation_step()
         state["position_ids"].add_(1)
         return logits
 
-    def _replay(self, batch: int, bound: int, sampler: Sampler | None = None) -> torch.Tensor | None:
-        """Replays the graph for a batch size, a number of cache positions and a sampler, captured on first use."""
-        key = batch, bound, sampler.kind if sampler else None
+    def _generation_step(self, sampler: Sampler | None = None) -> torch.Tensor | None:
+        """Logits of one token a sequence, from which a sampler draws the next ones."""
+        state, slots = self._decode_state, self._slots[: len(self.lengths)]
+        bound, exact = self._positions_read()
+
+        def run() -> torch.Tensor | None:
+            return self.engine.run(Step.generation(slots, bound, exact, self.ranks), state)
+
+        return self._replay(("generation", len(slots), bound, sampler and sampler.kind), run, sampler)
+
+    def _positions_read(self) -> tuple[int, bool]:
+        """How many positions of the cache a generation step reads, and whether all sequences have that many."""
+        longest = max(self.lengths)
+        if self.device.type == "cuda":
+            return kv_bound(longest, self.limits.max_length), False
+        return longest, min(self.lengths) == longest
+
+    def _replay(
+        self, key: tuple, run: Callable[[], torch.Tensor | None], sampler: Sampler | None = None
+    ) -> torch.Tensor | None:
+        """Logits by the graph of what `run` does, which is captured on first use, and which may end with sampling."""
+        if self.device.type != "cuda":
+            return run()
         if key not in self._graphs:
-            state = self._decode_state
-
-            def run() -> torch.Tensor | None:
-                return self.engine.run(Step.generation(self._slots[:batch], bound, ranks=self.ranks), state)
-
             warm_up = torch.cuda.Stream()
             warm_up.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(warm_up):
