@@ -30,7 +30,7 @@ def all_gather(memory: PeerMemory, x: torch.Tensor) -> torch.Tensor:
     """`[rows, n]`, contiguous, to `[rows, n * size]`."""
     rows, width = x.shape
     out = x.new_empty(rows, width * memory.size)
-    _kernel[(rows, triton.cdiv(width, BLOCK))](
+    _all_gather_kernel[(rows, triton.cdiv(width, BLOCK))](
         x.view(torch.int32),
         out.view(torch.int32),
         memory.calls,
@@ -45,7 +45,7 @@ def all_gather(memory: PeerMemory, x: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def _kernel(
+def _all_gather_kernel(
     x,
     out,
     calls,

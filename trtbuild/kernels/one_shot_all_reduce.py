@@ -77,7 +77,7 @@ def _launch(
         pairs = [t.view(torch.int32) for t in tensors]
         block = triton.next_power_of_2(width // 2)
         pieces = PIECES if NORM and block >= 64 * PIECES and rows * PIECES <= processors(x.device) else 1
-        _in_words[(rows, pieces)](
+        _all_reduce_words_kernel[(rows, pieces)](
             *pairs,
             memory.calls,
             memory.table,
@@ -92,7 +92,7 @@ def _launch(
         )
         return
     block = triton.next_power_of_2(width)
-    _in_rows[(min(rows, 2 * processors(x.device)),)](
+    _all_reduce_rows_kernel[(min(rows, 2 * processors(x.device)),)](
         *tensors,
         memory.calls,
         memory.table,
@@ -125,7 +125,7 @@ def _rounded(low, high, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _in_words(
+def _all_reduce_words_kernel(
     x,
     residual,
     weight,
@@ -192,7 +192,7 @@ def _in_words(
 
 
 @triton.jit
-def _in_rows(
+def _all_reduce_rows_kernel(
     x,
     residual,
     weight,

@@ -16,6 +16,28 @@ from trtbuild.network.step import Chunk
 from trtbuild.runtime.session import PortableSession
 from trtbuild.runtime.world import World
 
+PIECE = 128  # tokens of a step that are worth one of their own
+
+
+def pieces(chunks: Sequence[Chunk], size: int) -> list[tuple[list[Chunk], list[int]]]:
+    """Steps of `size` tokens that together are one of these chunks, and which rows of their logits are that one's."""
+    steps: list[tuple[list[Chunk], list[int]]] = [([], [])]
+    room, rows = size, 0
+    for chunk in chunks:
+        done = 0
+        while done < len(chunk.tokens):
+            if room == 0:
+                steps.append(([], []))
+                room, rows = size, 0
+            tokens = chunk.tokens[done : done + room]
+            done, room = done + len(tokens), room - len(tokens)
+            steps[-1][0].append(replace(chunk, tokens=tokens, past=chunk.past + done - len(tokens)))
+            own = range(rows, rows + (len(tokens) if chunk.all_logits else 1))
+            if chunk.all_logits or done == len(chunk.tokens):
+                steps[-1][1].extend(own)
+            rows = own.stop
+    return steps
+
 
 class RanksSession(PortableSession):
     """One rank's. Rank 0's checks what it is asked, samples and has the logits; the others' only `obey`.
@@ -23,7 +45,7 @@ class RanksSession(PortableSession):
     Every rank makes its own at the same time. A step's chunks are told over the host; a generation step's tokens go
     from device to device, to the first stage alone. Where a pipeline's last stage has the logits, they come to rank 0
     when they are asked for, in the order in which steps were started. Until then the first stage can go on with others
-    of the `parts` of a batch, which are sessions over some of its slots.
+    of the `parts` of a batch, which are sessions over some of its slots. Long steps go through stages in pieces.
     """
 
     ranks: Ranks
@@ -69,11 +91,22 @@ class RanksSession(PortableSession):
         getattr(self._part(slots), f"_all_{name}")(*arguments)
 
     def _step(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:
-        return self._all("step", chunks, self.lengths, self.prompt_lengths)
+        if self._source == 0:
+            return self._all("step", chunks, self.lengths, self.prompt_lengths)
+        tokens = sum(len(chunk.tokens) for chunk in chunks)
+        size = max(PIECE, -(-tokens // (2 * self.mapping.pp_size)))
+        self._started = [
+            self._start("step", len(wanted), piece, self.lengths, self.prompt_lengths, wanted)
+            for piece, wanted in pieces(chunks, size)
+        ]
+        return None
 
     def _decode(self, tokens: torch.Tensor) -> torch.Tensor | None:
         self._tokens = tokens
-        return self._all("decode", self.lengths)
+        if self._source == 0:
+            return self._all("decode", self.lengths)
+        self._started = [self._start("decode", len(tokens), self.lengths)]
+        return None
 
     def _sum_of_keys(self, batch_size: int, length: int) -> torch.Tensor:
         self._receive()
@@ -91,16 +124,23 @@ class RanksSession(PortableSession):
         self.world.stuck = bool(self._asked)
         return result
 
-    def _later(self, logits: torch.Tensor | None, rows: int) -> Callable[[], torch.Tensor]:
-        if self._source == 0:
-            return super()._later(logits, rows)
+    def _start(self, name: str, rows: int, *arguments: object) -> torch.Tensor:
+        """What so many rows of logits will be received in."""
+        self._all(name, *arguments)
         out = torch.empty((rows, self.vocab_size), dtype=torch.float32, device=self.device)
-        self._asked.append(out)
-        self.world.stuck = True
+        if rows:
+            self._asked.append(out)
+        self.world.stuck = bool(self._asked)
+        return out
+
+    def _later(self, logits: torch.Tensor | None) -> Callable[[], torch.Tensor]:
+        if self._source == 0:
+            return super()._later(logits)
+        started = self._started
 
         def receive() -> torch.Tensor:
-            self._receive(out)
-            return out
+            self._receive(started[-1])
+            return torch.cat(started) if len(started) > 1 else started[0]
 
         return receive
 
@@ -119,9 +159,15 @@ class RanksSession(PortableSession):
     # What all do
 
     @torch.inference_mode()
-    def _all_step(self, chunks: Sequence[Chunk], lengths: list[int], prompt_lengths: list[int]) -> torch.Tensor | None:
+    def _all_step(
+        self,
+        chunks: Sequence[Chunk],
+        lengths: list[int],
+        prompt_lengths: list[int],
+        wanted: list[int] | None = None,
+    ) -> torch.Tensor | None:
         self.lengths, self.prompt_lengths = lengths, prompt_lengths
-        return self._back(super()._step(chunks))
+        return self._back(super()._step(chunks), wanted)
 
     @torch.inference_mode()
     def _all_decode(self, lengths: list[int]) -> torch.Tensor | None:
@@ -144,8 +190,8 @@ class RanksSession(PortableSession):
         self.cache.clear()
         return NotFinite(min(places)[2], min(places)[1]) if places else None
 
-    def _back(self, logits: torch.Tensor | None) -> torch.Tensor | None:
-        """Sends them to rank 0 from where they are."""
-        if logits is not None and self.mapping.rank == self._source != 0:
-            self.ranks.send(logits, 0)
+    def _back(self, logits: torch.Tensor | None, wanted: list[int] | None = None) -> torch.Tensor | None:
+        """Sends the rows that are wanted, or all, to rank 0 from where they are."""
+        if logits is not None and self.mapping.rank == self._source != 0 and wanted != []:
+            self.ranks.send(logits if wanted is None else logits[wanted], 0)
         return logits

@@ -77,8 +77,7 @@ class Session(ABC):
             return self.start_decode(tokens.to(self.device))
         for chunk in chunks:
             self.lengths[chunk.slot], self.prompt_lengths[chunk.slot] = chunk.end, chunk.prompt_length
-        rows = sum(len(chunk.tokens) if chunk.all_logits else 1 for chunk in chunks)
-        return self._later(self._step(chunks), rows)
+        return self._later(self._step(chunks))
 
     def prefill(self, prompts: list[list[int]], all_logits: bool = False) -> torch.Tensor:
         """Starts a new batch from token ids; returns float32 logits of each last token, `[batch, vocab]`.
@@ -166,7 +165,7 @@ class Session(ABC):
     def start_decode(self, tokens: torch.Tensor) -> Callable[[], torch.Tensor]:
         """As `decode`."""
         self._lengthen()
-        return self._later(self._decode(tokens), len(self.lengths))
+        return self._later(self._decode(tokens))
 
     def sampler(self, params: SamplingParams, prompts: list[list[int]], first: int = 0) -> Sampler:
         """For `generate` after a `prefill` of these prompts, the first of which has the number `first`.
@@ -193,7 +192,7 @@ class Session(ABC):
         self.lengths = [n + 1 for n in self.lengths]
 
     def _start_generate(self, sampler: Sampler) -> Callable[[], torch.Tensor]:
-        logits_of = self._later(self._decode(sampler.tokens), len(self.lengths))
+        logits_of = self._later(self._decode(sampler.tokens))
 
         def sampled() -> torch.Tensor:
             sampler(logits := logits_of())
@@ -201,8 +200,8 @@ class Session(ABC):
 
         return sampled
 
-    def _later(self, logits: torch.Tensor | None, rows: int) -> Callable[[], torch.Tensor]:
-        """What gives a step's `rows` of logits."""
+    def _later(self, logits: torch.Tensor | None) -> Callable[[], torch.Tensor]:
+        """What gives the logits of the step just started."""
         there = _there(logits)
         return lambda: there
 
@@ -308,7 +307,7 @@ class PortableSession(Session):
     def _start_generate(self, sampler: Sampler) -> Callable[[], torch.Tensor]:
         if not self._samples_in_graph:
             return super()._start_generate(sampler)
-        return self._later(self._generation_step(sampler), len(self.lengths))
+        return self._later(self._generation_step(sampler))
 
     def _decode(self, tokens: torch.Tensor) -> torch.Tensor | None:
         state = self._decode_state
