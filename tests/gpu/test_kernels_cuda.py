@@ -72,7 +72,7 @@ def test_int4(rows, out, width, group_size, symmetric, dtype):
 
 @dtypes
 def test_widen_is_exact(dtype):
-    from trtbuild.kernels.weight_only import interleave_int4, widen
+    from trtbuild.kernels.widen import interleave_int4, widen
 
     weight = torch.randint(-128, 128, (1000, 352), dtype=torch.int8, device="cuda")
     scale = torch.rand(1000, device="cuda")
@@ -216,6 +216,91 @@ def test_norm_and_swiglu(width, rows, dtype, tolerance):
     expected = F.silu(gate) * up
     assert (values.double() - expected).norm() / expected.norm() < tolerance
     narrow_equals_rounded(lambda q: swiglu(gate_up, q), values)
+
+
+FEW_ROWS = {  # a format's dtype of weights, and its activations
+    "dense": (None, "16bit"),
+    "int8": (torch.int8, "16bit"),
+    "int4": (torch.uint8, "16bit"),
+    "int4_zeros": (torch.uint8, "16bit"),
+    "w8a8_token": (torch.int8, "token"),
+    "w8a8_static": (torch.int8, "static"),
+    "fp8_token": (FP8, "token"),
+    "fp8_static": (FP8, "static"),
+}
+
+
+def few_rows_constants(kind: str, out: int, width: int, dtype: torch.dtype) -> tuple[dict, torch.Tensor]:
+    """What the kernel takes, and the weight that it stands for, float64."""
+    from trtbuild.kernels.widen import interleave_int4
+
+    narrow, activations = FEW_ROWS[kind]
+    if narrow is None:
+        weight = (torch.randn(out, width, device="cuda") * width**-0.5).to(dtype)
+        return {"weight": weight}, weight.double()
+    if narrow == torch.uint8:
+        packed = pack(torch.randint(-8, 8, (out, width), dtype=torch.int8, device="cuda"))
+        group = min(width & -width, 128)
+        scales = (torch.rand(out, width // group, device="cuda") * 0.2 * width**-0.5).to(dtype)
+        zeros = torch.randint(-8, 8, scales.shape, dtype=torch.int8, device="cuda") if "zeros" in kind else None
+        laid = dict(zip(("weight", "scales", "zeros"), interleave_int4(packed, scales, zeros), strict=True))
+        return laid, dequantize(packed, scales.double(), zeros)
+    scales = (torch.rand(out, device="cuda") + 0.5) / 100 * width**-0.5
+    weight = quantize(torch.randn(out, width, device="cuda"), torch.full((1,), 0.03, device="cuda"), narrow)
+    constants = {"weight": weight, "scales": scales, "activations": activations}
+    if activations == "static":
+        constants["input_scale"] = torch.full((1,), 0.02, device="cuda")
+    return constants, weight.double() * scales.double()[:, None]
+
+
+@dtypes
+@pytest.mark.parametrize("kind", FEW_ROWS)
+@pytest.mark.parametrize(("out", "width"), [(12288, 4096), (4096, 11008), (66, 352), (576, 1536)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 16, 17, 64, 65, 128, 300])
+def test_few_rows(rows, out, width, kind, dtype):
+    """With all epilogues and with none; equal bits twice, and for a row among others; NaN stays in its row."""
+    from trtbuild.kernels.few_rows import product, takes
+    from trtbuild.kernels.quantize_rows import quantize_rows
+
+    constants, wide = few_rows_constants(kind, out, width, dtype)
+    activations = constants.get("activations", "16bit")
+    x, bias = torch.randn(rows, width, device="cuda").to(dtype), torch.randn(out, device="cuda").to(dtype)
+    if not takes(x, constants["weight"], constants.get("scales"), constants.get("zeros"), activations):
+        pytest.skip("other kernels are faster")
+    seen = x.double()
+    if activations != "16bit":
+        narrow, scale = quantize_rows(x, constants.get("input_scale"), constants["weight"].dtype)
+        seen = narrow.double() * scale.double()
+    plain = seen @ wide.T
+    gate, up = (plain + bias.double()).chunk(2, -1)
+    residual = torch.randn(rows, out // 2, device="cuda").to(dtype)
+    poison = torch.full((6, rows, out), float("nan"), device="cuda")
+    del poison
+    y = product(x, **constants, bias=bias, swiglu=True, residual=residual)
+    expected = F.silu(gate) * up + residual.double()
+    assert (y.double() - expected).norm() / expected.norm() < 2 * LINEAR_TOLERANCE[dtype]
+    y = product(x, **constants, dtype=torch.float32)
+    rounded = kind.startswith(("int4", "fp8"))  # a scaled weight of INT4 may be; sums of FP8 products keep 14 bits
+    assert (y.double() - plain).norm() / plain.norm() < LINEAR_TOLERANCE[dtype] * (1 if rounded else 0.1)
+    assert torch.equal(y, product(x, **constants, dtype=torch.float32))
+    others = torch.cat((x[-1:], torch.randn_like(x[1:])))
+    assert torch.equal(product(others, **constants, dtype=torch.float32)[0], y[-1])
+    if "w8a8" not in kind:  # integers have no NaN
+        x[-1, 5] = float("nan")
+        z = product(x, **constants, dtype=torch.float32)
+        assert z[-1].isnan().all()
+        assert torch.equal(z[:-1], y[:-1])
+
+
+@dtypes
+def test_few_rows_after_a_norm(dtype):
+    from trtbuild.kernels.few_rows import product
+
+    x, norm = (torch.randn(5, 4096, device="cuda") * 100).to(dtype), torch.rand(4096, device="cuda").to(dtype)
+    weight = (torch.randn(1024, 4096, device="cuda") * 0.02).to(dtype)
+    expected = F.rms_norm(x.double(), (4096,), norm.double(), 1e-5) @ weight.double().T
+    y = product(x, weight, norm=norm, eps=1e-5)
+    assert (y.double() - expected).norm() / expected.norm() < 2 * LINEAR_TOLERANCE[dtype]
 
 
 def test_results_do_not_vary():

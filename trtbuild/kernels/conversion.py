@@ -60,19 +60,20 @@ FP8_TO_BFLOAT16 = tl.constexpr(
         "fma.rn.bf16x2 $0, $0, sign, low; fma.rn.bf16x2 $1, $1, sign, low;",
     )
 )
-# Four bytes to their low and their high nibbles, each added to a float of 1024 or, in bfloat16, 128.
+# Two 16-bit words to the four pairs of their nibbles, each added to a float of 1024 or, in bfloat16, 128.
 NIBBLES = """{
-    .reg .b32 low, high;
-    and.b32 low, $4, 0x0f0f0f0f;
-    shr.u32 high, $4, 4;
-    and.b32 high, high, 0x0f0f0f0f;
-    prmt.b32 $0, low, POWER, 0x4140;
-    prmt.b32 $1, low, POWER, 0x4342;
-    prmt.b32 $2, high, POWER, 0x4140;
-    prmt.b32 $3, high, POWER, 0x4342;
+    .reg .b32 bits, power;
+    mov.b32 power, POWER;
+    lop3.b32 $0, $4, 0x000f000f, power, 0xea;
+    shr.u32 bits, $4, 4;
+    lop3.b32 $1, bits, 0x000f000f, power, 0xea;
+    shr.u32 bits, $4, 8;
+    lop3.b32 $2, bits, 0x000f000f, power, 0xea;
+    shr.u32 bits, $4, 12;
+    lop3.b32 $3, bits, 0x000f000f, power, 0xea;
 }"""
-NIBBLES_TO_FLOAT16 = tl.constexpr(NIBBLES.replace("POWER", "0x64646464"))
-NIBBLES_TO_BFLOAT16 = tl.constexpr(NIBBLES.replace("POWER", "0x43434343"))
+NIBBLES_TO_FLOAT16 = tl.constexpr(NIBBLES.replace("POWER", "0x64006400"))
+NIBBLES_TO_BFLOAT16 = tl.constexpr(NIBBLES.replace("POWER", "0x43004300"))
 
 
 @triton.jit
@@ -98,16 +99,17 @@ def from_fp8(x, like):
 
 @triton.jit
 def from_nibbles(q, like):
-    """Low and high nibbles of uint8, each added to a power of two, in the dtype of `like`; and that power, plus 8.
+    """The four nibbles of int16, lowest first, each added to a power of two, in the dtype of `like`; and that plus 8.
 
-    Equals `(q & 15) + power, (q >> 4) + power, power + 8`; the last, less the first two, are the values -8 .. 7.
+    Equals `(q >> 4 * i & 15) + power` for `i` in 0 .. 3, and `power + 8`; the last, less the others, are -8 .. 7.
     """
     power: tl.constexpr = 1024 if like.dtype == tl.float16 else 128
     if ASSEMBLY:
         asm: tl.constexpr = NIBBLES_TO_FLOAT16 if like.dtype == tl.float16 else NIBBLES_TO_BFLOAT16
-        low, high = tl.inline_asm_elementwise(
-            asm, "=r,=r,=r,=r,r", [q], dtype=(like.dtype, like.dtype), is_pure=True, pack=4
+        a, b, c, d = tl.inline_asm_elementwise(
+            asm, "=r,=r,=r,=r,r", [q], dtype=(like.dtype, like.dtype, like.dtype, like.dtype), is_pure=True, pack=2
         )
     else:
-        low, high = (q & 15).to(like.dtype) + power, (q >> 4).to(like.dtype) + power
-    return low, high, tl.full((1, 1), power + 8, like.dtype)
+        a, b = (q & 15).to(like.dtype) + power, (q >> 4 & 15).to(like.dtype) + power
+        c, d = (q >> 8 & 15).to(like.dtype) + power, (q >> 12 & 15).to(like.dtype) + power
+    return a, b, c, d, tl.full((1, 1), power + 8, like.dtype)

@@ -86,7 +86,7 @@ class Int4Linear(WeightFormat):
         """
         zeros = others.get("zeros")
         if kernels.run_on(device):
-            from trtbuild.kernels.weight_only import interleave_int4
+            from trtbuild.kernels.widen import interleave_int4
 
             laid = dict(zip(("weight", "scales", "zeros"), interleave_int4(weight, scales, zeros), strict=True))
             return others | {name: value for name, value in laid.items() if value is not None}
@@ -110,9 +110,12 @@ class Int4Linear(WeightFormat):
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if kernels.run_on(x.device):
-            from trtbuild.kernels.weight_only import weight_only_linear
+            from trtbuild.kernels import few_rows
+            from trtbuild.kernels.widen import widen
 
-            return weight_only_linear(x, weight, scales, zeros, bias)
+            if few_rows.takes(x, weight, scales, zeros, self.activations):
+                return few_rows.product(x, weight, scales, zeros, bias=bias)
+            return F.linear(x, widen(weight, scales, zeros, x.dtype), bias)
         if scales.ndim == 3:  # prepared
             product = torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, x.shape[1] // len(scales), scales)
             return product if bias is None else product.add_(bias)

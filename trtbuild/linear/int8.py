@@ -37,9 +37,12 @@ class Int8Linear(EightBits):
         self, step: Step, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         if kernels.run_on(x.device):
-            from trtbuild.kernels.weight_only import weight_only_linear
+            from trtbuild.kernels import few_rows
+            from trtbuild.kernels.widen import widen
 
-            return weight_only_linear(x, weight, scales, None, bias)
+            if few_rows.takes(x, weight, scales, None, self.activations):
+                return few_rows.product(x, weight, scales, bias=bias)
+            return F.linear(x, widen(weight, scales, None, x.dtype), bias)
         if x.dtype == torch.bfloat16 and x.shape[1] % KERNEL_WIDTH == 0:
             # The scale comes after: in bfloat16 it would be wrong by the same 0.2% for every token.
             product = torch.ops.aten._weight_int8pack_mm(x, weight, torch.ones_like(scales, dtype=x.dtype)) * scales
