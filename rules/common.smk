@@ -86,6 +86,12 @@ def ranks_of(wildcards):
     return layout["tp_size"] * layout["pp_size"]
 
 
+def ranks_of_model(wildcards):
+    """GPUs of the baseline, which is spread over those that the model is declared for."""
+    layout = sizes("", MODELS[wildcards.model])
+    return layout["tp_size"] * layout["pp_size"]
+
+
 def default_targets(wildcards):
     """What `snakemake` alone makes; said only here, where it is asked for: what of it cannot be rehearsed."""
     try:

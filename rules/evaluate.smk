@@ -38,7 +38,7 @@ rule summarize_hf:
         articles=articles_to_evaluate,
     threads: 16
     resources:
-        gpu=1,
+        gpu=ranks_of_model,
     conda:
         "../config/environment.yaml"
     script:
@@ -93,7 +93,7 @@ rule perplexity_hf:
         articles=articles_to_evaluate,
     threads: 16
     resources:
-        gpu=1,
+        gpu=ranks_of_model,
     conda:
         "../config/environment.yaml"
     script:

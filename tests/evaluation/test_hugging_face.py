@@ -7,10 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.datasets import Article, load_articles
 from trtbuild.errors import UserError
 from trtbuild.evaluation import stages
-from trtbuild.evaluation.hugging_face import HuggingFaceModel
+from trtbuild.evaluation.fake_quantized import load_model
+from trtbuild.evaluation.hugging_face import HuggingFaceModel, check_places, spread
 from trtbuild.evaluation.stages import measure_perplexity, rouge_table, score_summaries, summarize_articles
 from trtbuild.evaluation.summarization import read_summaries
 from trtbuild.files import sha256
@@ -33,6 +35,63 @@ def test_logits_and_generation(tiny_checkpoint):
     (stopped,) = baseline.generate([ids], 5, (output.output_ids[2],))
     assert stopped.output_ids == output.output_ids[: output.output_ids.index(output.output_ids[2]) + 1]
     assert stopped.finish_reason == "eos"
+
+
+# A baseline that is larger than one GPU, as far as it can be tested without
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """GPUs with so much free memory."""
+
+    def set_free(*sizes: float) -> None:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(sizes))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (int(sizes[i]), 80e9))
+
+    return set_free
+
+
+def test_a_baseline_is_spread_where_one_gpu_has_no_room(tiny_checkpoint, gpus):
+    checkpoint = Checkpoint(tiny_checkpoint)
+    size = sum(x.nbytes for x in checkpoint.tensors.values())  # float32
+    for free in ((1.2 * size,), (1.2 * size, size)):
+        gpus(*free)
+        assert spread(checkpoint, "float32") == {}
+    gpus(0.6 * size, 0.6 * size)
+    assert spread(checkpoint, "float16") == {}
+    options = spread(checkpoint, "float32")
+    assert options == {"device_map": "auto", "max_memory": dict.fromkeys((0, 1), int(0.9 * int(0.6 * size)))}
+
+
+def test_a_baseline_without_room(tiny_checkpoint, gpus, monkeypatch):
+    checkpoint = Checkpoint(tiny_checkpoint)
+    for free, has in (((1e5,), "the GPU has 0.0 GB free"), ((1e5, 1e5, 1e5), "the 3 GPUs have 0.0 GB free")):
+        gpus(*free)
+        with pytest.raises(UserError, match=rf"weights take 0.0 GB in float32, and {has}; use more GPUs, a smaller"):
+            spread(checkpoint, "float32")
+    gpus(3e5, 3e5)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"accelerate, .* is not installed; 'pip install trtbuild\[workflow\]'"):
+        spread(checkpoint, "float32")
+
+
+def test_modules_without_a_gpu_are_refused():
+    assert check_places({"model.embed_tokens": 0, "model.layers.0": 1}) == [0, 1]
+    with pytest.raises(UserError, match=r"not in whole layers: there is no GPU with room for model\.norm; use more"):
+        check_places({"model.layers": 0, "model.norm": "disk", "lm_head": "cpu"})
+
+
+def test_a_model_in_parts_computes_the_same(tiny_checkpoint):
+    """Parts that accelerate moves to where they are computed; here from the disk."""
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu"}
+    places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
+    ids = torch.randint(2, 258, (1, 9))
+    with torch.inference_mode():
+        logits = [
+            load_model(Checkpoint(tiny_checkpoint), torch.float32, **options)(ids).logits
+            for options in ({}, {"device_map": places})
+        ]
+    assert logits[0].equal(logits[1])
 
 
 def test_empty_prompt(tiny_checkpoint):

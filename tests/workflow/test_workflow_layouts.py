@@ -42,7 +42,12 @@ def test_calibrated_and_quantized_weights_are_shared(quantized):
 
 def test_two_ranks_give_the_results_of_one(finished):
     finished.config["matrix"] = [{"model": "tiny", "recipes": ["fp32", "fp32@tp2"]}]
+    left = finished.results / "tiny/fp32@tp2/engine"  # by a layout that the folder was for before
+    left.mkdir(parents=True)
+    for name in ("rank2.safetensors", "rank10.engine"):
+        (left / name).touch()
     finished.succeed()
+    assert sorted(path.name for path in left.iterdir()) == ["config.json", "rank0.safetensors", "rank1.safetensors"]
     assert finished.pending() == set()
     one, two = (finished.results / "tiny" / run for run in ("fp32", "fp32@tp2"))
     for name in ("summaries.jsonl", "logs/rouge.log"):

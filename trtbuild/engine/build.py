@@ -85,7 +85,8 @@ def write_engine_config(
 ) -> None:
     """Writes `config.json`: model, recipe, mapping, limits, builders, and the sha256 of source, inputs and outputs.
 
-    `mapping` is any rank's. `calibration` is the file that a quantized KV cache's scales come from.
+    Files of ranks that `mapping`, which is any rank's, does not have are removed: they are another layout's, which the
+    folder was for before. `calibration` is the file that a quantized KV cache's scales come from.
     """
     checkpoint = _opened(checkpoint)
     builders = {"portable": {"trtbuild": trtbuild.__version__, "torch": torch.__version__}}
@@ -108,6 +109,9 @@ def write_engine_config(
         source_sha256=checkpoint.source_sha256,
         **marker(model),
     )
+    for path in folder.glob("rank*"):
+        if (number := path.stem.removeprefix("rank")).isdecimal() and int(number) >= mapping.world_size:
+            path.unlink()
 
 
 def build_engine_dir(

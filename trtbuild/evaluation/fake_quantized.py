@@ -12,19 +12,22 @@ from trtbuild.tensors.rounding import DTYPES, quantize, scale_for
 from trtbuild.tokenizer.damage import refusing
 
 
-def load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """`transformers`' model of a checkpoint; a quantized one's weights are widened and its activations rounded."""
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype, **places: Any) -> Any:
+    """`transformers`' model of a checkpoint; a quantized one's weights are widened and its activations rounded.
+
+    `places`: on which devices `from_pretrained` shall put what (`device_map`, `max_memory`), if not all on the CPU.
+    """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
     with refusing(f"transformers cannot read {checkpoint.folder / 'config.json'}"):  # it checks more keys than we use
         config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
     if not checkpoint.quant_method:
-        options = {"config": config, "dtype": dtype, "local_files_only": True}
+        options = {"config": config, "dtype": dtype, "local_files_only": True} | places
         return AutoModelForCausalLM.from_pretrained(checkpoint.folder, **options)
     del config.quantization_config  # this is not a job for its own quantizers
     weights = {name: checkpoint.dequantized(name).load().to(dtype) for name in checkpoint.tensors}
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    model = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+    model = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, **places)
     for name, module in model.named_modules():
         weight = checkpoint.tensors.get(f"{name}.weight")
         if isinstance(weight, QuantizedWeight) and weight.activations != "16bit":
