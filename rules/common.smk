@@ -86,6 +86,11 @@ def ranks_of(wildcards):
     return layout["tp_size"] * layout["pp_size"]
 
 
+def launcher_of(wildcards):
+    """What starts ranks; a profile's `set-resources` may say something else (profiles/slurm)."""
+    return "mpiexec" if ranks_of(wildcards) > 1 else ""
+
+
 def ranks_of_model(wildcards):
     """GPUs of the baseline, which is spread over those that the model is declared for."""
     layout = sizes("", MODELS[wildcards.model])

@@ -18,6 +18,9 @@ rule summarize:
     threads: 16
     resources:
         gpu=ranks_of,
+        tasks=ranks_of,
+        tasks_per_gpu=0,
+        mpi=launcher_of,
     conda:
         "../config/environment.yaml"
     script:
@@ -75,6 +78,9 @@ rule perplexity:
     threads: 16
     resources:
         gpu=ranks_of,
+        tasks=ranks_of,
+        tasks_per_gpu=0,
+        mpi=launcher_of,
     conda:
         "../config/environment.yaml"
     script:
@@ -131,6 +137,9 @@ rule benchmark:
     threads: workflow.cores or 16
     resources:
         gpu=ranks_of,
+        tasks=ranks_of,
+        tasks_per_gpu=0,
+        mpi=launcher_of,
     conda:
         "../config/environment.yaml"
     script:

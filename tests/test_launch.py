@@ -157,5 +157,6 @@ def test_without_mpi(monkeypatch, engine):
     with pytest.raises(UserError) as caught:
         launch(2, print, engine_dir=engine)
     assert str(caught.value) == (
-        "an engine of several ranks needs MPI, and mpiexec is not installed; 'pip install trtbuild[mpi]' brings both"
+        "an engine of several ranks needs MPI, and mpiexec is not installed; "
+        "'pip install trtbuild[mpi]' brings mpi4py and mpiexec"
     )

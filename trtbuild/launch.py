@@ -1,14 +1,17 @@
 """An evaluation stage on an engine of several ranks: a process each, which MPI starts and introduces to the others.
 
     mpiexec -n 2 python -m trtbuild.launch FOLDER
+    srun --mpi=pmi2 --kill-on-bad-exit=1 -n 16 python -m trtbuild.launch FOLDER       # on several hosts
 
-`FOLDER` holds the call. Rank 0 makes it, and leaves there what it returned; the others do what its engine is asked.
+`FOLDER`, which all hosts see, holds the call. Rank 0 makes it, and leaves there what it returned; the others do what
+its engine is asked.
 """
 
 import importlib
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -26,12 +29,12 @@ CALL, RESULT = "call.json", "result.json"
 PATHS = ("checkpoint_dir", "engine_dir", "output")
 
 
-def launch(ranks: int, stage: Callable, **arguments: Any) -> Any:
+def launch(ranks: int, stage: Callable, *, mpi: str = "", **arguments: Any) -> Any:
     """What `stage` returns for its arguments: called in this process, or by the first of as many as there are `ranks`.
 
-    `stage` is a function of a module, and its arguments, `engine_dir` among them, are what JSON holds, or paths. This
-    process's threads are shared out. What ends a rank is a `UserError`, with a traceback before it where it lies within
-    the program.
+    `stage` is a function of a module, and its arguments, `engine_dir` among them, are what JSON holds, or paths. `mpi`
+    starts ranks, such as `srun --mpi=pmi2` (default: `mpiexec`); it gets `-n` and the program. This process's threads
+    are shared out. What ends a rank is a `UserError`, with a traceback before it where it lies within the program.
     """
     if ranks == 1:
         return stage(**arguments)
@@ -46,7 +49,7 @@ def launch(ranks: int, stage: Callable, **arguments: Any) -> Any:
             "threads": max(1, torch.get_num_threads() // ranks),
         }
         write_json(folder / CALL, call)
-        code, said = _run([_mpiexec(), "-n", str(ranks), sys.executable, "-m", "trtbuild.launch", str(folder)])
+        code, said = _run([*_launcher(mpi), "-n", str(ranks), sys.executable, "-m", "trtbuild.launch", str(folder)])
         if code:
             raise UserError(said or f"its {ranks} processes ended with exit code {code}")
         return read_json(folder / RESULT)["value"]
@@ -81,16 +84,16 @@ def _run(program: list[str]) -> tuple[int, str]:
     return run.returncode, said
 
 
-def _mpiexec() -> str:
-    """The launcher that was installed with this Python, or else the system's."""
-    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    found = shutil.which("mpiexec", path=places)
+def _launcher(command: str) -> list[str]:
+    """A command line's words; `mpiexec` is the one that was installed with this Python, or else the system's."""
+    program, *options = shlex.split(command) or ["mpiexec"]
+    found = shutil.which(program, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if not found or importlib.util.find_spec("mpi4py") is None:
         raise UserError(
-            f"an engine of several ranks needs MPI, and {'mpi4py' if found else 'mpiexec'} is not installed; "
-            "'pip install trtbuild[mpi]' brings both"
+            f"an engine of several ranks needs MPI, and {'mpi4py' if found else program} is not installed; "
+            "'pip install trtbuild[mpi]' brings mpi4py and mpiexec"
         )
-    return found
+    return [found, *options]
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ with rule_log(snakemake):
         run_benchmark,
         engine_dir=Path(snakemake.input.engine).parent,
         **snakemake.params.sizes,
+        mpi=snakemake.resources.get("mpi", ""),
         **snakemake.params.options,
     )
     write_json(snakemake.output[0], result)

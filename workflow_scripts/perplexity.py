@@ -16,6 +16,7 @@ with rule_log(snakemake):
         model=snakemake.wildcards.model,
         checkpoint_dir=Path(snakemake.input.checkpoint),
         engine_dir=Path(engine).parent if engine else None,
+        mpi=snakemake.resources.get("mpi", ""),
         **snakemake.params.options,
     )
     write_json(snakemake.output[0], result)

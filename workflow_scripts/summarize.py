@@ -17,5 +17,6 @@ with rule_log(snakemake):
         checkpoint_dir=Path(snakemake.input.checkpoint),
         engine_dir=Path(engine).parent if engine else None,
         chat_template=snakemake.params.chat_template,
+        mpi=snakemake.resources.get("mpi", ""),
         **snakemake.params.options,
     )

@@ -122,7 +122,7 @@ def check_places(places: dict[str, int | str]) -> list[int | str]:
     """Where modules are; `UserError` where some found no GPU, which would be read from the disk in every step."""
     if left := [name for name, place in places.items() if place in ("cpu", "disk")]:
         raise UserError(
-            f"the baseline would fit, but not in whole layers: there is no GPU with room for {left[0]}; use more GPUs, a "
-            "smaller baseline_dtype, or device cpu"
+            f"the baseline would fit, but not in whole layers: there is no GPU with room for {left[0]}; "
+            "use more GPUs, a smaller baseline_dtype, or device cpu"
         )
     return list(places.values())
