@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 
 import pytest
@@ -20,7 +20,6 @@ from trtbuild.linear.linear import WEIGHT_FORMATS, Weight
 from trtbuild.models.config import ModelConfig
 from trtbuild.models.families import canonical_config, config_from_hugging_face, family_of
 from trtbuild.network import Network, lockstep
-from trtbuild.network.network import Op
 from trtbuild.network.ops.collectives import Collective
 from trtbuild.network.step import Chunk, step_tensors
 from trtbuild.tensors.lazy import LazyTensor, from_tensor
@@ -231,9 +230,8 @@ QUANTIZED = {
     "baichuan 13b": partial(baichuan, "v2_13b", intermediate_size=128),
 }
 EIGHT_BITS = [f"{known.dtype} {known.activations}" for known in WEIGHT_FORMATS if known.dtype in DTYPES]
-TOKEN = [kind for kind in EIGHT_BITS if kind.endswith("token")]
 CASES = [
-    *[(kind, None) for kind in (*EIGHT_BITS, "int4 symmetric", "int4 asymmetric", "int4 rows") if kind not in TOKEN],
+    *[(kind, None) for kind in (*EIGHT_BITS, "int4 symmetric", "int4 asymmetric", "int4 rows")],
     *[(kind, dtype) for kind in (None, "int4 asymmetric") for dtype in DTYPES.values()],
 ]
 models = pytest.mark.parametrize("name", QUANTIZED)
@@ -247,34 +245,5 @@ def test_quantized_ranks_equal_one(name, kind, dtype, tp_size, pp_size):
     model = QUANTIZED[name]()
     given = model.config, quantized(model, kind), torch.float64, scales_of(model.config, dtype)
     (expected,) = logits(networks_of(*given, [Mapping()]))
-    for result in logits(networks_of(*given, world(tp_size, pp_size))):
-        assert error(result, expected) < EXACT
-
-
-@dataclass(frozen=True)
-class InSlices:
-    """A product whose input is rounded in slices, with a scale of its own for each slice of a token."""
-
-    op: Op
-    count: int
-
-    def reference(self, x, weight, scales, bias=None):
-        parts = zip(x.chunk(self.count, 1), weight.chunk(self.count, 1), strict=True)
-        product = sum(self.op.reference(x=x, weight=w, scales=scales) for x, w in parts)
-        return product if bias is None else product + bias
-
-
-@some_layouts
-@models
-@pytest.mark.parametrize("kind", TOKEN)
-def test_a_token_has_a_scale_on_every_rank(name, kind, tp_size, pp_size):
-    """Where ranks share a product's input channels each rounds its own by their largest."""
-    model = QUANTIZED[name]()
-    given = model.config, quantized(model, kind), torch.float64, None
-    (network,) = networks_of(*given, [Mapping()])
-    for i, node in enumerate(network.nodes):
-        if node.inputs.get("weight", "").endswith(("o_proj.weight", "down_proj.weight")):
-            network.nodes[i] = replace(node, op=InSlices(node.op, tp_size))
-    (expected,) = logits([network])
     for result in logits(networks_of(*given, world(tp_size, pp_size))):
         assert error(result, expected) < EXACT

@@ -37,6 +37,7 @@ RECIPES = {
     "awq": ("int4 asymmetric", None),
     "sq": ("int8 static", None),
     "fp8": ("fp8 static", torch.float8_e4m3fn),
+    "fp8-dynamic": ("fp8 token", None),
 }
 
 

@@ -137,10 +137,10 @@ def decoder_layer(
     network, dtype = hidden.network, hidden.dtype
     layer = f"model.layers.{i}"
 
-    def project(x: Tensor, product: str, bias: bool) -> Tensor:
+    def project(x: Tensor, product: str, bias: bool, ranks: range = range(1)) -> Tensor:
         parts = [f"{layer}.{part}" for part in PRODUCTS[product]]
         biases = [plain(weights(f"{part}.bias")) for part in parts] if bias else []
-        return linear(x, f"{layer}.{product}", [weights(f"{part}.weight") for part in parts], biases)
+        return linear(x, f"{layer}.{product}", [weights(f"{part}.weight") for part in parts], biases, ranks)
 
     x = ops.rms_norm(hidden, _norm(network, weights, f"{layer}.input_layernorm", dtype), config.rms_norm_eps)
     qkv = project(x, "self_attn.qkv_proj", config.attention_bias)
@@ -154,12 +154,12 @@ def decoder_layer(
     sequences = inputs.position_ids, inputs.query_starts, inputs.past_lengths
     attended = ops.attention(q, k, v, *sequences, slopes=inputs.slopes, **(cache or {}))
     x, *present = attended if isinstance(attended, tuple) else (attended,)
-    x = project(x, "self_attn.o_proj", config.attention_out_bias)
+    x = project(x, "self_attn.o_proj", config.attention_out_bias, mapping.stage)
     hidden = ops.add(hidden, ops.all_reduce(x, mapping.stage))
 
     x = ops.rms_norm(hidden, _norm(network, weights, f"{layer}.post_attention_layernorm", dtype), config.rms_norm_eps)
     x = ops.swiglu(project(x, "mlp.gate_up_proj", config.mlp_bias))
-    x = project(x, "mlp.down_proj", config.mlp_bias)
+    x = project(x, "mlp.down_proj", config.mlp_bias, mapping.stage)
     return ops.add(hidden, ops.all_reduce(x, mapping.stage)), present
 
 

@@ -6,6 +6,7 @@ from trtbuild.linear.dense import DenseLinear
 from trtbuild.linear.format import WeightFormat
 from trtbuild.linear.int4 import Int4Linear
 from trtbuild.linear.int8 import Int8Linear
+from trtbuild.linear.shared_scale import LargestMagnitude, SharedScaleLinear
 from trtbuild.linear.w8a8 import W8A8Linear
 from trtbuild.network import Tensor, ops
 from trtbuild.tensors.lazy import LazyTensor, concatenate
@@ -26,8 +27,12 @@ def weight_format(dtype: str, activations: Activations) -> WeightFormat:
     return next(known for known in WEIGHT_FORMATS if (known.dtype, known.activations) == (dtype, activations))
 
 
-def linear(x: Tensor, name: str, parts: Sequence[Weight], biases: Sequence[LazyTensor] = ()) -> Tensor:
+def linear(
+    x: Tensor, name: str, parts: Sequence[Weight], biases: Sequence[LazyTensor] = (), ranks: range = range(1)
+) -> Tensor:
     """`[tokens, in]` to `[tokens, out]` with the parts, `[out_i, in]` each, as one product.
+
+    `ranks`, where they are several, share its input channels and round a token with one scale.
 
     `name` is that of the product (`model.layers.0.self_attn.qkv_proj`), and of its constants: `{name}.weight`,
     `.order`, `.scales`, `.zeros`, `.input_scale`, `.bias`.
@@ -50,4 +55,7 @@ def linear(x: Tensor, name: str, parts: Sequence[Weight], biases: Sequence[LazyT
         x = ops.select_columns(x, constant("order", fused.order))
     op = weight_format(fused.format, fused.activations)
     constants = {suffix: constant(suffix, value) for suffix, value in op.constants(fused, x.dtype).items()}
+    if isinstance(op, W8A8Linear) and op.activations == "token" and len(ranks) > 1:
+        magnitudes = ops.all_gather(network.add(LargestMagnitude(), x=x), ranks)
+        return network.add(SharedScaleLinear(op.dtype), x=x, magnitudes=magnitudes, bias=bias, **constants)
     return network.add(op, x=x, bias=bias, **constants)
