@@ -17,6 +17,7 @@ from trtbuild.engine.config import BuildLimits, read_config
 from trtbuild.engine.interpreter import Interpreter
 from trtbuild.engine.tensorrt import LoweredNetwork
 from trtbuild.errors import UserError
+from trtbuild.linear.format import round_8bit
 from trtbuild.models.config import ModelConfig
 from trtbuild.models.families import canonical_config, config_from_hugging_face
 from trtbuild.network import Network, lockstep
@@ -25,6 +26,7 @@ from trtbuild.network.step import Chunk, step_tensors, whole_prompts
 from trtbuild.runtime.lowered_session import is_quantized, lowered_inputs, write_rows
 from trtbuild.runtime.open import open_engine
 from trtbuild.tensors.lazy import from_tensor
+from trtbuild.tensors.quantized_weight import QuantizedWeight, Weight
 
 PROMPTS, LENGTH = [[5, 300, 7], [1, 159, 160, 319, 4], [42]], 12
 NEXT = [11, 160, 301]
@@ -47,9 +49,13 @@ def config_of(name: str) -> ModelConfig:
 
 
 def networks_of(
-    config: ModelConfig, mapping: Mapping, scales: CacheScales | None = None, dtype: torch.dtype = torch.float32
+    config: ModelConfig,
+    mapping: Mapping,
+    scales: CacheScales | None = None,
+    dtype: torch.dtype = torch.float32,
+    tensors: dict[str, Weight] | None = None,
 ) -> list[Network]:
-    tensors = {name: from_tensor(x) for name, x in random_tensors(config.tensor_shapes()).items()}
+    tensors = tensors or {name: from_tensor(x) for name, x in random_tensors(config.tensor_shapes()).items()}
     networks = []
     for own in mapping.ranks:
         share, weights, cache = shard(config, tensors.__getitem__, scales, own)
@@ -129,6 +135,20 @@ def test_scales_of_a_cache_are_those_of_a_ranks_heads():
     expected = reference(*networks_of(config, Mapping(), cache))
     for result in interpreted(networks_of(config, mapping, cache), mapping, packed=True):
         assert (result - expected).norm() / expected.norm() < 0.02  # a value near the middle of two may go either way
+
+
+def rounded(weight: torch.Tensor) -> QuantizedWeight:
+    values, scales = round_8bit(weight, torch.int8, per_tensor=False)
+    return QuantizedWeight("int8", from_tensor(values), from_tensor(scales), activations="token")
+
+
+def test_a_token_has_one_scale_on_all_ranks():
+    config, mapping = config_of("llama"), Mapping(2, 1)
+    tensors = {name: from_tensor(x) for name, x in random_tensors(config.tensor_shapes()).items()}
+    tensors |= {name: rounded(x.load()) for name, x in tensors.items() if name.endswith("proj.weight")}
+    expected = reference(*networks_of(config, Mapping(), tensors=tensors))
+    for result in interpreted(networks_of(config, mapping, tensors=tensors), mapping, packed=True):
+        assert (result - expected).norm() / expected.norm() < 0.01  # as above
 
 
 @pytest.mark.slow
