@@ -2,17 +2,20 @@
 
     mpiexec -n 4 python tests/runtime/all_ranks.py TP_SIZE PP_SIZE [CASE ...]
 
-With "gloo" among the cases tensors pass as on GPUs, through torch.distributed. Rank 0 prints a JSON object: by case,
-how far the logits are from one rank's, and whether tokens are equal.
+Without cases it is all of them, and with one such as 1/4 every fourth, from that on: four layouts, each with another
+quarter, run every model and recipe once. With "gloo" among them tensors pass as on GPUs, through torch.distributed.
+Rank 0 prints a JSON object: by case, how far the logits are from one rank's, and whether tokens are equal.
 """
 
 import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 
 import torch
-from test_ranks import MODELS, QUANTIZED, Model, error, networks_of, quantized, scales_of
+from test_ranks import MODELS, QUANTIZED, Model, baichuan, error, networks_of, quantized, scales_of
 
 from trtbuild.decoder.mapping import Mapping
 from trtbuild.engine.config import BuildLimits
@@ -59,10 +62,19 @@ class Case:
         return make(PortableEngine(network, LIMITS, torch.device("cpu")), mapping)
 
 
+# Every family in sizes that four ranks can share, with groups of input channels.
+FAMILIES = QUANTIZED | {
+    "codellama": partial(MODELS["codellama"], intermediate_size=128),
+    "yi": partial(MODELS["yi"], intermediate_size=128),
+    "baichuan 7b": partial(baichuan, "v1_7b", intermediate_size=128),
+    "baichuan2 7b": partial(baichuan, "v2_7b", intermediate_size=128),
+}
+
+
 def cases() -> Iterator[Case]:
     for name, make in MODELS.items():
         yield Case(name, make)
-    for name, make in QUANTIZED.items():
+    for name, make in FAMILIES.items():
         for recipe, (kind, cache) in RECIPES.items():
             yield Case(f"{name} {recipe}", make, torch.float32, kind, cache)
     for dtype in (torch.float16, torch.bfloat16):
@@ -128,21 +140,29 @@ def compare(case: Case, ranks: Session) -> dict:
     return result | {"rounding": error(found, exact), "rounding alone": error(logits(one), exact)}
 
 
+def chosen(names: list[str]) -> Iterator[Case]:
+    broken = Case("damaged", damaged, torch.float16)
+    part = next((name for name in names if name[0].isdecimal()), None)
+    if part:
+        first, step = map(int, part.split("/"))
+        yield from islice(cases(), first - 1, None, step)
+        yield broken
+    else:
+        yield from (case for case in (*cases(), broken) if case.name in names or not {*names} - {"gloo"})
+
+
 def main(here: World, mapping: Mapping, names: list[str]) -> dict:
     gloo = "gloo" in names
     ranks = NcclRanks(here, mapping, torch.device("cpu")) if gloo else MpiRanks(here)
     here.closing.append(ranks.close if gloo else int)
     results = {}
-    broken = Case("damaged", damaged, torch.float16)
-    for case in (*cases(), broken):
-        if names and case.name not in names:
-            continue
+    for case in chosen(names):
         session = case.session(mapping, lambda engine, mapping: RanksSession(engine, ranks, here, mapping))
         if here.rank:
             while (message := here.hear()) != ("next",):
                 session.obey(*message)
             continue
-        if case is broken:
+        if case.name == "damaged":
             one = refusal(case.session(Mapping(), alone))
             results[case.name] = [refusal(session), one, refusal_of_generation(session), refusal(session)]
         else:

@@ -53,12 +53,13 @@ def test_some_models_on_four_ranks():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tp_size", "pp_size"), [(2, 1), (2, 2)])
-def test_every_model_and_recipe(tp_size, pp_size):
-    done = mpiexec(tp_size * pp_size, HERE / "all_ranks.py", tp_size, pp_size, seconds=900)
+@pytest.mark.parametrize(("part", "tp_size", "pp_size"), [(1, 2, 1), (2, 4, 1), (3, 1, 2), (4, 2, 2)])
+def test_every_model_and_recipe(part, tp_size, pp_size):
+    """On one layout each; `all_ranks.py` runs all of them on any."""
+    done = mpiexec(tp_size * pp_size, HERE / "all_ranks.py", tp_size, pp_size, f"{part}/4", seconds=900)
     assert (done.returncode, done.stderr) == (0, "")
     results = json.loads(done.stdout)
-    assert len(results) == 16 + 3 * 6 + 2 + 1
+    assert len(results) == (16 + 7 * 6 + 2) // 4 + 1
     check(results)
 
 
