@@ -11,8 +11,10 @@ from trtbuild.decoder.decoder import decoder
 from trtbuild.engine import portable
 from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.portable import PortableEngine
+from trtbuild.errors import UserError
 from trtbuild.models.families import config_from_hugging_face
 from trtbuild.network.step import Chunk, Step
+from trtbuild.runtime import session as runtime
 from trtbuild.runtime.generation import generate
 from trtbuild.runtime.sampling import SamplingParams
 from trtbuild.runtime.session import PortableSession
@@ -120,6 +122,42 @@ def test_a_replayed_graph_equals_the_eager_step(model):
     state["input_ids"].copy_(tokens)
     eager = again.engine.run(Step.generation(again._slots[: len(PROMPTS)], 256), state)
     assert torch.equal(graph, eager)
+
+
+def test_short_prompts_are_replayed(model, monkeypatch):
+    """Steps of chunks, padded and not yet captured, and then captured, equal those as they are."""
+    tested, short = session(model, torch.float16, "cuda"), [PROMPTS[0], PROMPTS[3]]
+    batches = [short, [PROMPTS[3]], [prompt[::-1] for prompt in short], short[::-1]]
+    first, *others = [tested.prefill(prompts).clone() for prompts in batches]
+    assert len(tested._graphs) == 1
+    continued = tested.step([Chunk([3, 4, 5], 93, past=50, slot=0)]).clone()
+    monkeypatch.setattr(runtime, "CAPTURED_ROWS", ())
+    plain = session(model, torch.float16, "cuda")
+    expected = [plain.prefill(prompts).clone() for prompts in batches]
+    expected.append(plain.step([Chunk([3, 4, 5], 93, past=50, slot=0)]).clone())
+    for actual, wanted in zip((first, *others, continued), expected, strict=True):
+        assert (actual - wanted).norm() / wanted.norm() < 5e-3
+    assert not plain._graphs
+
+
+def test_a_replayed_prompt_never_waits_for_the_host(model):
+    tested = session(model, torch.float16, "cuda")
+    for _ in range(2):
+        tested.prefill(PROMPTS[:2])  # captures
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        logits = tested.prefill(PROMPTS[:2])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert logits.isfinite().all()
+
+
+def test_an_engine_that_does_not_fit(model):
+    config, weights = model
+    limits = BuildLimits(1 << 20, 1 << 12, 300)
+    network = decoder(config, weights.__getitem__, torch.float16, limits.max_length)
+    with pytest.raises(UserError, match=r"^the engine needs .* GB of GPU memory .* with --max-batch-size \d+$"):
+        PortableEngine(network, limits, torch.device("cuda"))
 
 
 def test_generation_steps_never_wait_for_the_host(model):

@@ -6,25 +6,77 @@ The kernels of a layer are, for one row and for many,
     residual, norm | qkv | rotation, cache write | attention | o_proj | residual, norm | gate, up | SwiGLU | down_proj
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from trtbuild.engine.fusion import Fused, Result, Rule, maybe, one
-from trtbuild.network import Network
+from trtbuild.linear.dense import DenseLinear
+from trtbuild.linear.int4 import Int4Linear
+from trtbuild.linear.int8 import Int8Linear
+from trtbuild.linear.w8a8 import W8A8Linear
+from trtbuild.network import Network, Node
 from trtbuild.network.ops.add import Add
 from trtbuild.network.ops.attention import Attention
+from trtbuild.network.ops.cast import Cast
 from trtbuild.network.ops.collectives import AllReduce
 from trtbuild.network.ops.rms_norm import RmsNorm
 from trtbuild.network.ops.rotate import Rotate
 from trtbuild.network.ops.scale_tokens import ScaleTokens
+from trtbuild.network.ops.select_rows import SelectRows
 from trtbuild.network.ops.split_heads import SplitHeads
 from trtbuild.network.ops.swiglu import SwiGlu
 from trtbuild.network.step import Step
 
 FEW_ROWS = 64  # of a step to which the rules for few apply
+PRODUCT = one(DenseLinear, Int8Linear, Int4Linear, W8A8Linear)
+
+
+@dataclass(frozen=True, eq=False)
+class FusedLinear(Fused):
+    """A product of few rows, which are some of the tokens or all, with the norm before it and what follows it."""
+
+    names: ClassVar = {(RmsNorm, "weight"): "norm", (Add, "a"): "residual", (Add, "b"): "residual"}
+
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {"activations": "16bit"}
+        for op in (node.op for node in self.nodes):
+            match op:
+                case Int8Linear() | Int4Linear() | W8A8Linear():
+                    options["activations"] = op.activations
+                case RmsNorm():
+                    options["eps"] = op.eps
+                case SwiGlu():
+                    options["swiglu"] = True
+                case Cast():
+                    options["dtype"] = getattr(torch, op.dtype)
+        return options
+
+    def kernel(
+        self,
+        step: Step,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scales: torch.Tensor | None = None,
+        zeros: torch.Tensor | None = None,
+        input_scale: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        norm: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+        indices: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        from trtbuild.kernels import few_rows
+
+        if indices is not None and not step.generates:
+            x = x.index_select(0, indices)
+        if not few_rows.takes(x, weight, scales, zeros, self.options["activations"]):
+            return None
+        constants = scales, zeros, input_scale, bias
+        return few_rows.product(x, weight, *constants, norm=norm, residual=residual, **self.options)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +126,11 @@ class FusedAttention(Fused):
         return attended, key_cache, value_cache
 
 
+def _eps(nodes: Iterable[Node]) -> float:
+    """Of the norm among them."""
+    return next(node.op.eps for node in nodes if isinstance(node.op, RmsNorm))
+
+
 @dataclass(frozen=True, eq=False)
 class FusedNorm(Fused):
     """A norm, and the residual's sum before it, which the next addition reads."""
@@ -81,14 +138,10 @@ class FusedNorm(Fused):
     names: ClassVar = {(RmsNorm, "x"): "a"}
     keeps = (Add,)
 
-    @cached_property
-    def eps(self) -> float:
-        return next(node.op.eps for node in self.nodes if isinstance(node.op, RmsNorm))
-
     def kernel(self, step: Step, a: torch.Tensor, weight: torch.Tensor, b: torch.Tensor | None = None) -> Result:
         from trtbuild.kernels.add_rms_norm import norm_rows
 
-        total, normed, _ = norm_rows(a, weight, self.eps, b=b)
+        total, normed, _ = norm_rows(a, weight, _eps(self.nodes), b=b)
         return normed if total is None else (total, normed)
 
 
@@ -100,10 +153,10 @@ class FusedSum(Fused):
     keeps = (Add,)
 
     def kernel(self, step: Step, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> Result:
-        total, _, norm = (node.op for node in self.nodes)
+        total = self.nodes[0].op
         assert isinstance(total, AllReduce)
-        assert isinstance(norm, RmsNorm)
-        return total.ranks(step).all_reduce_add_rms_norm(x, residual, weight, norm.eps, total.first, total.size)
+        place = total.first, total.size
+        return total.ranks(step).all_reduce_add_rms_norm(x, residual, weight, _eps(self.nodes), *place)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,12 +169,85 @@ class FusedSwiGlu(Fused):
         return swiglu(gate_up)[0]
 
 
+@dataclass(frozen=True, eq=False)
+class FusedW8A8(Fused):
+    """A product of many rows that are rounded to 8 bits by what comes before it."""
+
+    @property
+    def linear(self) -> W8A8Linear:
+        return next(node.op for node in self.nodes if isinstance(node.op, W8A8Linear))
+
+
+@dataclass(frozen=True, eq=False)
+class FusedNormW8A8(FusedW8A8):
+    """By the norm, with the residual's sum before that."""
+
+    names: ClassVar = {(RmsNorm, "x"): "a", (RmsNorm, "weight"): "norm"}
+    keeps = (Add,)
+
+    def kernel(
+        self,
+        step: Step,
+        a: torch.Tensor,
+        norm: torch.Tensor,
+        weight: torch.Tensor,
+        scales: torch.Tensor,
+        b: torch.Tensor | None = None,
+        input_scale: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> Result | None:
+        from trtbuild.kernels.add_rms_norm import norm_rows
+
+        if not self.linear.has_kernel(weight):
+            return None
+        total, x, s = norm_rows(a, norm, _eps(self.nodes), b=b, quantize=(self.linear.values, input_scale))
+        assert s is not None
+        y = self.linear.product(x, s, weight, scales, bias, a.dtype)
+        return y if total is None else (total, y)
+
+
+@dataclass(frozen=True, eq=False)
+class FusedSwiGluW8A8(FusedW8A8):
+    """By SwiGLU."""
+
+    def kernel(
+        self,
+        step: Step,
+        gate_up: torch.Tensor,
+        weight: torch.Tensor,
+        scales: torch.Tensor,
+        input_scale: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        from trtbuild.kernels.swiglu import swiglu
+
+        if not self.linear.has_kernel(weight):
+            return None
+        x, s = swiglu(gate_up, (self.linear.values, input_scale))
+        assert s is not None
+        return self.linear.product(x, s, weight, scales, bias, gate_up.dtype)
+
+
 ATTENTION = Rule(FusedAttention, (one(Rotate, SplitHeads), maybe(ScaleTokens), one(Attention)))
 SUM = Rule(FusedSum, (one(AllReduce), one(Add), one(RmsNorm)))
 NORM = Rule(FusedNorm, (maybe(Add), one(RmsNorm)))
 SWIGLU = Rule(FusedSwiGlu, (one(SwiGlu),))
-MANY = (ATTENTION, SUM, NORM, SWIGLU)
-FEW = MANY
+FEW = (
+    ATTENTION,
+    SUM,
+    Rule(FusedLinear, (maybe(SelectRows), maybe(RmsNorm), PRODUCT, maybe(SwiGlu), maybe(Add), maybe(Cast))),
+    NORM,
+    SWIGLU,
+)
+MANY = (
+    ATTENTION,
+    SUM,
+    Rule(FusedLinear, (one(SelectRows), maybe(RmsNorm), PRODUCT, maybe(Cast))),  # of a row a sequence
+    Rule(FusedNormW8A8, (maybe(Add), one(RmsNorm), one(W8A8Linear))),
+    Rule(FusedSwiGluW8A8, (one(SwiGlu), one(W8A8Linear))),
+    NORM,
+    SWIGLU,
+)
 
 
 def knows_lengths(network: Network, device: torch.device) -> bool:

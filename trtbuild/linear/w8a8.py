@@ -59,11 +59,11 @@ class W8A8Linear(EightBits):
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Float32 sums of products: of integers exact for up to 1032 terms, within 1e-7 of exact beyond."""
-        if kernels.run_on(x.device) and self._has_kernel(weight):
-            from trtbuild.kernels.quantize_rows import quantize_rows, scale_product
+        if kernels.run_on(x.device) and self.has_kernel(weight):
+            from trtbuild.kernels.quantize_rows import quantize_rows
 
             narrow, s = quantize_rows(x, input_scale, self.values, INT_MM_MIN_ROWS if self.dtype == "int8" else 0)
-            return scale_product(_product(narrow, weight)[: len(x)], s, scales, bias, x.dtype)
+            return self.product(narrow, s, weight, scales, bias, x.dtype, len(x))
         narrow, s = self._quantized(x, input_scale)
         product = blockwise_linear(narrow, weight.shape, lambda rows: weight[rows].float())
         product = product.mul_(s).mul_(scales)
@@ -98,7 +98,22 @@ class W8A8Linear(EightBits):
         s = scale_for(wide.abs().amax(-1, keepdim=True), self.values) if input_scale is None else input_scale
         return quantize(wide, s, self.values), s
 
-    def _has_kernel(self, weight: torch.Tensor) -> bool:
+    def product(
+        self,
+        narrow: torch.Tensor,
+        s: torch.Tensor,
+        weight: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+        rows: int | None = None,
+    ) -> torch.Tensor:
+        """Of a weight that `has_kernel`, with the first rounded activations `[rows, in]` and their scale."""
+        from trtbuild.kernels.quantize_rows import scale_product
+
+        return scale_product(_product(narrow, weight)[:rows], s, scales, bias, dtype)
+
+    def has_kernel(self, weight: torch.Tensor) -> bool:
         """Whether cuBLAS has a product of this weight on its GPU."""
         if any(size % MULTIPLE[self.dtype] for size in weight.shape):
             return False
