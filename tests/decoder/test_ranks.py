@@ -14,14 +14,17 @@ from rounded_weights import rounded
 from trtbuild.decoder.decoder import CacheScales, decoder
 from trtbuild.decoder.mapping import Mapping
 from trtbuild.decoder.sharding import shard
-from trtbuild.engine.fused import FEW, MANY
+from trtbuild.engine.fused import FEW, MANY, SUM
 from trtbuild.engine.fusion import Fused, fuse
 from trtbuild.linear.linear import WEIGHT_FORMATS, Weight
 from trtbuild.models.config import ModelConfig
 from trtbuild.models.families import canonical_config, config_from_hugging_face, family_of
 from trtbuild.network import Network, lockstep
-from trtbuild.network.ops.collectives import Collective
-from trtbuild.network.step import Chunk, step_tensors
+from trtbuild.network.ops.add import add
+from trtbuild.network.ops.collectives import Collective, all_reduce
+from trtbuild.network.ops.rms_norm import rms_norm
+from trtbuild.network.ranks import Ranks
+from trtbuild.network.step import Chunk, Step, step_tensors
 from trtbuild.tensors.lazy import LazyTensor, from_tensor
 from trtbuild.tensors.rounding import DTYPES, LIMIT
 
@@ -196,9 +199,36 @@ def test_only_several_ranks_meet(name, tp_size, pp_size):
 def test_a_rank_can_be_fused(name, rules):
     model = made(name)
     networks = networks_of(model.config, model.tensors.__getitem__, torch.float32, None, world(2, 2))
-    fused = [fuse(network, rules) for network in networks]
+    fused = [fuse(network, [rule for rule in rules if rule is not SUM]) for network in networks]
     assert all(any(isinstance(node.op, Fused) for node in network.nodes) for network in fused)
     assert all(torch.equal(a, b) for a, b in zip(logits(fused), logits(networks), strict=True))
+
+
+class Doubles(Ranks):
+    """One of two ranks that have the same."""
+
+    rank = 0
+    all_gather = send = receive = broadcast = NotImplemented
+
+    def all_reduce(self, x, first, size):
+        return x.mul_(2)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_sum_addition_and_norm_are_one_operation(turned):
+    network = Network()
+    x, residual = (network.input(name, torch.float32, ("tokens", 6)) for name in ("x", "residual"))
+    total = all_reduce(x, range(2))
+    total = add(total, residual) if turned else add(residual, total)
+    weight = torch.rand(6)
+    rms_norm(total, network.constant("weight", from_tensor(weight)), 1e-3)
+    (node,) = fuse(network, [SUM]).nodes
+    given = {"x": torch.randn(3, 6), "residual": torch.randn(3, 6), "weight": weight}
+    step = Step.of_chunks([Chunk([1, 2, 3], 3)], Doubles())
+    found = node.op.kernel(step, **{name: x.clone() for name, x in given.items()})
+    expected = 2 * given["x"] + given["residual"]
+    assert found[0].allclose(expected)
+    assert found[1].allclose(torch.nn.functional.rms_norm(expected, (6,), weight, 1e-3))
 
 
 # Quantized weights and caches: in float64, in which no number lies so near to the middle of two that it is rounded
