@@ -83,7 +83,7 @@ def interpreted(monkeypatch):
     def refused(op: Fused, *arguments: object) -> None:
         raise AssertionError(f"no kernel took {op}")
 
-    monkeypatch.setattr(Fused, "_chain", refused)
+    monkeypatch.setattr(Fused, "chain", refused)
     yield make
     monkeypatch.undo()
 

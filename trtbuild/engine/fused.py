@@ -22,7 +22,7 @@ from trtbuild.network import Network, Node
 from trtbuild.network.ops.add import Add
 from trtbuild.network.ops.attention import Attention
 from trtbuild.network.ops.cast import Cast
-from trtbuild.network.ops.collectives import AllReduce
+from trtbuild.network.ops.collectives import AllReduce, Collective, Meeting
 from trtbuild.network.ops.rms_norm import RmsNorm
 from trtbuild.network.ops.rotate import Rotate
 from trtbuild.network.ops.scale_tokens import ScaleTokens
@@ -146,17 +146,28 @@ class FusedNorm(Fused):
 
 
 @dataclass(frozen=True, eq=False)
-class FusedSum(Fused):
+class FusedSum(Fused, Collective):
     """The sum over ranks with the residual's addition and the norm that follow it."""
 
     names: ClassVar = {(Add, "a"): "residual", (Add, "b"): "residual"}
     keeps = (Add,)
 
+    @property
+    def sum(self) -> AllReduce:
+        return next(node.op for node in self.nodes if isinstance(node.op, AllReduce))
+
     def kernel(self, step: Step, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> Result:
-        total = self.nodes[0].op
-        assert isinstance(total, AllReduce)
-        place = total.first, total.size
-        return total.ranks(step).all_reduce_add_rms_norm(x, residual, weight, _eps(self.nodes), *place)
+        place = self.sum.first, self.sum.size
+        return self.sum.ranks(step).all_reduce_add_rms_norm(x, residual, weight, _eps(self.nodes), *place)
+
+    def meeting(self, rank: int) -> Meeting:
+        return self.sum.meeting(rank)
+
+    def together(self, *brought: dict[str, torch.Tensor]) -> list[torch.Tensor | tuple]:
+        def after(inputs: dict[str, torch.Tensor], total: torch.Tensor | tuple) -> Result:
+            return self.chain(inputs, lambda op, given: total if op is self.sum else op.reference(**given))
+
+        return list(map(after, brought, self.sum.together(*brought)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -76,17 +76,18 @@ class Fused(Op):
         """What `reference` gives; None where kernels do not take these inputs."""
         raise NotImplementedError
 
-    def reference(self, **inputs: torch.Tensor) -> Result:
-        return self._chain(inputs, lambda op, given: op.reference(**given))
+    def reference(self, *args: Any, **inputs: torch.Tensor) -> Result:
+        return self.chain(inputs, lambda op, given: op.reference(**given))
 
     def portable(self, step: Step, *inputs: torch.Tensor) -> Result:
         given = dict(zip(self.inputs, inputs, strict=True))
         result = self.kernel(step, **given) if kernels.run_on(inputs[0].device) else None
-        return self._chain(given, lambda op, given: op.portable(step, **given)) if result is None else result
+        return self.chain(given, lambda op, given: op.portable(step, **given)) if result is None else result
 
-    def _chain(
+    def chain(
         self, inputs: dict[str, torch.Tensor], run: Callable[[Op, dict[str, torch.Tensor]], torch.Tensor | tuple]
     ) -> Result:
+        """The operations one after the other, each as `run` does it."""
         values = {self.inputs[parameter]: x for parameter, x in inputs.items()}
         for node in self.nodes:
             result = run(node.op, {parameter: values[name] for parameter, name in node.inputs.items()})

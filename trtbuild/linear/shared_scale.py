@@ -70,7 +70,7 @@ class SharedScaleLinear(EightBits):
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         s = self._scale(magnitudes)
-        if x.is_cuda and W8A8Linear(self.dtype, "token")._has_kernel(weight):
+        if x.is_cuda and W8A8Linear(self.dtype, "token").has_kernel(weight):
             narrow = x.new_zeros((max(len(x), INT_MM_MIN_ROWS), x.shape[1]), dtype=self.values)
             narrow[: len(x)] = quantize(x.float(), s, self.values)
             product = _product(narrow, weight)[: len(x)].float()

@@ -5,7 +5,7 @@ of their own they meet through their step's `ranks`.
 """
 
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -35,7 +35,7 @@ class Collective(Op):
             raise ValueError("a network of several ranks needs a step that leads to the others")
         return step.ranks
 
-    def reference(self, *args: Any, **inputs: Any) -> NoReturn:
+    def reference(self, *args: Any, **inputs: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
         raise NotImplementedError(f"{self} is no rank's alone; run all ranks in lock-step")
 
     def portable(self, step: Step, *args: Any, **inputs: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
