@@ -11,9 +11,10 @@ from trtbuild.linear.int8 import Int8Linear
 from trtbuild.linear.w8a8 import W8A8Linear
 from trtbuild.models.alibi import alibi_slopes
 from trtbuild.network.ops.attention import Attention
+from trtbuild.network.ops.rotary_embedding import RotaryEmbedding
 from trtbuild.network.ops.rotate import Rotate
+from trtbuild.network.ops.scale_tokens import ScaleTokens
 from trtbuild.network.ops.split_heads import SplitHeads
-from trtbuild.network.step import Step, whole_prompts
 from trtbuild.tensors.rounding import DTYPES, quantize
 
 pytestmark = pytest.mark.gpu
@@ -119,63 +120,166 @@ def test_quantized_rows_equal_the_cpus(width, dtype):
         assert torch.equal(actual.float().cpu(), quantize(x.float(), scale, narrow).float())
 
 
-@dtypes
-@pytest.mark.parametrize("position", ["rope", "alibi"])
-@pytest.mark.parametrize("cache_dtype", [None, torch.int8, FP8], ids=str)
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim"), [(32, 32, 128), (64, 8, 128), (9, 3, 64), (20, 1, 64), (4, 2, 16)]
-)
-@pytest.mark.parametrize(
-    ("positions", "bound"),
-    [([0], 256), ([255], 256), ([2047], 2048), ([5, 0, 700, 1023], 1024), ([*range(3, 1603, 100)], 1792)],
-)
-def test_attention(heads, kv_heads, head_dim, positions, bound, cache_dtype, position, dtype):
-    """A generation step, caches included; what lies beyond a sequence's end is poisoned where NaN exists."""
-    op, batch = Attention(), len(positions)
-    qkv = torch.randn(batch, (heads + 2 * kv_heads) * head_dim, device="cuda").to(dtype)
-    angles = torch.rand(batch, head_dim, device="cuda")
-    split, rotary, slopes = Rotate(heads, kv_heads, head_dim), [angles.cos().to(dtype), angles.sin().to(dtype)], None
-    if position == "alibi":
-        split, rotary, slopes = SplitHeads(heads, kv_heads, head_dim), [], alibi_slopes(heads).cuda()
-    caches = list(torch.randn(2, batch, kv_heads, bound + 8, head_dim, device="cuda").to(dtype))
-    scales = ()
-    if cache_dtype:
-        scales = tuple(torch.rand(2, kv_heads, device="cuda") * 0.02 + 0.01)
-        caches = [quantize(c.float(), s[:, None, None], cache_dtype) for c, s in zip(caches, scales, strict=True)]
-    if cache_dtype != torch.int8:
-        for cache in caches:
-            for b, end in enumerate(positions):
-                cache[b, :, end:] = float("nan")
-    position_ids = torch.tensor(positions, dtype=torch.int32, device="cuda")
-    starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
-    sequences = position_ids, starts, position_ids
-    wide = [c if scales else c.double() for c in caches]
-    wide_slopes = None if slopes is None else slopes.double()
-    heads_of = split.reference(*(x.double() for x in (qkv, *rotary)))
-    expected, *_ = op.reference(*heads_of, *sequences, *wide, wide_slopes, *scales)
-    step = Step.generation(torch.arange(batch, device="cuda"), bound)
-    actual, *_ = op.portable(step, *split.portable(step, qkv, *rotary), *sequences, *caches, slopes, *scales)
-    tolerance = ATTENTION_TOLERANCE[dtype] * (10 if scales else 1)  # q, k, v are rounded before they are quantized
-    assert (actual.double() - expected).norm() / expected.norm() < tolerance
+class AttentionCase:
+    """Inputs of a step's attention, and what the operations make of them; beyond a sequence's end caches are poisoned.
+
+    `chunks`: tokens and past of every sequence. Sequences have slots in reverse order, or in order.
+    """
+
+    def __init__(self, dtype, heads, kv_heads, head_dim, chunks, cache_dtype, position, reverse=False):
+        self.heads, self.kv_heads, self.head_dim, self.chunks = heads, kv_heads, head_dim, chunks
+        batch, tokens, bound = len(chunks), sum(n for n, _ in chunks), max(n + past for n, past in chunks)
+        integers = {"dtype": torch.int32, "device": "cuda"}
+        self.qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim, device="cuda").to(dtype)
+        self.past = torch.tensor([past for _, past in chunks], **integers)
+        self.starts = torch.tensor([0, *(n for n, _ in chunks)], **integers).cumsum(0).int()
+        self.positions = torch.cat([torch.arange(past, past + n, **integers) for n, past in chunks])
+        self.slots = torch.arange(batch, **integers).flip(0) if reverse else torch.arange(batch, **integers)
+        self.cos = self.sin = self.factors = self.slopes = None
+        if position == "alibi":
+            self.slopes = alibi_slopes(heads).cuda()
+        else:
+            angles = torch.rand(tokens, head_dim, device="cuda") * 7
+            self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        if position == "log-n":
+            self.factors = (1 + torch.rand(tokens, device="cuda")).to(dtype)
+        caches = list(torch.randn(2, batch, kv_heads, bound + 8, head_dim, device="cuda").to(dtype))
+        self.scales = None, None
+        if cache_dtype:
+            self.scales = tuple(torch.rand(2, kv_heads, device="cuda") * 0.02 + 0.01)
+            caches = [
+                quantize(cache.float(), scale[:, None, None], cache_dtype)
+                for cache, scale in zip(caches, self.scales, strict=True)
+            ]
+        if cache_dtype != torch.int8:
+            for cache in caches:
+                for slot, (n, past) in zip(self.slots.tolist(), chunks, strict=True):
+                    cache[slot, :, past + n :] = float("nan")
+        self.before, self.caches = [cache.clone() for cache in caches], caches
+
+    def run(self, dtype):
+        """q, the attended values and the caches in order of sequences, all of it computed in `dtype`."""
+        sizes = self.heads, self.kv_heads, self.head_dim
+        qkv, *rest = (None if x is None else x.to(dtype) for x in (self.qkv, self.cos, self.sin, self.factors))
+        cos, sin, factors = rest
+        q, k, v = SplitHeads(*sizes).reference(qkv) if cos is None else Rotate(*sizes).reference(qkv, cos, sin)
+        q = q if factors is None else ScaleTokens().reference(q, factors)
+        held = [c[self.slots] if self.scales[0] is not None else c[self.slots].to(dtype) for c in self.before]
+        inputs = self.positions, self.starts, self.past, *held, self.slopes, *self.scales
+        return q, *Attention().reference(q, k, v, *inputs)
+
+    def check(self, output, tolerance):
+        """Against float64, and the caches against the operations in the same dtype, bit for bit."""
+        expected = self.run(torch.float64)[1]
+        assert (output.double() - expected).norm() / expected.norm() < tolerance
+        _, _, *written = self.run(self.qkv.dtype)
+        for cache, wanted in zip(self.caches, written, strict=True):
+            assert torch.equal(cache[self.slots].view(torch.uint8), wanted.view(torch.uint8))
+
+    def decode(self):
+        from trtbuild.kernels.decode_attention import decode_attention
+
+        step = self.cos, self.sin, self.factors, self.positions, *self.caches, *self.scales, self.slopes
+        return decode_attention(self.qkv, *step, int(self.past.max()) + 1, self.heads)
+
+    def context(self):
+        """q and the attended values, with some rows of padding."""
+        from trtbuild.kernels.context_attention import context_attention, write_cache
+
+        qkv, cos, sin, factors = (
+            None if x is None else F.pad(x, (0,) * (2 * x.dim() - 1) + (5,), value=float("nan"))
+            for x in (self.qkv, self.cos, self.sin, self.factors)
+        )
+        positions, tokens = F.pad(self.positions, (0, 5)), len(self.qkv)
+        where = positions, self.starts, self.slots
+        q = write_cache(qkv, cos, sin, factors, *where, *self.caches, *self.scales, self.heads)
+        where = self.starts, self.past, self.slots
+        return q[:tokens], context_attention(q, *self.caches, *self.scales, *where, self.slopes)[:tokens]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), *ATTENTION_TOLERANCE.items()], ids=str)
-@pytest.mark.parametrize(("heads", "kv_heads"), [(40, 40), (12, 4), (5, 1)])
-@pytest.mark.parametrize("lengths", [[100, 100], [301, 1, 77]], ids=str)
-def test_biased_attention_of_the_context_phase(lengths, heads, kv_heads, dtype, tolerance):
-    op, batch, tokens = Attention(), len(lengths), sum(lengths)
-    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * 64, device="cuda").to(dtype)
-    q, k, v = SplitHeads(heads, kv_heads, 64).reference(qkv)
-    caches = list(torch.zeros(2, batch, kv_heads, 310, 64, device="cuda", dtype=dtype))
-    slopes, past = alibi_slopes(heads).cuda(), torch.zeros(batch, dtype=torch.int32, device="cuda")
-    positions = torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths]).cuda()
-    starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).int().cuda()
-    sequences = positions, starts, past
-    wide = [x.double() for x in (*caches, slopes)]
-    expected, *_ = op.reference(q.double(), k.double(), v.double(), *sequences, *wide)
-    step = Step.of_chunks(whole_prompts([[0] * n for n in lengths]))
-    actual, *_ = op.portable(step, q, k, v, *sequences, *caches, slopes)
-    assert (actual.double() - expected).norm() / expected.norm() < tolerance
+half, bfloat = torch.float16, torch.bfloat16
+KINDS = [  # dtype, cache, position
+    *[(half, None, "rope"), (bfloat, torch.int8, "rope"), (bfloat, None, "alibi"), (half, FP8, "log-n")],
+    *[(half, torch.int8, "log-n"), (half, FP8, "alibi"), (half, torch.int8, "alibi"), (bfloat, FP8, "rope")],
+]
+SIZES = [(32, 32, 128), (64, 8, 128), (8, 8, 80), (9, 3, 64), (20, 1, 64), (7, 7, 96), (12, 3, 96), (4, 2, 16)]
+# All kinds at the first sizes, some at others: every one is compiled.
+attentions = pytest.mark.parametrize(
+    ("size", "kind"),
+    [(size, kind) for i, size in enumerate(SIZES) for kind in (KINDS if i < 2 else KINDS[i % 2 : 4 : 2])],
+    ids=str,
+)
+
+
+@attentions
+def test_a_generation_steps_attention(size, kind):
+    dtype, cache_dtype, position = kind
+    for pasts in ([0], [255], [2047], [5, 0, 700, 1023], [*range(3, 1603, 100)], [8191], [*range(64)]):
+        case = AttentionCase(dtype, *size, [(1, past) for past in pasts], cache_dtype, position)
+        # Keys are rounded before they are quantized, which may take them to the other side of a tie.
+        case.check(case.decode(), ATTENTION_TOLERANCE[dtype] * (10 if cache_dtype else 1))
+
+
+@attentions
+def test_the_attention_of_chunks(size, kind):
+    dtype, cache_dtype, position = kind
+    ragged = [[(1, 200), (130, 0), (0, 0), (65, 70), (64, 64)], [(200, 1000), (1, 1500)]]
+    for chunks in ([(1, 0)], [(300, 0)], [(128, 0)] * 4, *ragged):
+        case = AttentionCase(dtype, *size, chunks, cache_dtype, position, reverse=True)
+        q, output = case.context()
+        case.check(output, ATTENTION_TOLERANCE[dtype] * (10 if cache_dtype else 1))
+        assert torch.equal(q, case.run(dtype)[0])
+
+
+@pytest.mark.parametrize("cache_dtype", [None, FP8], ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(32, 32), (32, 4)])
+def test_long_and_large_steps(heads, kv_heads, cache_dtype):
+    for chunks in ([(4096, 0)], [(2048, 0)] * 2, [(512, 7680)]):
+        case = AttentionCase(torch.bfloat16, heads, kv_heads, 128, chunks, cache_dtype, "rope", reverse=True)
+        case.check(case.context()[1], ATTENTION_TOLERANCE[torch.bfloat16] * (10 if cache_dtype else 1))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(32, 32), (32, 4)])
+def test_other_sequences_change_nothing(heads, kv_heads):
+    """Nor does another run, nor a captured graph."""
+    for name, chunks in (("decode", [(1, 1500), (1, 700)]), ("context", [(130, 100), (300, 0)])):
+        cases = [AttentionCase(torch.float16, heads, kv_heads, 128, chunks, None, "rope") for _ in range(2)]
+        one, other = cases
+        for mine, its in zip((one.qkv, one.cos, one.sin), (other.qkv, other.cos, other.sin), strict=True):
+            its[: chunks[0][0]] = mine[: chunks[0][0]]
+        for mine, its in zip(one.caches, other.caches, strict=True):
+            its[0] = mine[0]
+        outputs = []
+        for case in cases:
+            run = getattr(case, name)
+            expected = run()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = run()
+            for _ in range(20):
+                graph.replay()
+                assert torch.equal(captured[-1], expected[-1])
+            outputs.append(expected if name == "decode" else expected[1])
+        assert torch.equal(outputs[0][: chunks[0][0]], outputs[1][: chunks[0][0]])
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
+@pytest.mark.parametrize("kind", ["plain", "per token", "dynamic"])
+def test_rotary_embedding(kind, head_dim):
+    from trtbuild.kernels.rotary_embedding import rotary_embedding
+
+    positions = torch.randint(0, 16384, (300,), dtype=torch.int32, device="cuda")
+    frequencies, dynamic = 10000.0 ** -(torch.arange(0, head_dim, 2, device="cuda") / head_dim), ()
+    if kind == "per token":
+        frequencies = frequencies * torch.linspace(0.5, 1, 300, device="cuda")[:, None]
+    if kind == "dynamic":
+        dynamic = positions + 1, 2.0, 2048
+    for dtype in ("float32", "float16", "bfloat16"):
+        expected = RotaryEmbedding(dtype, *dynamic[1:]).reference(positions, frequencies, *dynamic[:1])
+        actual = rotary_embedding(positions, frequencies, getattr(torch, dtype), *dynamic)
+        for x, wanted in zip(actual, expected, strict=True):
+            # A power that differs by rounding is multiplied by a position.
+            torch.testing.assert_close(x, wanted, rtol=0, atol=2**-7 if dynamic else torch.finfo(x.dtype).eps)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 5e-4), (torch.bfloat16, 4e-3)])

@@ -17,18 +17,21 @@ from trtbuild.kernels.context_attention import context_attention, write_cache
 FP8 = torch.float8_e4m3fn
 TOLERANCE = {torch.float16: 2e-3, torch.int8: 2e-2, FP8: 0.2}  # the interpreter rounds to FP8 in its own way
 PADDING = 3  # rows after the last sequence
-CASES = [  # heads, kv_heads, head_dim, tokens and past of every sequence
-    (1, 1, 64, [(66, 0)]),
-    (4, 1, 16, [(1, 129), (0, 0), (9, 0), (5, 60)]),  # ragged, with a sequence that has nothing to do
-    (2, 1, 40, [(2, 3), (4, 62)]),
+RAGGED = [(1, 129), (0, 0), (6, 0), (5, 60)]  # tokens and past of every sequence; one has nothing to do
+CASES = [  # heads, kv_heads, head_dim, chunks, cache, position
+    (1, 1, 64, [(66, 0)], torch.float16, "rope"),
+    (4, 1, 16, RAGGED, torch.float16, "rope"),
+    (2, 2, 16, RAGGED, torch.int8, "rope"),
+    (2, 2, 16, RAGGED, FP8, "rope"),
+    (2, 1, 40, [(2, 3), (4, 62)], torch.float16, "alibi"),
+    (1, 1, 128, [(3, 2)], torch.int8, "alibi"),
 ]
 
 
-@pytest.mark.parametrize("cache_dtype", [torch.float16, torch.int8, FP8], ids=str)
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "chunks"), CASES)
-@pytest.mark.parametrize("alibi", [False, True], ids=["rope", "alibi"])
-def test_chunks(heads, kv_heads, head_dim, chunks, cache_dtype, alibi):
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "chunks", "cache_dtype", "position"), CASES)
+def test_chunks(heads, kv_heads, head_dim, chunks, cache_dtype, position):
     """Against the operations in float64; rows of padding and what lies beyond a sequence are poisoned."""
+    alibi = position == "alibi"
     torch.manual_seed(heads)
     batch, lengths = len(chunks), [n for n, _ in chunks]
     tokens = sum(lengths)

@@ -28,8 +28,8 @@ from trtbuild.kernels.cache import rotated, scaled, stored, widened
 from trtbuild.kernels.dependent_launch import dependent_launch, trigger, wait
 from trtbuild.kernels.processors import processors
 
-WRITTEN = 2048  # values of a program that writes
-BLOCK_N = 64  # positions read at a time
+WRITTEN = 4096  # values of a program that writes
+READ = 8192  # values of a tile of keys or values
 LOG2_E = tl.constexpr(math.log2(math.e))
 
 
@@ -84,10 +84,12 @@ def context_attention(
 
     `past_lengths` int32 `[batch]`; for ALiBi `slopes`, float32 `[heads]`.
     """
-    many = q.shape[0] * q.shape[1] >= 2 * 128 * processors(q.device)
+    tokens, heads, head_dim = q.shape
+    # 8-bit tiles are converted by every program that reads them, so that more rows a program pay; 64 start sooner.
+    rows = 128 if key_cache.dtype.itemsize == 1 and tokens * heads >= 256 * processors(q.device) else 64
     return _attend(
         q, key_cache, value_cache, key_scale, value_scale, query_starts, past_lengths, slots, slopes,
-        BLOCK_M=128 if many else 64, BLOCK_N=BLOCK_N, num_warps=8 if many else 4, num_stages=3,
+        BLOCK_M=rows, BLOCK_N=min(64, READ // triton.next_power_of_2(head_dim)), num_warps=rows // 16, num_stages=3,
     )  # fmt: skip
 
 

@@ -34,9 +34,10 @@ from trtbuild.kernels.processors import processors
 
 PROGRAMS_PER_PROCESSOR = 4  # to keep enough loads in flight
 MIN_PART = 128  # positions; a shorter part costs more in merging than it gains
-BLOCK = 64  # positions read at a time
+MAX_PARTS = 128
+READ = 8192  # values of a tile of keys or values
+MERGED = 16  # parts that a program merges at a time, fewer of many heads
 COUNTERS = 1 << 16
-MERGED = 8192  # values that a program merges at a time
 LOG2_E = tl.constexpr(math.log2(math.e))
 LOWEST = tl.constexpr(-1e30)  # below every score, and finite: the difference of two of them is 0
 
@@ -67,12 +68,13 @@ def decode_attention(
     parts = 1
     if batch * kv_heads <= COUNTERS:
         programs = PROGRAMS_PER_PROCESSOR * processors(qkv.device)
-        parts = max(1, min(programs // (batch * kv_heads), triton.cdiv(kv_bound - 1, MIN_PART)))
+        parts = max(1, min(programs // (batch * kv_heads), triton.cdiv(kv_bound - 1, MIN_PART), MAX_PARTS))
     plain = group == 1
+    block_h = 1 if plain else max(16, triton.next_power_of_2(group))
+    block = min(128, READ // triton.next_power_of_2(key_cache.shape[3]))
     return _launch(
         qkv, cos, sin, factors, position_ids, key_cache, value_cache, key_scale, value_scale, slopes, heads, parts,
-        MIN_PART=MIN_PART, PLAIN=plain, BLOCK_H=1 if plain else max(16, triton.next_power_of_2(group)), BLOCK=BLOCK,
-        STAGES=2, num_warps=4,
+        MIN_PART=MIN_PART, PLAIN=plain, BLOCK_H=block_h, BLOCK=block, STAGES=3, num_warps=4,
     )  # fmt: skip
 
 
@@ -89,13 +91,12 @@ def _launch(
         sums = qkv.new_empty(2, batch, heads, parts, dtype=torch.float32)
         counters = _counters(qkv.device)
     block_d = max(16, triton.next_power_of_2(head_dim))
-    block_parts = triton.next_power_of_2(parts)
     _kernel[parts, kv_heads, batch](
         qkv, cos, sin, factors, position_ids, key_cache, value_cache, key_scale, value_scale, slopes,
         output, partial, sums, counters,
         qkv.stride(0), *key_cache.stride()[:2], head_dim**-0.5 * math.log2(math.e),
         KV_HEADS=kv_heads, GROUP=heads // kv_heads, BLOCK_H=BLOCK_H, HEAD_DIM=head_dim, BLOCK_D=block_d,
-        PARTS=block_parts, MERGED=max(1, min(block_parts, MERGED // (BLOCK_H * block_d))),
+        MAX_PARTS=MAX_PARTS, MERGED=max(1, min(MERGED, READ // (BLOCK_H * block_d))),
         **options, **dependent_launch(qkv.device),
     )  # fmt: skip
     return output
@@ -113,7 +114,7 @@ def _kernel(
     output, partial, sums, counters,
     qkv_stride, cache_stride, cache_head_stride, score_scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_H: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    PARTS: tl.constexpr, MERGED: tl.constexpr, MIN_PART: tl.constexpr, PLAIN: tl.constexpr, BLOCK: tl.constexpr,
+    MAX_PARTS: tl.constexpr, MERGED: tl.constexpr, MIN_PART: tl.constexpr, PLAIN: tl.constexpr, BLOCK: tl.constexpr,
     STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Scores are in units of log 2, so that `exp2` does for the softmax."""
@@ -224,7 +225,7 @@ def _kernel(
                 tl.debug_barrier()
                 tl.store(counters + b * KV_HEADS + kv_head, 0)
                 weight_sum, total = _merged(
-                    sums, weight_sums, partial, row, parts, member < GROUP, d, HEAD_DIM, PARTS, MERGED
+                    sums, weight_sums, partial, row, parts, member < GROUP, d, HEAD_DIM, MAX_PARTS, MERGED
                 )
     at = b * KV_HEADS * GROUP * HEAD_DIM + head[:, None] * HEAD_DIM + d[None, :]
     tl.store(output + at, (total / weight_sum[:, None]).to(output.dtype.element_ty), mask=real & whole)
@@ -242,10 +243,11 @@ def _head(x, at, partner, cos, sin, inside):
 
 @triton.jit
 def _merged(
-    sums, weight_sums, partial, row, parts, real, d, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr, MERGED: tl.constexpr
-):
+    sums, weight_sums, partial, row, parts, real, d,
+    HEAD_DIM: tl.constexpr, MAX_PARTS: tl.constexpr, MERGED: tl.constexpr,
+):  # fmt: skip
     """The sums of all parts, whose data begin at `row` of every head; other programs wrote them, past the L1 cache."""
-    part = tl.arange(0, PARTS)
+    part = tl.arange(0, MAX_PARTS)
     inside = (part[:, None] < parts) & real[None, :]
     at = row[None, :] + part[:, None]
     scores = tl.load(sums + at, mask=inside, other=LOWEST, cache_modifier=".cg")
