@@ -121,12 +121,19 @@ def step_values(chunks: Sequence[Chunk], names: Iterable[str], rows: int = 0) ->
     return torch.tensor(flat, dtype=torch.int32), places
 
 
+def sent(values: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """The host's `values` on a device, without waiting for it: a GPU copies them from memory that is kept for it."""
+    if torch.device(device).type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
 def step_tensors(
     chunks: Sequence[Chunk], names: Iterable[str], device: torch.device | str = "cpu"
 ) -> dict[str, torch.Tensor]:
     """Those of a step's inputs that are among `names`, int32, copied to the device together."""
     values, places = step_values(chunks, names)
-    there, longest = values.to(device), _longest(chunks)
+    there, longest = sent(values, device), _longest(chunks)
     tensors = {name: there[place] for name, place in places.items()}
     return {
         name: tensor.view(-1, longest) if len(STEP_INPUTS[name].shape) == 2 else tensor

@@ -11,7 +11,7 @@ from trtbuild.engine.portable import NotFinite, PortableEngine
 from trtbuild.errors import UserError
 from trtbuild.network import Network
 from trtbuild.network.ranks import Ranks
-from trtbuild.network.step import Chunk, Step, step_tensors, step_values, whole_prompts
+from trtbuild.network.step import Chunk, Step, sent, step_tensors, step_values, whole_prompts
 from trtbuild.runtime.kv_cache import KVCache
 from trtbuild.runtime.sampling import Kind, Sampler, SamplingParams
 
@@ -236,7 +236,7 @@ class PortableSession(Session):
     def _step(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:
         batch = len(self.lengths)
         self._decode_state = self._state(batch)
-        ends = torch.tensor([self.lengths, self.prompt_lengths], dtype=torch.int32).to(self.device)
+        ends = sent(torch.tensor([self.lengths, self.prompt_lengths], dtype=torch.int32), self.device)
         for name, values in zip(("position_ids", "prompt_lengths"), ends, strict=True):
             if name in self._decode_state:
                 self._decode_state[name].copy_(values)
@@ -255,7 +255,7 @@ class PortableSession(Session):
         known = key in self._short
         if not known:
             self._short[key] = torch.empty_like(values, device=self.device)
-        there = self._short[key].copy_(values)
+        there = self._short[key].copy_(sent(values, self.device))
         inputs = {name: there[place] for name, place in places.items()}
         inputs |= self.cache.views(self.limits.max_batch_size)
 
