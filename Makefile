@@ -19,7 +19,7 @@ demo: .venv/installed
 	$(BIN)/trtbuild score --summaries $(DEMO)/fp16/summaries.jsonl --baseline $(DEMO)/hf/rouge.json
 
 test: test-fast
-	$(BIN)/pytest -m "slow and not gpu"
+	$(BIN)/pytest -n 2 --dist loadfile -m "slow and not gpu"
 
 test-fast: .venv/installed
 	$(BIN)/pytest -n 2 -m "not slow and not gpu"

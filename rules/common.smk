@@ -87,8 +87,8 @@ def ranks_of(wildcards):
 
 
 def launcher_of(wildcards):
-    """What starts ranks; a profile's `set-resources` may say something else (profiles/slurm)."""
-    return "mpiexec" if ranks_of(wildcards) > 1 else ""
+    """What starts an engine's ranks (profiles/slurm has another); nothing where there is one."""
+    return config.get("mpi", "mpiexec") if ranks_of(wildcards) > 1 else ""
 
 
 def ranks_of_model(wildcards):
