@@ -154,7 +154,7 @@ def chosen(names: list[str]) -> Iterator[Case]:
 def main(here: World, mapping: Mapping, names: list[str]) -> dict:
     gloo = "gloo" in names
     ranks = NcclRanks(here, mapping, torch.device("cpu")) if gloo else MpiRanks(here)
-    here.closing.append(ranks.close if gloo else int)
+    here.closing.append(ranks.close if gloo else ranks.forget_sent)
     results = {}
     for case in chosen(names):
         session = case.session(mapping, lambda engine, mapping: RanksSession(engine, ranks, here, mapping))

@@ -119,22 +119,29 @@ def main() -> int:
     options = parser.parse_args()
     took: dict[tuple, list[float]] = {}
     wrong: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory() as name:
-        folder = make(Path(name))
-        for i in range(options.repeat):
-            for case in (case for ranks in options.ranks for case in cases(ranks)):
-                seconds, problem = run(case, folder)
-                took.setdefault((case.ranks, case.when, case.how), []).append(seconds)
-                if problem:
-                    wrong[f"{case}: {problem}"] += 1
-                    print(f"{case}: {problem}", flush=True)
-            print(f"repetition {i + 1} of {options.repeat} ({time.strftime('%H:%M')})", flush=True)
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            folder = make(Path(name))
+            for i in range(options.repeat):
+                for case in (case for ranks in options.ranks for case in cases(ranks)):
+                    seconds, problem = run(case, folder)
+                    took.setdefault((case.ranks, case.when, case.how), []).append(seconds)
+                    if problem:
+                        wrong[f"{case}: {problem}"] += 1
+                        print(f"{case}: {problem}", flush=True)
+                print(f"repetition {i + 1} of {options.repeat} ({time.strftime('%H:%M')})", flush=True)
+    except KeyboardInterrupt:
+        print("interrupted")
+    print_table(took)
+    print("\n" + ("\n".join(f"{n} x {problem}" for problem, n in wrong.items()) or "no promise was broken"))
+    return bool(wrong)
+
+
+def print_table(took: dict[tuple, list[float]]) -> None:
     print("\n| processes | while | a rank | runs | all ended after, s: median | longest |\n" + "| --- " * 6 + "|")
     for (ranks, when, how), seconds in took.items():
         middle = sorted(seconds)[len(seconds) // 2]
         print(f"| {ranks} | {when} | {how} | {len(seconds)} | {middle:.2f} | {max(seconds):.2f} |")
-    print("\n" + ("\n".join(f"{n} x {problem}" for problem, n in wrong.items()) or "no promise was broken"))
-    return bool(wrong)
 
 
 if __name__ == "__main__":

@@ -35,9 +35,13 @@ class MpiRanks(Ranks):
         return out.transpose(0, 1).reshape(rows, size * columns)
 
     def send(self, x: torch.Tensor, target: int) -> None:
-        self._sent = [sent for sent in self._sent if not sent[0].Test()]
+        self.forget_sent()
         x = x.contiguous()
         self._sent.append((self._world.comm.Isend(_bytes(x), target), x))
+
+    def forget_sent(self) -> None:
+        """What has arrived; MPI complains at the end of what it was not asked about."""
+        self._sent = [sent for sent in self._sent if not sent[0].Test()]
 
     def receive(self, out: torch.Tensor, source: int) -> torch.Tensor:
         self._world.comm.Recv(_bytes(out), source)

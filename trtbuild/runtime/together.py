@@ -130,7 +130,9 @@ def open_rank(here: World, folder: Path, kind: str, fingerprint: tuple[str, str]
 def ranks_between(here: World, mapping: Mapping, device: torch.device) -> Ranks:
     """Made once for a layout and device, by all ranks at the same time."""
     if device.type == "cpu":
-        return MpiRanks(here)
+        own = MpiRanks(here)
+        here.closing.append(own.forget_sent)
+        return own
     ranks = NcclRanks(here, mapping, device)
     here.closing.insert(0, ranks.close)  # after all sessions
     return ranks
