@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from trtbuild.kernels.add_rms_norm import norm_rows
 from trtbuild.kernels.decode_attention import decode_attention
-from trtbuild.kernels.quantize_rows import quantize_rows, scale_product
+from trtbuild.kernels.quantize_rows import quantize_rows
 from trtbuild.kernels.swiglu import swiglu
 from trtbuild.linear.int4 import Int4Linear
 from trtbuild.linear.int8 import Int8Linear
@@ -200,18 +200,6 @@ def quantization(table: Table) -> None:
             wrong = error(quantize_rows(xs[0], scale, dtype)[0], expected)
             us = microseconds(quantize_rows, [(x, scale, dtype) for x in xs])
             table.add(kernel, f"{width}", rows, us, 3 * rows * width, microseconds(plain, [(x,) for x in xs]), wrong)
-        products = [x.mul(1000).int() for x in xs]
-        scales = torch.rand(rows, 1, device="cuda"), torch.rand(width, device="cuda") * 1e-3
-
-        def plain(product, rows, columns):
-            return product.float().mul_(rows).mul_(columns).half()
-
-        call = [(p, *scales, None, torch.float16) for p in products]
-        wrong = error(scale_product(*call[0]), plain(products[0], *scales))
-        table.add(
-            "scale product", f"{width}", rows, microseconds(scale_product, call), 6 * rows * width,
-            microseconds(plain, [(p, *scales) for p in products]), wrong,
-        )  # fmt: skip
 
 
 def fusion(table: Table) -> None:

@@ -86,7 +86,7 @@ def test_widen_is_exact(dtype):
 
 
 @dtypes
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows", [*ROWS, 300, 2047])
 @pytest.mark.parametrize(("out", "width"), [(12288, 4096), (4096, 11008), (576, 1536)])
 def test_w8a8_and_fp8(rows, out, width, dtype):
     x, bias = torch.randn(rows, width, device="cuda").to(dtype), torch.randn(out, device="cuda").to(dtype)
@@ -94,13 +94,14 @@ def test_w8a8_and_fp8(rows, out, width, dtype):
     scale, input_scale = torch.full((out,), 0.001, device="cuda"), torch.full((1,), 0.02, device="cuda")
     integers, narrow = quantize(weight, scale[:, None], torch.int8), quantize(weight, scale[:, None], FP8)
     tolerance = LINEAR_TOLERANCE[dtype]
+    fp8_tolerance = tolerance + (3e-3 if rows > 256 else 5e-4)  # sums that tensor cores round
     for constants in ({}, {"bias": bias}):
         constants |= {"scales": scale}
         static = constants | {"input_scale": input_scale}
         check(W8A8Linear("int8", "token"), tolerance, x, weight=integers, **constants)
         check(W8A8Linear("int8", "static"), tolerance, x, weight=integers, **static)
-        check(W8A8Linear("fp8", "static"), 2 * tolerance, x, weight=narrow, **static)
-        check(W8A8Linear("fp8", "token"), 2 * tolerance, x, weight=narrow, **constants)
+        check(W8A8Linear("fp8", "static"), fp8_tolerance, x, weight=narrow, **static)
+        check(W8A8Linear("fp8", "token"), fp8_tolerance, x, weight=narrow, **constants)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
@@ -300,7 +301,7 @@ def test_norm_and_swiglu(width, rows, dtype, tolerance):
             poison()
             actual, scales = kernel((narrow, None if scale is None else scale.cuda()))
             expected, expected_scales = W8A8Linear(name, "token")._quantized(values.cpu(), scale)
-            assert torch.equal(scales.cpu(), expected_scales)
+            assert torch.equal(scales.cpu(), expected_scales.expand(rows, 1))
             assert torch.equal(actual.float().cpu(), expected.float())
 
     a, b = torch.randn(2, rows, width, device="cuda").to(dtype)

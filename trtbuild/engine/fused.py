@@ -208,12 +208,13 @@ class FusedNormW8A8(FusedW8A8):
         bias: torch.Tensor | None = None,
     ) -> Result | None:
         from trtbuild.kernels.add_rms_norm import norm_rows
+        from trtbuild.kernels.many_rows import product_8bit
 
         if not self.linear.has_kernel(weight):
             return None
         total, x, s = norm_rows(a, norm, _eps(self.nodes), b=b, quantize=(self.linear.values, input_scale))
         assert s is not None
-        y = self.linear.product(x, s, weight, scales, bias, a.dtype)
+        y = product_8bit(x, s, weight, scales, bias, a.dtype)
         return y if total is None else (total, y)
 
 
@@ -230,13 +231,14 @@ class FusedSwiGluW8A8(FusedW8A8):
         input_scale: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
+        from trtbuild.kernels.many_rows import product_8bit
         from trtbuild.kernels.swiglu import swiglu
 
         if not self.linear.has_kernel(weight):
             return None
         x, s = swiglu(gate_up, (self.linear.values, input_scale))
         assert s is not None
-        return self.linear.product(x, s, weight, scales, bias, gate_up.dtype)
+        return product_8bit(x, s, weight, scales, bias, gate_up.dtype)
 
 
 ATTENTION = Rule(FusedAttention, (one(Rotate, SplitHeads), maybe(ScaleTokens), one(Attention)))

@@ -22,32 +22,25 @@ def norm_rows(
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
     """`a` and `b` `[rows, hidden]`, `weight` `[hidden]`, all float16, bfloat16 or float32.
 
-    Returns the sum (None without `b`), the norm in their dtype or as `quantize` has it, and its scale (None without
-    `quantize`): float32 `[1]` if given, else `[rows, 1]`.
+    Returns the sum (None without `b`), the norm in their dtype or as `quantize` has it, and its scales, float32
+    `[rows, 1]` (None without `quantize`).
     """
     rows, width = a.shape
     a, b = a.contiguous(), None if b is None else b.contiguous()
     total = None if b is None else torch.empty_like(a)
-    normed, scales, rounding = narrow_rows(a, width, quantize)
+    normed, scales, given, limit = narrow_rows(a, width, quantize)
     block = triton.next_power_of_2(width)
-    _kernel[(rows,)](
-        a, b, weight, total, normed, scales, width, eps, BLOCK=block, num_warps=warps(rows, block), **rounding,
+    _rms_norm_kernel[(rows,)](
+        a, b, weight, total, normed, scales, given, width, eps, LIMIT=limit, BLOCK=block, num_warps=warps(rows, block),
         **dependent_launch(a.device),
     )  # fmt: skip
     return total, normed, scales
 
 
-def add_rms_norm(
-    a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """The sum of two `[rows, hidden]` and its norm."""
-    return norm_rows(a, weight, eps, b=b)[:2]
-
-
 @triton.jit
-def _kernel(
-    a, b, weight, total, normed, scales, width, eps,
-    STATIC: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
+def _rms_norm_kernel(
+    a, b, weight, total, normed, scales, given, width, eps,
+    LIMIT: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     trigger(DEPENDENT)
     column = tl.arange(0, BLOCK)
@@ -64,5 +57,5 @@ def _kernel(
     bracket = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)).to(x.dtype)
     y = (bracket.to(tl.float32) * factor).to(x.dtype)
     if scales is not None:
-        y = round_rows(y, scales, row, STATIC, LIMIT, normed.dtype.element_ty)
+        y = round_rows(y, scales + row, given, LIMIT, normed.dtype.element_ty)
     tl.store(normed + at, y, mask=inside)

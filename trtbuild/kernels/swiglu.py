@@ -20,28 +20,26 @@ BLOCK = 1024  # columns of a program that does a part
 
 
 def swiglu(gate_up: torch.Tensor, quantize: Quantize = None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`[rows, 2 * width]`, gate first, in float16, bfloat16 or float32, to `[rows, width]` and their scale.
+    """`[rows, 2 * width]`, gate first, in float16, bfloat16 or float32, to `[rows, width]` and their scales.
 
-    The values are in the same dtype, or as `quantize` has them; the scale is None without it, float32 `[1]` if given,
-    else `[rows, 1]`.
+    The values are in the same dtype, or as `quantize` has them; the scales are float32 `[rows, 1]`, None without it.
     """
     gate_up = gate_up.contiguous()
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    values, scales, rounding = narrow_rows(gate_up, width, quantize)
-    whole = quantize is not None and not rounding["STATIC"]
+    values, scales, given, limit = narrow_rows(gate_up, width, quantize)
+    whole = scales is not None and given is None
     block = triton.next_power_of_2(width) if whole else BLOCK
-    _kernel[rows, triton.cdiv(width, block)](
-        gate_up, values, scales, width, BLOCK=block, num_warps=warps(rows, block) if whole else 4, **rounding,
+    _swiglu_kernel[rows, triton.cdiv(width, block)](
+        gate_up, values, scales, given, width, LIMIT=limit, BLOCK=block, num_warps=warps(rows, block) if whole else 4,
         **dependent_launch(gate_up.device),
     )  # fmt: skip
     return values, scales
 
 
 @triton.jit
-def _kernel(
-    gate_up, values, scales, width,
-    STATIC: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
-):  # fmt: skip
+def _swiglu_kernel(
+    gate_up, values, scales, given, width, LIMIT: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
+):
     trigger(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -52,5 +50,5 @@ def _kernel(
     wide = gate.to(tl.float32)
     y = ((wide * tl.sigmoid(wide)).to(gate.dtype).to(tl.float32) * up).to(gate.dtype)
     if scales is not None:
-        y = round_rows(y, scales, row, STATIC, LIMIT, values.dtype.element_ty)
+        y = round_rows(y, scales + row, given, LIMIT, values.dtype.element_ty)
     tl.store(values + row * width + column, y, mask=inside)

@@ -9,9 +9,10 @@ from typing import Literal
 
 import torch
 
+from trtbuild import kernels
 from trtbuild.linear.blockwise import blockwise_linear
 from trtbuild.linear.format import EightBits
-from trtbuild.linear.w8a8 import INT_MM_MIN_ROWS, W8A8Linear, _product
+from trtbuild.linear.w8a8 import W8A8Linear
 from trtbuild.network import Tensor
 from trtbuild.network.lowering import Lowered, Lowering
 from trtbuild.network.network import Op, Spec
@@ -70,13 +71,12 @@ class SharedScaleLinear(EightBits):
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         s = self._scale(magnitudes)
-        if x.is_cuda and W8A8Linear(self.dtype, "token").has_kernel(weight):
-            narrow = x.new_zeros((max(len(x), INT_MM_MIN_ROWS), x.shape[1]), dtype=self.values)
-            narrow[: len(x)] = quantize(x.float(), s, self.values)
-            product = _product(narrow, weight)[: len(x)].float()
-        else:
-            narrow = quantize(x.float(), s, self.values)
-            product = blockwise_linear(narrow, weight.shape, lambda rows: weight[rows].float())
+        narrow = quantize(x.float(), s, self.values)
+        if kernels.run_on(x.device) and W8A8Linear(self.dtype, "token").has_kernel(weight):
+            from trtbuild.kernels.many_rows import product_8bit
+
+            return product_8bit(narrow, s, weight, scales, bias, x.dtype)
+        product = blockwise_linear(narrow, weight.shape, lambda rows: weight[rows].float())
         product = product.mul_(s).mul_(scales)
         return (product if bias is None else product.add_(bias)).to(x.dtype)
 

@@ -13,9 +13,6 @@ from trtbuild.network.network import Spec, Tensor
 from trtbuild.network.step import Step
 from trtbuild.tensors.rounding import LIMIT, quantize, scale_for
 
-MULTIPLE = {"int8": 8, "fp8": 16}  # of both sizes of a weight, for cuBLAS; others are widened
-INT_MM_MIN_ROWS = 32  # of torch's product of integers on CUDA: cuBLAS wants more than 16
-
 
 @dataclass(frozen=True)
 class W8A8Linear(EightBits):
@@ -58,12 +55,12 @@ class W8A8Linear(EightBits):
         input_scale: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Float32 sums of products: of integers exact for up to 1032 terms, within 1e-7 of exact beyond."""
+        """Without kernels in float32 sums: of integers exact for up to 1032 terms, within 1e-7 of exact beyond."""
         if kernels.run_on(x.device) and self.has_kernel(weight):
+            from trtbuild.kernels.many_rows import product_8bit
             from trtbuild.kernels.quantize_rows import quantize_rows
 
-            narrow, s = quantize_rows(x, input_scale, self.values, INT_MM_MIN_ROWS if self.dtype == "int8" else 0)
-            return self.product(narrow, s, weight, scales, bias, x.dtype, len(x))
+            return product_8bit(*quantize_rows(x, input_scale, self.values), weight, scales, bias, x.dtype)
         narrow, s = self._quantized(x, input_scale)
         product = blockwise_linear(narrow, weight.shape, lambda rows: weight[rows].float())
         product = product.mul_(s).mul_(scales)
@@ -98,31 +95,10 @@ class W8A8Linear(EightBits):
         s = scale_for(wide.abs().amax(-1, keepdim=True), self.values) if input_scale is None else input_scale
         return quantize(wide, s, self.values), s
 
-    def product(
-        self,
-        narrow: torch.Tensor,
-        s: torch.Tensor,
-        weight: torch.Tensor,
-        scales: torch.Tensor,
-        bias: torch.Tensor | None,
-        dtype: torch.dtype,
-        rows: int | None = None,
-    ) -> torch.Tensor:
-        """Of a weight that `has_kernel`, with the first rounded activations `[rows, in]` and their scale."""
-        from trtbuild.kernels.quantize_rows import scale_product
-
-        return scale_product(_product(narrow, weight)[:rows], s, scales, bias, dtype)
-
     def has_kernel(self, weight: torch.Tensor) -> bool:
-        """Whether cuBLAS has a product of this weight on its GPU."""
-        if any(size % MULTIPLE[self.dtype] for size in weight.shape):
+        """Whether `kernels.many_rows` has a product of this weight on its GPU; others are widened."""
+        from trtbuild.kernels.many_rows import MULTIPLE
+
+        if any(size % MULTIPLE for size in weight.shape):
             return False
         return not weight.is_cuda or torch.cuda.get_device_capability(weight.device) >= self.capability
-
-
-def _product(narrow: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """int32 or float32 `[rows, out]`. Scales come after: cuBLAS takes one a row for results in bfloat16 alone."""
-    if narrow.dtype == torch.int8:
-        return torch._int_mm(narrow, weight.T)
-    one = torch.ones(1, device=narrow.device)
-    return torch._scaled_mm(narrow, weight.T, one, one, out_dtype=torch.float32)
