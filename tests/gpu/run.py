@@ -4,13 +4,18 @@
     python tests/gpu/run.py --batch-sizes 1 16 --contexts 128 2048 --peers eager compiled
     python tests/gpu/run.py --batch-sizes 1 16 --contexts 128 2048 --recipes fp16 int8wo int4 int8kv fp8 sq --peers
     python tests/gpu/run.py --model baichuan-v2_13b --recipes fp16 int8kv
+    python tests/gpu/run.py --batch-sizes 1 --contexts 128 --recipes fp16 int8wo int4 --peers --gpt-fast ../gpt-fast
 
 Needs torch, triton, transformers, safetensors, numpy and yaml alone; a model of config/models.yaml (LLaMA-7B) has dummy
 weights that are made on the GPU, and there rounded to nearest; scales of activations and caches are constants. For
 ALiBi, which transformers has no such model with, the peer is its LLaMA of the same sizes.
 
-The table: time to first token, ms per generated token, the floor that the measured memory bandwidth sets for the bytes
-a token reads, and the ratios to that floor and to the first engine.
+`--gpt-fast` takes a checkout of https://github.com/pytorch-labs/gpt-fast, the one of dense models, which is for LLaMA
+and, here, batch 1 alone. Its decode step is compiled as its README says, its first token is not (`--compile_prefill` is
+off there). It quantizes the output product too, which we do not: of LLaMA-7B 0.13 GB less to read in INT8, 0.2 in INT4.
+
+The table: time to first token, ms per generated token (sampling included, no step waits for the host), the floor that
+the measured memory bandwidth sets for the bytes a token reads, and the ratios to that floor and to the first engine.
 """
 
 import argparse
@@ -20,7 +25,10 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -63,6 +71,9 @@ RECIPES = {  # formats of the weights, of activations, and of the cache
 }
 
 
+GPT_FAST = {"fp16": "fp16", "int8": "int8wo", "int4": "int4"}  # its formats, and our recipes that are like them
+
+
 def copy_bandwidth() -> float:
     """Bytes a second of a large device-to-device copy, reads plus writes."""
     source = torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
@@ -79,25 +90,26 @@ def timed(call):
     return time.perf_counter() - start, result
 
 
-def ours(session: PortableSession, prompts: list[list[int]]) -> tuple[float, list[float]]:
-    """Time to first token, and the times of generation steps, each waited for."""
-    tokens = session.prefill(prompts).argmax(-1).int()
-    for _ in range(NEW_TOKENS):  # captures the graphs, loads the kernels
-        tokens = session.decode(tokens).argmax(-1).int()
-    first = statistics.median(timed(lambda: session.prefill(prompts).argmax(-1).int().tolist())[0] for _ in range(3))
-    tokens = session.prefill(prompts).argmax(-1).int()
-    steps = []
-    for _ in range(NEW_TOKENS):
-        seconds, tokens = timed(lambda tokens=tokens: session.decode(tokens).argmax(-1).int())
-        steps.append(seconds)
-    tokens = session.prefill(prompts).argmax(-1).int()
+def ours(session: PortableSession, prompts: list[list[int]]) -> tuple[float, float, float]:
+    """Time to first token, seconds a generation step, greedy, and of the host in one."""
+    sampler = session.sampler(SamplingParams(), prompts)
 
-    def run():
-        current = tokens
+    def start():
+        return session.sampler(SamplingParams(), prompts)(session.prefill(prompts)).tolist()
+
+    def run() -> list[float]:
+        marks = [time.perf_counter()]
         for _ in range(NEW_TOKENS):
-            current = session.decode(current).argmax(-1).int()
+            session.generate(sampler)
+            marks.append(time.perf_counter())
+        return [after - before for before, after in pairwise(marks)]
 
-    return first, [timed(run)[0] / NEW_TOKENS, statistics.median(steps)]
+    start()
+    run()  # captures the graphs, loads the kernels
+    first = statistics.median(timed(start)[0] for _ in range(3))
+    start()
+    total, host = timed(run)
+    return first, total / NEW_TOKENS, statistics.median(host)
 
 
 def round_to_nearest(weight: LazyTensor, format: str, activations: str) -> QuantizedWeight:
@@ -177,6 +189,72 @@ def peer(model, prompts: list[list[int]], compiled: bool) -> tuple[float, float]
     return first, (long - short) / NEW_TOKENS
 
 
+def gpt_fast(folder: Path, config: ModelConfig, format: str, contexts: list[int]) -> list[tuple[float, float]]:
+    """Time to first token and seconds a token of gpt-fast for every context, batch 1; `format`: fp16, int8 or int4.
+
+    Its INT4 is for bfloat16 alone. Weights are random numbers.
+    """
+    sys.path.insert(0, str(folder))
+    with suppress(ImportError):
+        import sentencepiece  # noqa: F401
+    sys.modules.setdefault("sentencepiece", SimpleNamespace(SentencePieceProcessor=None))  # for text alone
+    import generate as theirs
+    import quantize
+    from model import ModelArgs, Transformer
+
+    sizes = {
+        "block_size": max(contexts) + 2 * NEW_TOKENS,
+        "vocab_size": config.vocab_size,
+        "n_layer": config.num_hidden_layers,
+        "n_head": config.num_attention_heads,
+        "n_local_heads": config.num_key_value_heads,
+        "dim": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "norm_eps": config.rms_norm_eps,
+    }
+    dtype = torch.bfloat16 if format == "int4" else torch.float16
+    with torch.device("meta"):
+        model = Transformer(ModelArgs(**sizes))
+        if format == "int8":
+            model = quantize.WeightOnlyInt8QuantHandler(model).convert_for_runtime()
+        if format == "int4":
+            model = quantize.WeightOnlyInt4QuantHandler(model, 128).convert_for_runtime(True)
+    model = model.to_empty(device="cuda").to(dtype).eval()
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_floating_point():
+            tensor.normal_(0, 0.02)
+        else:
+            tensor.random_(-128, 127) if tensor.dtype == torch.int8 else tensor.random_()
+    with torch.device("cuda"):
+        model.setup_caches(1, max(contexts) + 2 * NEW_TOKENS)
+    torch._dynamo.reset()
+    eager = theirs.decode_one_token
+    theirs.decode_one_token = torch.compile(eager, mode="reduce-overhead", fullgraph=True)
+    results = []
+    try:
+        for context in contexts:
+            prompt = torch.randint(0, config.vocab_size, (1, context), device="cuda", dtype=torch.int)
+            places = torch.arange(context, device="cuda")
+
+            def start(prompt=prompt, places=places):
+                return theirs.prefill(model, prompt, places, temperature=0.0)
+
+            def run(tokens: int, context=context, start=start):
+                place = torch.tensor([context], device="cuda", dtype=torch.int)
+                return theirs.decode_n_tokens(model, start().view(1, -1), place, tokens, temperature=0.0)
+
+            for _ in range(3):
+                run(4)  # compiles, then records its graphs
+            run(NEW_TOKENS)
+            first = statistics.median(timed(lambda start=start: start().tolist())[0] for _ in range(3))
+            long = min(timed(lambda run=run: run(NEW_TOKENS))[0] for _ in range(3))
+            short = min(timed(lambda run=run: run(4))[0] for _ in range(3))
+            results.append((first, (long - short) / (NEW_TOKENS - 4)))
+    finally:
+        theirs.decode_one_token = eager
+    return results
+
+
 def smollm2(gguf: Path, new_tokens: int = 100) -> None:
     """Converts, builds in float32, and compares greedy tokens of the CPU and the GPU on articles, in ragged batches."""
     articles = [
@@ -214,6 +292,8 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 2048])
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["fp16"])
     parser.add_argument("--peers", nargs="*", choices=["eager", "compiled"], default=["eager", "compiled"])
+    parser.add_argument("--gpt-fast", type=Path, metavar="DIR", help="also measure that checkout, at batch 1")
+    parser.add_argument("--gpt-fast-formats", nargs="+", choices=GPT_FAST, default=list(GPT_FAST))
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -237,12 +317,12 @@ def main() -> None:
         gigabytes, seconds = session.weight_bytes / 1e9, time.perf_counter() - start
         print(f"{recipe}: {gigabytes:.2f} GB of weights, made in {seconds:.1f} s", flush=True)
         for batch, context in cases:
-            first, (step, synced) = ours(session, prompts[batch, context])
+            first, step, host = ours(session, prompts[batch, context])
             length = context + NEW_TOKENS / 2
             read = session.weight_bytes + batch * length * session.cache.bytes_per_position()
             floor = read / bandwidth
             rows.append([recipe, batch, context, first * 1e3, step * 1e3, floor * 1e3, step / floor])
-            print(rows[-1], f"synchronized every step: {synced * 1e3:.2f}", flush=True)
+            print(rows[-1], f"host: {host * 1e6:.0f} us a step", flush=True)
         del session
         gc.collect()
         torch.cuda.empty_cache()
@@ -270,9 +350,28 @@ def main() -> None:
                 print(rows[-1], flush=True)
                 torch.cuda.empty_cache()
 
+    if args.gpt_fast:
+        for format, recipe in GPT_FAST.items():
+            if format not in args.gpt_fast_formats:
+                continue
+            name = f"gpt-fast {format}"
+            try:
+                found = gpt_fast(args.gpt_fast, config, format, args.contexts)
+            except Exception as error:  # a peer that does not run is no reason to lose the other rows
+                print(f"{name} does not run: {type(error).__name__}: {error}", flush=True)
+                continue
+            finally:
+                gc.collect()
+                torch.cuda.empty_cache()
+            for context, (first, step) in zip(args.contexts, found, strict=True):
+                like = [r[5] for r in rows if r[:3] == [recipe, 1, context]]
+                floor = like[0] if like else float("nan")
+                rows.append([name, 1, context, first * 1e3, step * 1e3, floor, step * 1e3 / floor])
+                print(rows[-1], flush=True)
+
     print(f"\n| {'engine':24} | batch | context | first token ms | ms/token | floor ms | x floor | vs first |")
     for name, batch, context, first, step, floor, ratio in rows:
-        versus = step / next(r[4] for r in rows if r[1:3] == [batch, context])
+        versus = step / next((r[4] for r in rows if r[1:3] == [batch, context]), float("nan"))
         sizes, times = f"{batch:5} | {context:7}", f"{first:14.1f} | {step:8.2f} | {floor:8.2f}"
         print(f"| {name:24} | {sizes} | {times} | {ratio:7.2f} | {versus:8.2f} |")
     if args.json:

@@ -52,8 +52,17 @@ def session(model, dtype: torch.dtype, device: str) -> PortableSession:
     return PortableSession(PortableEngine(network, LIMITS, torch.device(device)))
 
 
-def test_float32_greedy_tokens_equal_the_cpus(model):
-    params = SamplingParams(max_output_len=40)
+SAMPLING = {
+    "greedy": {},
+    "penalty": {"repetition_penalty": 1.3},
+    "drawn": {"temperature": 0.8, "seed": 5},
+    "filtered": {"temperature": 1.2, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 2**40},
+}
+
+
+@pytest.mark.parametrize("sampling", SAMPLING)
+def test_float32_tokens_equal_the_cpus(model, sampling):
+    params = SamplingParams(max_output_len=40, **SAMPLING[sampling])
     cpu, cuda = (generate(session(model, torch.float32, device), PROMPTS, params) for device in ("cpu", "cuda"))
     assert [output.output_ids for output in cpu] == [output.output_ids for output in cuda]
 

@@ -89,6 +89,7 @@ class Sampler:
 
             self._draw = partial(sample.draw, scratch=sample.new_scratch(batch, device))
 
+    @torch.inference_mode()
     def start(self, params: SamplingParams, prompts: list[list[int]], first: int = 0) -> "Sampler":
         """For new prompts, the first of which has the number `first`."""
         seeds = [_signed(params.seed + first + i) for i in range(len(prompts))]
@@ -103,6 +104,7 @@ class Sampler:
                 row[torch.tensor(prompt, device=self.device)] = True
         return self
 
+    @torch.inference_mode()
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """`[batch, vocab]` float32 logits to `tokens`, without waiting for the device."""
         seeds = self._seeds if self.kind.drawn else None
