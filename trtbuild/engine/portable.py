@@ -19,6 +19,7 @@ from trtbuild.linear import linear  # noqa: F401 (makes the weight formats' oper
 from trtbuild.network import Network, Node, Op, ops  # noqa: F401 (makes the operations known)
 from trtbuild.network.step import Step
 from trtbuild.tensors.safetensors_stream import open_file, write_file
+from trtbuild.tensors.upload import Upload
 
 METADATA_KEY = "trtbuild"
 FORMAT_VERSION = 3
@@ -77,6 +78,7 @@ class PortableEngine:
         self._logits = self._slots.get("logits", ABSENT)
         constants = _Constants(network, device, self._values)
         self._plans = {kind: self._plan(kind, constants) for kind in dict.fromkeys((network, self.few, self.many))}
+        constants.close()
         self._values.append(None)  # `ABSENT`
         self._knows_lengths = kernels.run_on(device) and knows_lengths(self.few, device)
         self._search: list[Call] = []  # what runs in the place of a plan
@@ -185,6 +187,8 @@ class _Constants:
 
     def __init__(self, network: Network, device: torch.device, values: list[torch.Tensor | None]) -> None:
         self.constants, self.device, self.values = network.constants, device, values
+        used = [name for node in network.nodes for name in node.inputs.values() if name in network.constants]
+        self._upload = Upload(network.constants, list(dict.fromkeys(used)), device) if device.type == "cuda" else None
         self._loaded: dict[str, torch.Tensor] = {}
         self._slots: dict[str, int] = {}  # of constants as they are
         self._prepared: dict[tuple, dict[str, int]] = {}
@@ -202,7 +206,7 @@ class _Constants:
         if key not in self._prepared:
             for name in names.values():
                 if name not in self._loaded:
-                    self._loaded[name] = self.constants[name].load().to(self.device)
+                    self._loaded[name] = self._upload.take(name) if self._upload else self.constants[name].load()
             given = {parameter: self._loaded[name] for parameter, name in names.items()}
             prepared = node.op.prepare(self.device, **given)
             self._prepared[key] = {
@@ -210,6 +214,11 @@ class _Constants:
                 for parameter, value in prepared.items()
             }
         return self._prepared[key]
+
+    def close(self) -> None:
+        """When all have been asked for."""
+        if self._upload:
+            self._upload.close()
 
     def forget(self, names: Iterable[str]) -> None:
         """Of constants that no later node reads, drops what is in no slot."""

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from trtbuild import kernels
 from trtbuild.errors import UserError
 from trtbuild.runtime.token_ring import TokenRing
 
@@ -84,7 +85,7 @@ class Sampler:
         self._seen = torch.zeros(batch, vocab, dtype=torch.bool, device=device) if kind.penalized else None
         self._step = position_ids, sequence_lengths
         self._draw: Callable[..., None] = draw
-        if device.type == "cuda":
+        if kernels.run_on(device):
             from trtbuild.kernels import sample
 
             self._draw = partial(sample.draw, scratch=sample.new_scratch(batch, device))

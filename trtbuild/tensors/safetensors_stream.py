@@ -134,6 +134,11 @@ class _Stored:
     def narrow(self, dim: int, start: int, length: int) -> "_Part":
         return _Part(self, dim, start, length)
 
+    def read_into(self, start: int, memory: memoryview) -> None:
+        """Fills `memory` with the tensor's bytes from `start` on."""
+        with open(self.path, "rb", buffering=0) as file:
+            _read_into(memory, file.fileno(), self.place + start, self.path)
+
 
 @dataclass(frozen=True)
 class _Part:
@@ -151,12 +156,16 @@ class _Part:
         rows = torch.empty(math.prod(outer), self.length * step, dtype=torch.uint8)
         with open(self.whole.path, "rb", buffering=0) as file:
             for i, row in enumerate(rows.numpy()):
-                place, view = self.whole.place + (i * size + self.start) * step, memoryview(row)
-                while view:
-                    if not (count := os.preadv(file.fileno(), [view], place)):
-                        raise UserError(f"{self.whole.path} is shorter than it was; fetch or build it again")
-                    view, place = view[count:], place + count
+                place = self.whole.place + (i * size + self.start) * step
+                _read_into(memoryview(row), file.fileno(), place, self.whole.path)
         return rows.view(-1).view(self.whole.dtype).view(*outer, self.length, *self.whole.shape[self.dim + 1 :])
+
+
+def _read_into(memory: memoryview, file: int, place: int, path: Path) -> None:
+    while memory:
+        if not (count := os.preadv(file, [memory], place)):
+            raise UserError(f"{path} is shorter than it was; fetch or build it again")
+        memory, place = memory[count:], place + count
 
 
 def open_file(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
