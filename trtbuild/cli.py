@@ -35,6 +35,10 @@ class Engine(StrEnum):
     tensorrt = "tensorrt"
 
 
+class Peer(StrEnum):
+    transformers = "transformers"
+
+
 class Runtime(StrEnum):
     auto = "auto"
     portable = "portable"
@@ -351,7 +355,7 @@ def run(
     top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens of this mass; 1: all.")] = 1.0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: repeat less.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of sampling; prompt i uses seed + i.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling; prompt i uses seed + i, whatever else is in its batch.")] = 0,
     stop_word: Annotated[list[str] | None, typer.Option(help="Stop where this text appears; repeatable.")] = None,
     runtime: RuntimeOption = Runtime.auto,
     device: DeviceOption = Device.auto,
@@ -527,23 +531,56 @@ def benchmark(
     input_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 128,
     output_len: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
     repeats: Annotated[int, typer.Option(help="Timed runs after one to warm up.")] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object (docs/formats.md).")] = False,
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for profile.md, the time by kind of kernel, and a trace of each phase.", callback=_output
+        ),
+    ] = None,
+    compare: Annotated[
+        Peer | None, typer.Option(help="Time this beside the engine, same prompts and steps; needs --checkpoint-dir.")
+    ] = None,
+    checkpoint_dir: Annotated[
+        Path | None, typer.Option(help="With --compare: the checkpoint whose Hugging Face model runs.")
+    ] = None,
     runtime: RuntimeOption = Runtime.auto,
     device: DeviceOption = Device.auto,
     check: Check = False,
 ) -> None:
-    """Measure speed and memory.
+    """Measure speed and memory: first token, time a token, and the floor that reading its bytes sets.
 
     Example: trtbuild benchmark --engine-dir engine --batch-size 1 --input-len 512 --output-len 64 --json
+
+    Where the time goes: trtbuild benchmark --engine-dir engine --profile profile; the traces open in
+    https://ui.perfetto.dev
+
+    Beside the Hugging Face model, in float16 on a GPU: trtbuild benchmark --engine-dir engine --compare transformers
+    --checkpoint-dir checkpoint
     """
+    from trtbuild.evaluation.benchmark import table
     from trtbuild.evaluation.stages import run_benchmark
 
-    result = run_benchmark(engine_dir, batch_size, input_len, output_len, repeats, runtime.value, device.value, check)
+    if bool(compare) != bool(checkpoint_dir):
+        raise UserError("--compare transformers and --checkpoint-dir go together; give both, or neither")
+    result = run_benchmark(
+        engine_dir,
+        batch_size,
+        input_len,
+        output_len,
+        repeats,
+        runtime.value,
+        device.value,
+        check,
+        profile=profile,
+        transformers=checkpoint_dir,
+    )
     if as_json:
         print(json.dumps(result, allow_nan=False))
         return
-    for name, value in result.items():
-        print(f"{name:30} {value:.6g}" if isinstance(value, float) else f"{name:30} {value}")
+    print(table(result))
+    if profile:
+        print(f"where the time goes: {profile / 'profile.md'}")
 
 
 @app.command()

@@ -7,12 +7,16 @@ import torch
 
 from trtbuild.errors import UserError
 from trtbuild.evaluation import benchmark as module
-from trtbuild.evaluation.benchmark import benchmark
+from trtbuild.evaluation.benchmark import benchmark, by_engine, by_transformers, compare, random_prompts, table
+from trtbuild.evaluation.hugging_face import HuggingFaceModel
 from trtbuild.runtime.open import open_engine
 
 ALWAYS = {"batch_size", "input_len", "output_len", "time_to_first_token_s", "output_tokens_per_s", "peak_memory_bytes"}
 STEPS = {"time_per_output_token_s", "time_per_output_token_p90_s"}
-TRAFFIC = {"bytes_per_step", "bytes_per_token", "bandwidth_bytes_per_s", "bandwidth_share"}
+TRAFFIC = {
+    *("bytes_per_step", "bytes_per_token", "bandwidth_bytes_per_s", "bandwidth_share"),
+    *("floor_per_output_token_s", "times_floor"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +50,8 @@ def test_bytes_of_a_step(session):
     assert result["bytes_per_token"] == result["bytes_per_step"] // 3
     share = result["bytes_per_step"] / result["time_per_output_token_s"] / result["bandwidth_bytes_per_s"]
     assert result["bandwidth_share"] == pytest.approx(share, rel=1e-4)
+    assert result["times_floor"] == pytest.approx(1 / share, rel=1e-4)
+    assert result["floor_per_output_token_s"] == pytest.approx(share * result["time_per_output_token_s"], rel=1e-4)
 
 
 def test_one_token_has_no_steps(session):
@@ -54,13 +60,63 @@ def test_one_token_has_no_steps(session):
 
 def test_counts_of_runs_and_steps(session, monkeypatch):
     calls = []
-    prefill, decode = session.prefill, session.decode
+    prefill, generate = session.prefill, session.generate
     monkeypatch.setattr(session, "prefill", lambda prompts: calls.append(prompts) or prefill(prompts))
-    monkeypatch.setattr(session, "decode", lambda tokens: calls.append(tokens.shape) or decode(tokens))
+    monkeypatch.setattr(session, "generate", lambda sampler: calls.append(sampler.tokens.shape) or generate(sampler))
     benchmark(session, 2, 5, 4, repeats=3)
     prompts = calls[0]
     assert [len(prompt) for prompt in prompts] == [5, 5]
     assert calls == [prompts, *[torch.Size([2])] * 3] * 4  # one run to warm up
+
+
+def test_both_generate_the_same_tokens(session, tiny_checkpoint):
+    """What is timed is greedy generation of the same prompts, by the engine and by transformers."""
+    model = HuggingFaceModel(tiny_checkpoint, "float32", "cpu")
+    prompts = random_prompts(3, 20)
+    tokens = []
+    decode, forward = session._decode, model.model.forward
+
+    def heard(*arguments, **options):
+        tokens.append(arguments[0].view(-1).tolist())
+        return forward(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "_decode", lambda given: tokens.append(given.tolist()) or decode(given))
+        patch.setattr(model.model, "forward", heard)
+        for generation in (by_engine(session, prompts), by_transformers(model, prompts)):
+            for _ in range(2):  # a second time from the start
+                generation.start()
+                for _ in range(6):
+                    generation.step()
+    ours, theirs = tokens[:12], tokens[12:]
+    assert ours[:6] == ours[6:]
+    assert theirs[0] == theirs[7] == [token for prompt in prompts for token in prompt]
+    assert theirs[1:7] == theirs[8:] == ours[:6]
+
+
+def test_compared(session, tiny_checkpoint):
+    result = benchmark(session, 2, 8, 4, 1)
+    both = compare(result, HuggingFaceModel(tiny_checkpoint, "float32", "cpu"), 1)
+    assert both.items() > result.items()
+    assert both["transformers"].keys() == {"dtype", "output_tokens_per_s", "time_to_first_token_s"} | STEPS
+    for name, ratio in both["times_as_fast"].items():
+        assert ratio == both["transformers"][f"{name}_s"] / result[f"{name}_s"]
+    one = compare(benchmark(session, 1, 4, 1, 1), HuggingFaceModel(tiny_checkpoint, "float32", "cpu"), 1)
+    assert one["times_as_fast"].keys() == {"time_to_first_token"}
+
+
+def test_table(session):
+    origin = {"model": "tiny", "engine": "portable", "dtype": "float32", "device": "cpu"}
+    result = benchmark(session, 2, 8, 4, 1) | {"provenance": origin}
+    theirs = {"dtype": "float32", "time_to_first_token_s": 0.5, "time_per_output_token_s": 0.25}
+    ratios = {"time_to_first_token": 2.0, "time_per_output_token": 3.0}
+    lines = table(result | {"transformers": theirs, "times_as_fast": ratios}).splitlines()
+    assert lines[0] == "tiny, portable engine, float32, cpu; batch 2, 8 tokens in, 4 out"
+    names = ("time to first token", "time a token", "floor", "times its floor", "tokens a second", "peak memory")
+    assert [line[:24].strip() for line in lines[1:]] == [*names, "time to first token", "time a token"]
+    assert lines[-1].split()[3:] == ["250", "ms", "transformers,", "float32;", "3.00", "times", "ours"]
+    assert float(lines[2].split()[3]) == pytest.approx(1e3 * result["time_per_output_token_s"], rel=1e-3)
+    assert len(table(benchmark(session, 1, 4, 1, 1) | {"provenance": origin}).splitlines()) == 4
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,11 @@ from trtbuild.decoder.sharding import joined_cache
 from trtbuild.engine.config import marker, rank_file, read_config
 from trtbuild.engine.portable import read_portable
 from trtbuild.errors import UserError
-from trtbuild.evaluation.baseline import open_baseline
-from trtbuild.evaluation.benchmark import benchmark
+from trtbuild.evaluation.baseline import missing_in_transformers, open_baseline
+from trtbuild.evaluation.benchmark import benchmark, by_engine, compare, random_prompts
+from trtbuild.evaluation.hugging_face import HuggingFaceModel
 from trtbuild.evaluation.perplexity import perplexity
+from trtbuild.evaluation.profile import write_profile
 from trtbuild.evaluation.provenance import provenance, refuse_different, settings
 from trtbuild.evaluation.rouge import METRICS, TOKENIZER, check_references, score
 from trtbuild.evaluation.summarization import read_summaries, summarization_prompts, write_summaries
@@ -145,12 +147,31 @@ def run_benchmark(
     runtime: str = "auto",
     device: str = "auto",
     check: bool = False,
+    profile: Path | None = None,
+    transformers: Path | None = None,
 ) -> dict:
-    """Speed of an engine, with provenance."""
+    """Speed of an engine, with provenance.
+
+    `profile`: a folder for traces and a page of where the time goes. `transformers`: a checkpoint, whose Hugging Face
+    model is timed beside the engine, in float16 on a GPU and in the engine's dtype on a CPU. Raises `UserError` where
+    `transformers` has no such model, before anything is timed.
+    """
+    if transformers:
+        missing = missing_in_transformers(Checkpoint(transformers).config, input_len, output_len)
+        if missing:
+            raise UserError(f"transformers has no {missing}, which {transformers} needs; leave --compare out")
     opened = open_engine(engine_dir, runtime, device, check)
-    result = benchmark(opened.session, batch_size, input_len, output_len, repeats)
+    session = opened.session
+    result = benchmark(session, batch_size, input_len, output_len, repeats)
     origin = provenance(opened) | {"samples": repeats, "seed": 0}
-    return result | {"provenance": origin} | marker(origin["model"])
+    result |= {"provenance": origin} | marker(origin["model"])
+    if profile:
+        title = f"{origin['model']}, {origin['dtype']}, batch {batch_size}, {input_len} tokens"
+        write_profile(by_engine(session, random_prompts(batch_size, input_len)), profile, title, output_len)
+    if transformers:
+        dtype = "float16" if session.device.type == "cuda" else opened.dtype
+        result = compare(result, HuggingFaceModel(transformers, dtype, session.device.type), repeats)
+    return result
 
 
 def verify_engine(
