@@ -355,7 +355,7 @@ def run(
     top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens of this mass; 1: all.")] = 1.0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: repeat less.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of sampling; prompt i uses seed + i, whatever else is in its batch.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling; prompt i uses seed + i, in any batch.")] = 0,
     stop_word: Annotated[list[str] | None, typer.Option(help="Stop where this text appears; repeatable.")] = None,
     runtime: RuntimeOption = Runtime.auto,
     device: DeviceOption = Device.auto,

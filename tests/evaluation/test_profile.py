@@ -22,6 +22,10 @@ from trtbuild.runtime.open import open_engine
         ("_one_row_product_kernel", "products"),
         ("_rms_norm_kernel", "norms"),
         ("_draw_kernel", "sampling"),
+        ("_all_reduce_add_rms_norm_kernel", "other ranks"),
+        ("ncclDevKernel_AllReduce_Sum_f16_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "other ranks"),
+        ("_int4_product_kernel", "products"),
+        ("_widen_int4_kernel", "products"),
         ("_swiglu_kernel", "other"),
         ("Memcpy DtoD (Device -> Device)", "other"),
         ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<c10::Half>>", "other"),
@@ -43,7 +47,7 @@ def test_page():
     spent = [("a_gemm", 30.0), ("a_gemm", 10.0), ("my_norm", 5.0), ("x|y", 5.0)]
     lines = page(spent, 2).splitlines()
     assert lines[2:4] == ["| products | 1 | 20.0 | 80.0 |", "| norms | 0.5 | 2.5 | 10.0 |"]
-    assert {line.split("|")[1].strip() for line in lines[2:7]} == {*KINDS, OTHER}
+    assert {line.split("|")[1].strip() for line in lines[2:8]} == {*KINDS, OTHER}
     assert "| `a_gemm` | products | 1 | 20.0 | 20.00 |" in lines
     assert "| `x/y` | other | 0.5 | 2.5 | 5.00 |" in lines
 
@@ -59,7 +63,7 @@ def test_a_profile(tiny_engine, tmp_path):
     context, generation = text.split("## Context phase")[1].split("## Generation phase, one of 4 steps")
     for section in (context, generation):
         rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| ")]
-        shares = {row[0].strip(): float(row[3]) for row in rows[2:7]}
+        shares = {row[0].strip(): float(row[3]) for row in rows[2:8]}
         assert sum(shares.values()) == pytest.approx(100, abs=0.5)
         assert shares["products"] > 1
         assert shares["attention"] > 0.1

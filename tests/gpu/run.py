@@ -288,6 +288,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smollm2", type=Path, metavar="GGUF", help="compare tokens of this model, and nothing else")
     parser.add_argument("--model", choices=MODELS, default="llama-7b", metavar="NAME", help="of config/models.yaml")
+    parser.add_argument("--layers", type=int, help="of the model; default: all")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 2048])
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["fp16"])
@@ -304,7 +305,7 @@ def main() -> None:
     device = torch.cuda.get_device_name()
     print(f"{args.model} on {device}, torch {torch.__version__}, copy bandwidth {bandwidth / 1e12:.2f} TB/s")
 
-    published = MODELS[args.model]["config"]
+    published = MODELS[args.model]["config"] | ({"num_hidden_layers": args.layers} if args.layers else {})
     config = config_from_hugging_face(published, args.model)
     rows = []
     limits = BuildLimits(max(args.batch_sizes), max(args.contexts), NEW_TOKENS + 16)

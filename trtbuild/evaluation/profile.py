@@ -14,6 +14,7 @@ STEPS = 8  # generation steps in a trace
 LISTED = 15  # kernels on the page, of each phase
 # Told by what a kernel's name, on a CPU an operation's, has in it; the first that fits.
 KINDS = {
+    "other ranks": ("all_reduce", "all_gather", "nccl"),
     "attention": ("attention", "flash", "fmha", "softmax_kernel", "cache_write", "rotary"),
     "norms": ("norm",),
     "sampling": ("draw", "argmax", "topk", "sort", "cumsum", "philox"),

@@ -60,7 +60,7 @@ def write_cache(
     block_d = triton.next_power_of_2(head_dim)
     block_h = min(triton.next_power_of_2(heads), max(1, WRITTEN // block_d))
     of_q, of_kv = triton.cdiv(heads, block_h), triton.cdiv(kv_heads, block_h)
-    _write_kernel[of_q + 2 * of_kv, tokens](
+    _cache_write_kernel[of_q + 2 * of_kv, tokens](
         qkv, cos, sin, factors, position_ids, query_starts, slots, q, key_cache, value_cache, key_scale, value_scale,
         batch, qkv.stride(0), *key_cache.stride()[:2],
         HEADS=heads, KV_HEADS=kv_heads, BLOCK_H=block_h, HALF=head_dim // 2, BLOCK_HALF=block_d // 2,
@@ -100,7 +100,7 @@ def _attend(
     batch, kv_heads = len(slots), key_cache.shape[1]
     output = q.new_empty(tokens, heads * head_dim)
     blocks = (tokens + batch * (BLOCK_M - 1)) // BLOCK_M  # there are no more, however long the sequences are
-    _attention_kernel[heads, blocks](
+    _context_attention_kernel[heads, blocks](
         q, key_cache, value_cache, key_scale, value_scale, query_starts, past_lengths, slots, slopes, output,
         batch, *key_cache.stride()[:2], head_dim**-0.5 * math.log2(math.e),
         HEADS=heads, GROUP=heads // kv_heads, HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
@@ -110,7 +110,7 @@ def _attend(
 
 
 @triton.jit
-def _write_kernel(
+def _cache_write_kernel(
     qkv, cos, sin, factors, position_ids, query_starts, slots, q, key_cache, value_cache, key_scale, value_scale,
     batch, qkv_stride, cache_stride, cache_head_stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_H: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
@@ -180,7 +180,7 @@ def _store(to, head_stride, scale, first, second, head, d, HEADS: tl.constexpr, 
 
 
 @triton.jit
-def _attention_kernel(
+def _context_attention_kernel(
     q, key_cache, value_cache, key_scale, value_scale, query_starts, past_lengths, slots, slopes, output,
     batch, cache_stride, cache_head_stride, score_scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BATCH: tl.constexpr,

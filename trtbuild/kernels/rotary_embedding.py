@@ -26,7 +26,7 @@ def rotary_embedding(
     """
     tokens, half = len(position_ids), inverse_frequencies.shape[-1]
     cos, sin = (torch.empty(tokens, 2 * half, dtype=dtype, device=position_ids.device) for _ in range(2))
-    _kernel[(tokens,)](
+    _rotary_kernel[(tokens,)](
         position_ids, inverse_frequencies, sequence_lengths, cos, sin, ntk_factor, max_positions,
         PER_TOKEN=inverse_frequencies.dim() == 2, HALF=half, BLOCK=triton.next_power_of_2(half), num_warps=1,
         **dependent_launch(position_ids.device),
@@ -35,7 +35,7 @@ def rotary_embedding(
 
 
 @triton.jit
-def _kernel(
+def _rotary_kernel(
     position_ids, inverse_frequencies, sequence_lengths, cos, sin, ntk_factor, max_positions,
     PER_TOKEN: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip

@@ -30,7 +30,7 @@ def draw(
     """As the function that it equals. `scratch`: as `new_scratch` makes it, for launches one after the other."""
     batch, vocab = logits.shape
     best, arrived = scratch
-    _kernel[(triton.cdiv(vocab, BLOCK), batch)](
+    _draw_kernel[(triton.cdiv(vocab, BLOCK), batch)](
         logits.contiguous(),
         tokens,
         places,
@@ -56,7 +56,7 @@ def new_scratch(batch: int, device: torch.device) -> torch.Tensor:
 
 
 @triton.jit
-def _kernel(
+def _draw_kernel(
     logits,
     tokens,
     places,

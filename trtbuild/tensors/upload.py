@@ -11,7 +11,7 @@ from trtbuild.tensors.lazy import LazyTensor
 
 CHUNK = 16 << 20  # bytes that are read, and copied, at a time
 WINDOW = 512 << 20  # bytes on the GPU that nobody has asked for yet
-READERS = 2  # threads; one reads its next chunk while its last one is being copied
+READERS = 4  # threads; one reads its next chunk while its last one is being copied
 Read = Callable[[int, memoryview], None]
 Event = torch.cuda.Event
 
