@@ -18,6 +18,7 @@ from trtbuild.quantization.recipe import Quantization
 from trtbuild.runtime.generation import generate
 from trtbuild.runtime.open import open_engine
 from trtbuild.runtime.sampling import SamplingParams
+from trtbuild.runtime.session import Session
 
 LIMITS = BuildLimits(max_batch_size=2, max_input_len=32, max_output_len=8)
 PROMPTS = [[70, 80, 90], [100, 110, 120, 130]]
@@ -158,23 +159,19 @@ def test_the_baseline_in_float16(loud):
         )
 
 
-class Overflowing:
+class Overflowing(Session):
     """A session whose logits are finite for the prompts, and NaN from some step on for the second of two."""
 
-    limits, device = LIMITS, torch.device("cpu")
-
     def __init__(self, step: int) -> None:
-        self.left = step
+        self.limits, self.device, self.vocab_size = LIMITS, torch.device("cpu"), 200
+        self.lengths, self.prompt_lengths, self.left = [], [], step
 
-    def check_prompt(self, prompt, index) -> None:
-        pass
+    def _step(self, chunks) -> torch.Tensor:
+        return torch.eye(2, 200)
 
-    def prefill(self, prompts) -> torch.Tensor:
-        return torch.eye(2, 5)
-
-    def decode(self, tokens) -> torch.Tensor:
+    def _decode(self, tokens) -> torch.Tensor:
         self.left -= 1
-        return torch.eye(2, 5) * torch.tensor([[1.0], [1.0 if self.left > 0 else math.nan]])
+        return torch.eye(2, 200) * torch.tensor([[1.0], [1.0 if self.left > 0 else math.nan]])
 
     def check_finite(self, prompts, logits) -> None:
         if not logits.sum().isfinite():
