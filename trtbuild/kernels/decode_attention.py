@@ -91,7 +91,7 @@ def _launch(
         sums = qkv.new_empty(2, batch, heads, parts, dtype=torch.float32)
         counters = _counters(qkv.device)
     block_d = max(16, triton.next_power_of_2(head_dim))
-    _kernel[parts, kv_heads, batch](
+    _decode_attention_kernel[parts, kv_heads, batch](
         qkv, cos, sin, factors, position_ids, key_cache, value_cache, key_scale, value_scale, slopes,
         output, partial, sums, counters,
         qkv.stride(0), *key_cache.stride()[:2], head_dim**-0.5 * math.log2(math.e),
@@ -109,7 +109,7 @@ def _counters(device: torch.device) -> torch.Tensor:
 
 
 @triton.jit
-def _kernel(
+def _decode_attention_kernel(
     qkv, cos, sin, factors, position_ids, key_cache, value_cache, key_scale, value_scale, slopes,
     output, partial, sums, counters,
     qkv_stride, cache_stride, cache_head_stride, score_scale,
