@@ -421,3 +421,75 @@ def test_results_do_not_vary():
     for _ in range(20):
         graph.replay()
         assert torch.equal(captured, expected)
+
+
+def one_row_layer(kind: str, out: int, width: int, dtype: torch.dtype):
+    """Constants of `one_row.product`, and the linear layer in float64."""
+    from trtbuild.kernels.widen import interleave_int4
+
+    scales = torch.rand(out, device="cuda") * 0.001
+    integers = torch.randint(-128, 128, (out, width), dtype=torch.int8, device="cuda")
+    if kind == "16 bits":
+        weight = (torch.randn(out, width, device="cuda") * width**-0.5).to(dtype)
+        return {"weight": weight}, lambda x: x @ weight.double().T
+    if kind == "int8":
+        return {"weight": integers, "scales": scales}, lambda x: x @ (integers * scales.double()[:, None]).T
+    if kind.startswith("int4"):
+        packed = pack(integers >> 4)
+        scales = (torch.rand(out, width // (128 if width % 128 == 0 else 32), device="cuda") * 0.01).to(dtype)
+        zeros = torch.randint(-8, 8, scales.shape, dtype=torch.int8, device="cuda") if "zeros" in kind else None
+        prepared = dict(zip(("weight", "scales", "zeros"), interleave_int4(packed, scales, zeros), strict=True))
+        return prepared, lambda x: x @ dequantize(packed, scales.double(), zeros).T
+    name, activations = kind.split()
+    op = W8A8Linear(name, activations)
+    weight = integers if name == "int8" else (torch.randn(out, width, device="cuda") * 50).to(FP8)
+    static = torch.full((1,), 0.02, device="cuda") if activations == "static" else None
+    constants = {"weight": weight, "scales": scales, "input_scale": static, "activations": activations}
+
+    def linear(x: torch.Tensor) -> torch.Tensor:
+        """Rounded on the CPU: on a GPU torch divides by a number as it multiplies with its inverse."""
+        narrow, s = op._quantized(x.float().cpu(), None if static is None else static.cpu())
+        return narrow.cuda().double() @ weight.double().T * s.cuda() * scales
+
+    return constants, linear
+
+
+@dtypes
+@pytest.mark.parametrize(
+    "kind", ["16 bits", "int8", "int4", "int4 zeros", "int8 static", "int8 token", "fp8 static", "fp8 token"]
+)
+@pytest.mark.parametrize(
+    ("out", "width"),
+    [(12288, 4096), (4096, 11008), (1000, 13696), (642, 5120), (576, 576), (40, 384), (34, 128), (34, 96), (34, 33)],
+)
+@pytest.mark.parametrize("options", ["", "norm bias", "residual", "norm swiglu", "norm bias swiglu residual"])
+def test_one_row(out, width, kind, options, dtype):
+    from trtbuild.kernels.one_row import product
+
+    if kind.startswith("int4"):
+        width -= width % 32
+    constants, linear = one_row_layer(kind, out, width, dtype)
+    x = torch.randn(1, width, device="cuda").to(dtype)
+    norm = (torch.rand(width, device="cuda") + 0.5).to(dtype) if "norm" in options else None
+    bias = torch.randn(out, device="cuda").to(dtype) if "bias" in options else None
+    swiglu = "swiglu" in options
+    out = out // 2 if swiglu else out
+    residual = torch.randn(1, out, device="cuda").to(dtype) if "residual" in options else None
+    expected = linear(x.double() if norm is None else F.rms_norm(x.double(), norm.shape, norm.double(), 1e-5))
+    if bias is not None:
+        expected = expected + bias.double()
+    if swiglu:
+        gate, up = expected.chunk(2, -1)
+        expected = F.silu(gate) * up
+    if residual is not None:
+        expected = expected + residual.double()
+    options = {"bias": bias, "norm": norm, "eps": 1e-5, "swiglu": swiglu, "residual": residual}
+    for result, tolerance in ((dtype, 2 * LINEAR_TOLERANCE[dtype]), (torch.float32, 5e-4)):
+        poison = torch.full((1, out), float("nan"), dtype=result, device="cuda")
+        del poison
+        actual = product(x, **constants, **options, dtype=result)
+        assert actual.dtype == result
+        assert (actual.double() - expected).norm() / expected.norm() < tolerance
+        assert torch.equal(actual, product(x, **constants, **options, dtype=result))
+    x[0, width // 2] = float("nan")
+    assert product(x, **constants, **options).isnan().all()

@@ -74,6 +74,20 @@ NIBBLES = """{
 }"""
 NIBBLES_TO_FLOAT16 = tl.constexpr(NIBBLES.replace("POWER", "0x64006400"))
 NIBBLES_TO_BFLOAT16 = tl.constexpr(NIBBLES.replace("POWER", "0x43004300"))
+# Of four bytes the low nibbles plus 1024, and the high ones times 16 plus 1024.
+NIBBLES_TO_FLOAT32 = tl.constexpr("""{
+    .reg .b32 bits, pair;
+    .reg .b16 first, third;
+    lop3.b32 pair, $8, 0x000f000f, 0x64006400, 0xea;
+    mov.b32 {first, third}, pair; cvt.f32.f16 $0, first; cvt.f32.f16 $2, third;
+    lop3.b32 pair, $8, 0x00f000f0, 0x64006400, 0xea;
+    mov.b32 {first, third}, pair; cvt.f32.f16 $4, first; cvt.f32.f16 $6, third;
+    shr.u32 bits, $8, 8;
+    lop3.b32 pair, bits, 0x000f000f, 0x64006400, 0xea;
+    mov.b32 {first, third}, pair; cvt.f32.f16 $1, first; cvt.f32.f16 $3, third;
+    lop3.b32 pair, bits, 0x00f000f0, 0x64006400, 0xea;
+    mov.b32 {first, third}, pair; cvt.f32.f16 $5, first; cvt.f32.f16 $7, third;
+}""")
 
 
 @triton.jit
@@ -113,3 +127,14 @@ def from_nibbles(q, like):
         a, b = (q & 15).to(like.dtype) + power, (q >> 4 & 15).to(like.dtype) + power
         c, d = (q >> 8 & 15).to(like.dtype) + power, (q >> 12 & 15).to(like.dtype) + power
     return a, b, c, d, tl.full((1, 1), power + 8, like.dtype)
+
+
+@triton.jit
+def wide_nibbles(q):
+    """1024 + a uint8's low nibble, and 1024 + 16 times its high one, in float32."""
+    if ASSEMBLY:
+        return tl.inline_asm_elementwise(
+            NIBBLES_TO_FLOAT32, "=r,=r,=r,=r,=r,=r,=r,=r,r", [q], dtype=(tl.float32, tl.float32), is_pure=True, pack=4
+        )
+    else:
+        return (q & 15).to(tl.float32) + 1024, (q & 240).to(tl.float32) + 1024
