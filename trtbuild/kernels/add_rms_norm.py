@@ -31,7 +31,7 @@ def norm_rows(
     normed, scales, given, limit = narrow_rows(a, width, quantize)
     block = triton.next_power_of_2(width)
     _rms_norm_kernel[(rows,)](
-        a, b, weight, total, normed, scales, given, width, eps, LIMIT=limit, BLOCK=block, num_warps=warps(rows, block),
+        a, b, weight, total, normed, scales, given, width, eps, LIMIT=limit, BLOCK=block, num_warps=warps(block),
         **dependent_launch(a.device),
     )  # fmt: skip
     return total, normed, scales

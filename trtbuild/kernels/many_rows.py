@@ -9,12 +9,10 @@ The product of integers is exact. That of more than `TRITON_ROWS` rows of FP8 is
 with about 14 bits of mantissa ("fast accumulation"): an error of 1.5e-3 beside the 3.6e-2 that rounding to FP8 makes,
 for a tenth less time to the first token. For fewer rows they add so within a step alone.
 
-A program multiplies a tile, or where there are more tiles than processors several, one after the other, and loads the
-next one's numbers while it writes. Tiles that are worked on at the same time lie in a square, as far as they can, to
-read little: `GROUP` of them are one above the other.
+A program multiplies a tile; two at a time share a multiprocessor, so that one multiplies while the other writes. Tiles
+that are worked on at the same time lie in a square, as far as they can, to read little: `GROUP` of them are one above
+the other.
 """
-
-from typing import Any
 
 import torch
 import triton
@@ -47,10 +45,9 @@ def product_8bit(
         scales = row_scale, column_scale[None]
         return torch._scaled_mm(narrow, weight.T, *scales, bias=bias, out_dtype=dtype, use_fast_accum=True)
     result = torch.empty(rows, out, dtype=dtype, device=device)
-    tiles = _tiles(rows, out, dtype, processors(device)) if hopper else SMALL_SHARED_MEMORY
+    tiles = _tiles(rows, out, processors(device)) if hopper else SMALL_SHARED_MEMORY
     m, n, k = tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["BLOCK_K"]
-    count = triton.cdiv(rows, m) * triton.cdiv(out, n)
-    _many_rows_product_kernel[(min(count, processors(device)) if tiles["SEVERAL"] else count,)](
+    _many_rows_product_kernel[(triton.cdiv(rows, m) * triton.cdiv(out, n),)](
         TensorDescriptor(narrow, [rows, width], [width, 1], [m, k]),
         TensorDescriptor(weight, [out, width], [width, 1], [n, k]),
         TensorDescriptor(result, [rows, out], [out, 1], [m, n]),
@@ -59,52 +56,35 @@ def product_8bit(
     return result
 
 
-SMALL_SHARED_MEMORY = {
-    "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "SEVERAL": False, "num_warps": 8, "num_stages": 3
-}  # fmt: skip
+SMALL_SHARED_MEMORY = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
 
 
-def _tiles(rows: int, out: int, dtype: torch.dtype, processors: int) -> dict[str, Any]:
+def _tiles(rows: int, out: int, processors: int) -> dict[str, int]:
     """Sizes of a program's work: what was fastest for LLaMA-7B on an H100, of 128, 512 and 2048 rows."""
 
-    def enough(block_m: int, block_n: int) -> bool:
-        return triton.cdiv(rows, block_m) * triton.cdiv(out, block_n) >= processors
+    def count(block_m: int, block_n: int) -> int:
+        return triton.cdiv(rows, block_m) * triton.cdiv(out, block_n)
 
     if rows <= TRITON_ROWS:
-        n, k = (128, 128) if enough(64, 128) else (64, 256)
-        return {"BLOCK_M": 64, "BLOCK_N": n, "BLOCK_K": k, "SEVERAL": False, "num_warps": 4, "num_stages": 4}
-    tiles = {"BLOCK_M": 128, "BLOCK_K": 128, "num_warps": 8}
-    if enough(128, 256) and dtype.itemsize == 2:
-        return tiles | {"BLOCK_N": 256, "SEVERAL": True, "num_stages": 3}
-    return tiles | {"BLOCK_N": 128, "SEVERAL": False, "num_stages": 4}
+        n, k = (128, 128) if count(64, 128) >= processors else (64, 256)
+        return {"BLOCK_M": 64, "BLOCK_N": n, "BLOCK_K": k, "num_warps": 4, "num_stages": 4}
+    stages = 3 if count(128, 128) > processors else 4  # of one alone on a multiprocessor
+    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 4, "num_stages": stages}
 
 
 @triton.jit
 def _many_rows_product_kernel(
     narrow, weight, result, row_scale, column_scale, bias, rows, out, width,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SEVERAL: tl.constexpr, DEPENDENT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     trigger(DEPENDENT)
     wait(DEPENDENT)
-    operands = narrow, weight, result, row_scale, column_scale, bias, rows, out, width
-    if SEVERAL:
-        count = tl.cdiv(rows, BLOCK_M) * tl.cdiv(out, BLOCK_N)
-        for tile in tl.range(tl.program_id(0), count, tl.num_programs(0), flatten=True):
-            _multiply(tile, *operands, BLOCK_M, BLOCK_N, BLOCK_K)
-    else:
-        _multiply(tl.program_id(0), *operands, BLOCK_M, BLOCK_N, BLOCK_K)
-
-
-@triton.jit
-def _multiply(
-    tile, narrow, weight, result, row_scale, column_scale, bias, rows, out, width,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
     GROUP: tl.constexpr = 8
     INTEGERS: tl.constexpr = narrow.dtype == tl.int8
     # Up to TRITON_ROWS rows, which BLOCK_M tells, memory is the limit: there is time to add exactly after every step.
     EXACT_AFTER: tl.constexpr = None if INTEGERS or BLOCK_M > 64 else BLOCK_K
     blocks_m, blocks_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(out, BLOCK_N)
+    tile = tl.program_id(0)
     first_m = tile // (GROUP * blocks_n) * GROUP
     height = tl.minimum(blocks_m - first_m, GROUP)
     place = tile % (GROUP * blocks_n)

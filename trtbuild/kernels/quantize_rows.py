@@ -27,7 +27,7 @@ def quantize_rows(x: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtyp
     assert scales is not None
     block = triton.next_power_of_2(width)
     _quantize_rows_kernel[(rows,)](
-        x, narrow, scales, given, width, LIMIT=limit, BLOCK=block, num_warps=warps(rows, block),
+        x, narrow, scales, given, width, LIMIT=limit, BLOCK=block, num_warps=warps(block),
         **dependent_launch(x.device),
     )  # fmt: skip
     return narrow, scales
@@ -44,9 +44,9 @@ def narrow_rows(
     return x.new_empty(len(x), width, dtype=dtype), x.new_empty(len(x), 1, dtype=torch.float32), scale, LIMIT[dtype]
 
 
-def warps(rows: int, block: int) -> int:
-    """Of a program for a row of `block` values: few rows have many, to be short; many share the GPU."""
-    return min(16, max(1, block // (256 if rows <= 128 else 512)))
+def warps(block: int) -> int:
+    """Of a program for a row of `block` values: of many, a warp has 256 or more."""
+    return min(16, max(1, block // 256))
 
 
 @triton.jit

@@ -30,7 +30,7 @@ def swiglu(gate_up: torch.Tensor, quantize: Quantize = None) -> tuple[torch.Tens
     whole = scales is not None and given is None
     block = triton.next_power_of_2(width) if whole else BLOCK
     _swiglu_kernel[rows, triton.cdiv(width, block)](
-        gate_up, values, scales, given, width, LIMIT=limit, BLOCK=block, num_warps=warps(rows, block) if whole else 4,
+        gate_up, values, scales, given, width, LIMIT=limit, BLOCK=block, num_warps=warps(block) if whole else 4,
         **dependent_launch(gate_up.device),
     )  # fmt: skip
     return values, scales
