@@ -69,14 +69,15 @@ class FusedLinear(Fused):
         residual: torch.Tensor | None = None,
         indices: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
-        from trtbuild.kernels import few_rows
+        from trtbuild.kernels import few_rows, one_row
 
         if indices is not None and not step.generates:
             x = x.index_select(0, indices)
-        if not few_rows.takes(x, weight, scales, zeros, self.options["activations"]):
-            return None
-        constants = scales, zeros, input_scale, bias
-        return few_rows.product(x, weight, *constants, norm=norm, residual=residual, **self.options)
+        for kernel in (one_row, few_rows):
+            if kernel.takes(x, weight, scales, zeros, self.options["activations"]):
+                constants = scales, zeros, input_scale, bias
+                return kernel.product(x, weight, *constants, norm=norm, residual=residual, **self.options)
+        return None
 
 
 @dataclass(frozen=True, eq=False)
