@@ -27,11 +27,11 @@ from trtbuild.kernels.conversion import from_int8, from_nibbles
 from trtbuild.kernels.dependent_launch import dependent_launch, trigger, wait
 from trtbuild.kernels.processors import processors
 from trtbuild.kernels.quantize_rows import quantize_rows
-from trtbuild.kernels.widen import NATURAL_BLOCK, int4_block
+from trtbuild.kernels.widen import MIN_BLOCK, NATURAL_BLOCK, int4_block
 
 MAX_ROWS = {"16bit": 64, "8bit": 64, "weight-only": 256}
 MAX_TILE = 128  # rows of a program
-MIN_STEPS = 4  # of a part of a sum; a shorter part costs more in adding than it gains
+MIN_CHANNELS = 1024  # of a part of a sum; a shorter part costs more in adding than it gains
 SHARED_MEMORY = 220 << 10  # bytes of a multiprocessor, for programs that run side by side on it
 MAX_BLOCKS = 1 << 16  # of outputs of a product that is split
 
@@ -83,10 +83,10 @@ def product(
     columns = out // 2 if swiglu else out
     group = width // len(scales) if weight.dtype == torch.uint8 and scales is not None else None
     block = None if group is None else int4_block(group)
-    tiles = _tiles(rows, columns, width, x.dtype, weight.dtype, block, swiglu)
+    tiles = _tiles(x, weight, swiglu, block)
     step = tiles.k * tiles.unroll
     blocks, row_tiles, steps = triton.cdiv(columns, tiles.n), triton.cdiv(rows, tiles.m), triton.cdiv(width, step)
-    part_steps = triton.cdiv(steps, _parts(tiles, blocks * row_tiles, steps, x, weight, swiglu))
+    part_steps = triton.cdiv(steps, _parts(tiles, blocks * row_tiles, x, weight, swiglu))
     parts = triton.cdiv(steps, part_steps)
     output = torch.empty(rows, columns, dtype=dtype, device=device)
     sums = None if parts == 1 else torch.empty(parts, rows, out, dtype=torch.float32, device=device)
@@ -116,36 +116,40 @@ def takes(
     return len(x) <= MAX_ROWS[kind]
 
 
-def _tiles(
-    rows: int,
-    columns: int,
-    width: int,
-    x: torch.dtype,
-    weight: torch.dtype,
-    block: int | None,
-    swiglu: bool,
-) -> Tiles:
+def _tiles(x: torch.Tensor, weight: torch.Tensor, swiglu: bool, block: int | None) -> Tiles:
+    """What was fastest for LLaMA-7B on an H100; `block` is the number of channels of INT4's interleaved blocks.
+
+    Of a row of weights, a step reads 256 bytes: two accesses of memory. What fits into the tensor cores as it is goes
+    there from shared memory where outputs are the first operand; what is converted, from registers.
+    """
+    rows, width = x.shape
     m = min(MAX_TILE, max(16, triton.next_power_of_2(rows)))
+    if block == MIN_BLOCK:  # two of them, with scales of their own, for 16 words
+        return Tiles(m, 64, 64, 3, swap=True, scale_weight=True)
     if block is not None:
-        if block == 32:
-            return Tiles(m, 64, 64, 3, swap=True, scale_weight=True)
         if m > 64:
-            return Tiles(m, 64 if swiglu else 128, block, 3, swap=True, scale_weight=True)
-        n = 64 if m <= 32 else 128
-        unroll = 1 if m > 32 or width // block % 2 else 2
-        return Tiles(m, n // 2 if swiglu else n, block, 3, unroll=unroll)
-    if m > 64:
-        return Tiles(m, 64 if swiglu else 128, 64, 3, swap=True)
-    wide = 256 // weight.itemsize
-    return Tiles(m, 32 if swiglu else 64, wide, 4)
+            return Tiles(m, 128, block, 3, warps=8, swap=True, scale_weight=True)
+        if m == 16 and swiglu and width % (2 * block) == 0:
+            return Tiles(m, 32, block, 3, unroll=2)
+        return Tiles(m, 64, block, 4, swap=True)
+    k = 256 // weight.itemsize
+    if weight.itemsize < x.itemsize:
+        if m > 64:
+            return Tiles(64 if swiglu else m, 64, 64, 3 if swiglu else 4, swap=True)
+        if m > 32:
+            return Tiles(m, 64, 128, 3 if swiglu else 4, swap=True)
+        return Tiles(m, 32, k, 4) if swiglu else Tiles(m, 64, k, 3)
+    if swiglu:
+        return Tiles(m, 64, 128, 4, swap=True) if m > 32 or weight.itemsize > 1 else Tiles(m, 32, k, 4)
+    return Tiles(m, 64, k, 4 if m <= 32 or weight.itemsize > 1 else 3, swap=True)
 
 
-def _parts(tiles: Tiles, programs: int, steps: int, x: torch.Tensor, weight: torch.Tensor, swiglu: bool) -> int:
+def _parts(tiles: Tiles, programs: int, x: torch.Tensor, weight: torch.Tensor, swiglu: bool) -> int:
     """Into how many a sum is split, so that all programs run side by side and fill the GPU."""
-    weight_bytes = 0.5 if weight.dtype == torch.uint8 else weight.itemsize
-    step = tiles.k * tiles.unroll * (tiles.m * x.itemsize + tiles.n * (1 + swiglu) * weight_bytes)
-    resident = processors(x.device) * max(1, min(16 // tiles.warps, int(SHARED_MEMORY / (step * tiles.stages))))
-    return max(1, min(resident // programs, steps // MIN_STEPS))
+    bytes_of_weight = tiles.n * (1 + swiglu) * (0.5 if weight.dtype == torch.uint8 else weight.itemsize)
+    shared_memory = tiles.stages * tiles.unroll * tiles.k * (tiles.m * x.itemsize + bytes_of_weight)
+    resident = processors(x.device) * max(1, min(16 // tiles.warps, int(SHARED_MEMORY / shared_memory)))
+    return max(1, min(resident // programs, x.shape[1] // MIN_CHANNELS))
 
 
 @cache
