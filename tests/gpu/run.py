@@ -70,6 +70,7 @@ RECIPES = {  # formats of the weights, of activations, and of the cache
     "fp8": ("fp8", "static", torch.float8_e4m3fn),
     "fp8-dynamic": ("fp8", "token", None),
     "sq": ("int8", "static", None),
+    "w8a8": ("int8", "token", None),
 }
 
 

@@ -18,6 +18,7 @@ from trtbuild.runtime import session as runtime
 from trtbuild.runtime.generation import generate
 from trtbuild.runtime.sampling import SamplingParams
 from trtbuild.runtime.session import PortableSession
+from trtbuild.tensors.lazy import from_tensor
 
 pytestmark = pytest.mark.gpu
 
@@ -159,6 +160,19 @@ def test_a_replayed_prompt_never_waits_for_the_host(model):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert logits.isfinite().all()
+
+
+def test_where_numbers_end_to_be_finite(model):
+    """The search runs the operations, which fused kernels hide."""
+    config, weights = model
+    name = "model.layers.1.mlp.down_proj"
+    damaged = dict(weights)
+    for part, factor in (("up", 1e3), ("down", 1e5)):
+        weight = f"model.layers.1.mlp.{part}_proj.weight"
+        damaged[weight] = from_tensor(weights[weight].load() * factor)
+    tested = session((config, damaged), torch.float16, "cuda")
+    with pytest.raises(UserError, match=f"^numbers are not finite in layer 1, from {name} on; float16 ends at 65504"):
+        tested.check_finite(PROMPTS, tested.prefill(PROMPTS))
 
 
 def test_an_engine_that_does_not_fit(model):
