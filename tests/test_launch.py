@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import MPIEXEC
 
 from trtbuild.errors import UserError
 from trtbuild.launch import launch
@@ -91,7 +92,8 @@ def test_ranks_are_processes_of_one_world(stage, engine, tmp_path, capfd):
     before, text = torch.get_num_threads(), "é" * 200_000  # more than a command line holds
     try:
         torch.set_num_threads(5)
-        result = launch(2, stage, engine_dir=engine, text=text, output=tmp_path / "x.jsonl", dataset={"name": "y"})
+        arguments = {"text": text, "output": tmp_path / "x.jsonl", "dataset": {"name": "y"}}
+        result = launch(2, stage, mpi=f"{MPIEXEC} -launcher fork", engine_dir=engine, **arguments)
     finally:
         torch.set_num_threads(before)
     assert result == {"size": 2, "threads": 2, "text": text, "output": str(tmp_path / "x.jsonl"), "name": "y"}
@@ -160,3 +162,8 @@ def test_without_mpi(monkeypatch, engine):
         "an engine of several ranks needs MPI, and mpiexec is not installed; "
         "'pip install trtbuild[mpi]' brings mpi4py and mpiexec"
     )
+
+
+def test_a_launcher_that_is_not_there(engine):
+    with pytest.raises(UserError, match="needs MPI, and no-such-srun is not installed; 'pip install"):
+        launch(2, print, mpi="no-such-srun --mpi=pmi2", engine_dir=engine)
