@@ -98,16 +98,17 @@ def timed(generation: Generation, output_len: int, repeats: int, name: str = "be
             start = generation.wait()
             generation.start()
             there = generation.wait()
-            ends, launched = [_mark(generation)], [time.perf_counter()]
+            ends, launches = [_mark(generation)], []
             for _ in range(output_len - 1):
+                before = time.perf_counter()
                 generation.step()
-                launched.append(time.perf_counter())
+                launches.append(time.perf_counter() - before)
                 ends.append(_mark(generation))
             total = generation.wait() - start
             if repeat:
                 first.append(there - start)
                 steps += [_seconds(a, b) for a, b in pairwise(ends)]
-                host += [b - a for a, b in pairwise(launched)]
+                host += launches
                 totals.append(total)
             bar.update()
     result = {
