@@ -14,8 +14,8 @@ last merges the parts of its sequence and KV head, always in the same order ("Fl
 builds on). Scales are applied to scores and outputs, never to the cache. How it is split follows from shapes, the GPU
 and the sequence's own length, so results are always the same.
 
-The first tile of a part is read before the kernels in front have ended. It holds positions of earlier steps, and a
-step has a launch that depends on nothing (the embedding of its tokens): what ran before that has ended.
+`position_ids` and the first tile of a part are read before the kernels in front have ended. Earlier steps wrote them,
+and every step begins with an ordinary launch (its embedding), which waits for all of these.
 
 One query head a KV head is a matter of multiplying and adding what is read, on CUDA cores: every row of a tile keeps
 a maximum and a sum of its own, so that nothing in the loop waits for other threads. More heads use tensor cores.
@@ -32,9 +32,7 @@ from trtbuild.kernels.cache import rotated, scaled, stored, widened
 from trtbuild.kernels.dependent_launch import dependent_launch, trigger, wait
 from trtbuild.kernels.processors import processors
 
-PROGRAMS_PER_PROCESSOR = 4  # to keep enough loads in flight
 MIN_PART = 128  # positions; a shorter part costs more in merging than it gains
-MAX_PARTS = 128
 READ = 8192  # values of a tile of keys or values
 MERGED = 16  # parts that a program merges at a time, fewer of many heads
 COUNTERS = 1 << 16
@@ -63,18 +61,20 @@ def decode_attention(
     which sequence `b` has slot `b`, in float16, bfloat16, or int8 or float8_e4m3fn with scales float32 `[kv_heads]`;
     for ALiBi `slopes`, float32 `[heads]`. `head_dim` a multiple of 8 up to 256.
     """
-    batch, kv_heads = len(qkv), key_cache.shape[1]
-    group = heads // kv_heads
+    kv_heads, head_dim = key_cache.shape[1::2]
+    group, grid = heads // kv_heads, len(qkv) * kv_heads
+    plain, few = group == 1, grid < processors(qkv.device)
     parts = 1
-    if batch * kv_heads <= COUNTERS:
-        programs = PROGRAMS_PER_PROCESSOR * processors(qkv.device)
-        parts = max(1, min(programs // (batch * kv_heads), triton.cdiv(kv_bound - 1, MIN_PART), MAX_PARTS))
-    plain = group == 1
-    block_h = 1 if plain else max(16, triton.next_power_of_2(group))
-    block = min(128, READ // triton.next_power_of_2(key_cache.shape[3]))
+    if grid <= COUNTERS:
+        programs = processors(qkv.device) * (2 if plain else 4)  # to keep enough loads in flight
+        parts = max(1, min(programs // grid, triton.cdiv(kv_bound - 1, MIN_PART)))
+    # A program that needs much shared memory cannot start beside the product in front of it.
+    in_registers = plain and few and key_cache.dtype.itemsize == 2
     return _launch(
         qkv, cos, sin, factors, position_ids, key_cache, value_cache, key_scale, value_scale, slopes, heads, parts,
-        MIN_PART=MIN_PART, PLAIN=plain, BLOCK_H=block_h, BLOCK=block, STAGES=3, num_warps=4,
+        MIN_PART=MIN_PART, PLAIN=plain, BLOCK_H=1 if plain else max(16, triton.next_power_of_2(group)),
+        BLOCK=min(128, READ // triton.next_power_of_2(head_dim)), STAGES=1 if in_registers else 3,
+        num_warps=8 if plain and not few else 4,
     )  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def _launch(
         output, partial, sums, counters,
         qkv.stride(0), *key_cache.stride()[:2], head_dim**-0.5 * math.log2(math.e),
         KV_HEADS=kv_heads, GROUP=heads // kv_heads, BLOCK_H=BLOCK_H, HEAD_DIM=head_dim, BLOCK_D=block_d,
-        MAX_PARTS=MAX_PARTS, MERGED=max(1, min(MERGED, READ // (BLOCK_H * block_d))),
+        MERGED=max(1, min(MERGED, READ // (BLOCK_H * block_d))),
         **options, **dependent_launch(qkv.device),
     )  # fmt: skip
     return output
@@ -114,7 +114,7 @@ def _decode_attention_kernel(
     output, partial, sums, counters,
     qkv_stride, cache_stride, cache_head_stride, score_scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_H: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    MAX_PARTS: tl.constexpr, MERGED: tl.constexpr, MIN_PART: tl.constexpr, PLAIN: tl.constexpr, BLOCK: tl.constexpr,
+    MERGED: tl.constexpr, MIN_PART: tl.constexpr, PLAIN: tl.constexpr, BLOCK: tl.constexpr,
     STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Scores are in units of log 2, so that `exp2` does for the softmax."""
@@ -137,8 +137,7 @@ def _decode_attention_kernel(
     start_of_head = b * cache_stride + kv_head * cache_head_stride
     key_cache += start_of_head
     value_cache += start_of_head
-    k = tl.load(key_cache + _places(at, d, HEAD_DIM), mask=_inside(at, d, end, HEAD_DIM), other=0.0)
-    v = tl.load(value_cache + _places(at, d, HEAD_DIM), mask=_inside(at, d, end, HEAD_DIM), other=0.0)
+    k, v = _tile(key_cache, at, d, end, HEAD_DIM), _tile(value_cache, at, d, end, HEAD_DIM)
     k_factor, v_factor = None, None
     if key_scale is not None:
         k_factor, v_factor = tl.load(key_scale + kv_head), tl.load(value_scale + kv_head)
@@ -147,9 +146,9 @@ def _decode_attention_kernel(
     if slopes is not None:
         slope = tl.load(slopes + head, mask=member < GROUP, other=0.0) * LOG2_E
     trigger(DEPENDENT)
-    wait(DEPENDENT)
     if part >= parts:
-        return
+        return  # without waiting: others of this launch do
+    wait(DEPENDENT)
 
     qkv += b * qkv_stride
     partner = tl.where(d < HEAD_DIM // 2, d + HEAD_DIM // 2, d - HEAD_DIM // 2)
@@ -182,12 +181,19 @@ def _decode_attention_kernel(
             tl.zeros((BLOCK,), tl.float32),
             tl.zeros((BLOCK, BLOCK_D), tl.float32),
         )
-        rows = _plain(rows, wide_q, k, v, at, past, end, slope, q)
-        for start in tl.range(begin + BLOCK, end, BLOCK, num_stages=STAGES):
-            at = start + tl.arange(0, BLOCK)
-            k = tl.load(key_cache + _places(at, d, HEAD_DIM), mask=_inside(at, d, end, HEAD_DIM), other=0.0)
-            v = tl.load(value_cache + _places(at, d, HEAD_DIM), mask=_inside(at, d, end, HEAD_DIM), other=0.0)
+        if STAGES == 1:
+            for start in tl.range(begin, end, BLOCK, num_stages=1):  # the next tile comes into registers meanwhile
+                at = start + tl.arange(0, BLOCK)
+                next_k = _tile(key_cache, at + BLOCK, d, end, HEAD_DIM)
+                next_v = _tile(value_cache, at + BLOCK, d, end, HEAD_DIM)
+                rows = _plain(rows, wide_q, k, v, at, past, end, slope, q)
+                k, v = next_k, next_v
+        else:
             rows = _plain(rows, wide_q, k, v, at, past, end, slope, q)
+            for start in tl.range(begin + BLOCK, end, BLOCK, num_stages=STAGES):
+                at = start + tl.arange(0, BLOCK)
+                k, v = _tile(key_cache, at, d, end, HEAD_DIM), _tile(value_cache, at, d, end, HEAD_DIM)
+                rows = _plain(rows, wide_q, k, v, at, past, end, slope, q)
         highest = tl.full((1,), tl.max(rows[0], 0), tl.float32)
         weights = tl.exp2(rows[0] - highest)
         weight_sum = tl.full((1,), tl.sum(rows[1] * weights, 0), tl.float32)
@@ -200,8 +206,7 @@ def _decode_attention_kernel(
         state = _dots(state, q, k, v, at, past, end, slope, score_scale)
         for start in tl.range(begin + BLOCK, end, BLOCK, num_stages=STAGES):
             at = start + tl.arange(0, BLOCK)
-            k = tl.load(key_cache + _places(at, d, HEAD_DIM), mask=_inside(at, d, end, HEAD_DIM), other=0.0)
-            v = tl.load(value_cache + _places(at, d, HEAD_DIM), mask=_inside(at, d, end, HEAD_DIM), other=0.0)
+            k, v = _tile(key_cache, at, d, end, HEAD_DIM), _tile(value_cache, at, d, end, HEAD_DIM)
             state = _dots(state, q, k, v, at, past, end, slope, score_scale)
         highest, weight_sum, total = state
     higher = tl.maximum(highest, own_score)
@@ -224,9 +229,7 @@ def _decode_attention_kernel(
             if whole:
                 tl.debug_barrier()
                 tl.store(counters + b * KV_HEADS + kv_head, 0)
-                weight_sum, total = _merged(
-                    sums, weight_sums, partial, row, parts, member < GROUP, d, HEAD_DIM, MAX_PARTS, MERGED
-                )
+                weight_sum, total = _merged(sums, weight_sums, partial, row, parts, member < GROUP, d, HEAD_DIM, MERGED)
     at = b * KV_HEADS * GROUP * HEAD_DIM + head[:, None] * HEAD_DIM + d[None, :]
     tl.store(output + at, (total / weight_sum[:, None]).to(output.dtype.element_ty), mask=real & whole)
 
@@ -242,41 +245,34 @@ def _head(x, at, partner, cos, sin, inside):
 
 
 @triton.jit
-def _merged(
-    sums, weight_sums, partial, row, parts, real, d,
-    HEAD_DIM: tl.constexpr, MAX_PARTS: tl.constexpr, MERGED: tl.constexpr,
-):  # fmt: skip
+def _merged(sums, weight_sums, partial, row, parts, real, d, HEAD_DIM: tl.constexpr, MERGED: tl.constexpr):
     """The sums of all parts, whose data begin at `row` of every head; other programs wrote them, past the L1 cache."""
-    part = tl.arange(0, MAX_PARTS)
-    inside = (part[:, None] < parts) & real[None, :]
-    at = row[None, :] + part[:, None]
-    scores = tl.load(sums + at, mask=inside, other=LOWEST, cache_modifier=".cg")
-    weight_sum = tl.load(weight_sums + at, mask=inside, other=0.0, cache_modifier=".cg")
-    highest = tl.max(scores, 0)
-    weight_sum = tl.sum(weight_sum * tl.exp2(scores - highest[None, :]), 0)
+    highest = tl.full(row.shape, LOWEST, tl.float32)
+    weight_sum = tl.zeros(row.shape, tl.float32)
     total = tl.zeros((row.shape[0], d.shape[0]), tl.float32)
     for first in range(0, parts, MERGED):
-        some = first + tl.arange(0, MERGED)
-        within = (some[:, None] < parts) & real[None, :]
-        places = row[None, :] + some[:, None]
-        weights = tl.exp2(tl.load(sums + places, mask=within, other=LOWEST, cache_modifier=".cg") - highest[None, :])
+        part = first + tl.arange(0, MERGED)
+        inside = (part[:, None] < parts) & real[None, :]
+        at = row[None, :] + part[:, None]
         values = tl.load(
-            partial + places[:, :, None] * HEAD_DIM + d[None, None, :],
-            mask=within[:, :, None] & (d[None, None, :] < HEAD_DIM), other=0.0, cache_modifier=".cg",
+            partial + at[:, :, None] * HEAD_DIM + d[None, None, :],
+            mask=inside[:, :, None] & (d[None, None, :] < HEAD_DIM), other=0.0, cache_modifier=".cg",
         )  # fmt: skip
-        total += tl.sum(values * weights[:, :, None], 0)
+        scores = tl.load(sums + at, mask=inside, other=LOWEST, cache_modifier=".cg")
+        some = tl.load(weight_sums + at, mask=inside, other=0.0, cache_modifier=".cg")
+        higher = tl.maximum(highest, tl.max(scores, 0))
+        weights, shrink = tl.exp2(scores - higher[None, :]), tl.exp2(highest - higher)
+        weight_sum = weight_sum * shrink + tl.sum(some * weights, 0)
+        total = total * shrink[:, None] + tl.sum(values * weights[:, :, None], 0)
+        highest = higher
     return tl.where(real, weight_sum, 1.0), total
 
 
 @triton.jit
-def _places(at, d, HEAD_DIM: tl.constexpr):
-    """Where positions `at` of a head's cache are."""
-    return at[:, None] * HEAD_DIM + d[None, :]
-
-
-@triton.jit
-def _inside(at, d, end, HEAD_DIM: tl.constexpr):
-    return at[:, None] < end if d.shape[0] == HEAD_DIM else (at[:, None] < end) & (d[None, :] < HEAD_DIM)
+def _tile(cache, at, d, end, HEAD_DIM: tl.constexpr):
+    """Positions `at` of a head's cache that are below `end`."""
+    inside = at[:, None] < end if d.shape[0] == HEAD_DIM else (at[:, None] < end) & (d[None, :] < HEAD_DIM)
+    return tl.load(cache + at[:, None] * HEAD_DIM + d[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
