@@ -35,7 +35,7 @@ def test_roundings_are_the_operations():
 
 
 @dtypes
-@pytest.mark.parametrize("width", [1, 1500])
+@pytest.mark.parametrize("width", [1, 256, 1500])
 @pytest.mark.parametrize("static", [True, False])
 @pytest.mark.parametrize("narrow", [torch.int8, FP8], ids=str)
 def test_rounded_to_8_bits(narrow, static, width, dtype):

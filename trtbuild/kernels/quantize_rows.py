@@ -46,7 +46,7 @@ def narrow_rows(
 
 def warps(block: int) -> int:
     """Of a program for a row of `block` values: of many, a warp has 256 or more."""
-    return min(16, max(1, block // 256))
+    return min(16, max(1, triton.next_power_of_2(block) // 256))
 
 
 @triton.jit
@@ -65,16 +65,28 @@ def _quantize_rows_kernel(
 @triton.jit
 def round_rows(values, scale_at, given, LIMIT: tl.constexpr, dtype: tl.constexpr):
     """`values` of a row in `dtype`, by the scale at `given`, or, of a whole row, its own; that goes to `scale_at`."""
-    values = values.to(tl.float32)
-    if given is not None:
-        scale = tl.load(given)
-    else:
-        # As integers, magnitudes are in the same order, with NaN, which a maximum of floats would hide, on top.
-        largest = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0).to(tl.float32, bitcast=True)
-        scale = tl.div_rn(largest, LIMIT)
-        scale = tl.where(scale == 0, 1.0, scale)
+    scale = row_scale(magnitude(values), LIMIT) if given is None else tl.load(given)
     tl.store(scale_at, scale)
-    values = tl.div_rn(values, tl.full(values.shape, scale, tl.float32))
+    return rounded(values, scale, LIMIT, dtype)
+
+
+@triton.jit
+def magnitude(values):
+    """The largest, as the integer of its bits: these are in the same order, with NaN, which a maximum hides, on top."""
+    return tl.max(values.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+
+
+@triton.jit
+def row_scale(magnitude, LIMIT: tl.constexpr):
+    """`scale_for`."""
+    scale = tl.div_rn(magnitude.to(tl.float32, bitcast=True), LIMIT)
+    return tl.where(scale == 0, 1.0, scale)
+
+
+@triton.jit
+def rounded(values, scale, LIMIT: tl.constexpr, dtype: tl.constexpr):
+    """`quantize`."""
+    values = tl.div_rn(values.to(tl.float32), tl.full(values.shape, scale, tl.float32))
     if dtype == tl.int8:  # a float32 of 1.5 * 2**23 and more has no fraction: adding that rounds to nearest even
         values = (tl.clamp(values, -LIMIT - 1, LIMIT) + 12582912.0) - 12582912.0
     else:

@@ -6,7 +6,8 @@
     values = silu(gate) * up                    in float32; both results are rounded
     quantize_rows(values, scale, dtype)         without a pair `values`
 
-Where each row has a scale of its own a program does a row, otherwise a part of one.
+Where each row has a scale of its own a program does a row, in two blocks, since to compute is the limit and one of a
+power of two would compute for columns that are not there; otherwise it does a part of a row.
 """
 
 import torch
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 
 from trtbuild.kernels.dependent_launch import dependent_launch, trigger, wait
-from trtbuild.kernels.quantize_rows import Quantize, narrow_rows, round_rows, warps
+from trtbuild.kernels.quantize_rows import Quantize, magnitude, narrow_rows, round_rows, rounded, row_scale, warps
 
 BLOCK = 1024  # columns of a program that does a part
 
@@ -27,10 +28,13 @@ def swiglu(gate_up: torch.Tensor, quantize: Quantize = None) -> tuple[torch.Tens
     gate_up = gate_up.contiguous()
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     values, scales, given, limit = narrow_rows(gate_up, width, quantize)
-    whole = scales is not None and given is None
-    block = triton.next_power_of_2(width) if whole else BLOCK
-    _swiglu_kernel[rows, triton.cdiv(width, block)](
-        gate_up, values, scales, given, width, LIMIT=limit, BLOCK=block, num_warps=warps(block) if whole else 4,
+    block, rest, num_warps = BLOCK, 0, 4
+    if scales is not None and given is None:
+        block = triton.next_power_of_2(width + 1) // 2  # the largest that a row has
+        rest = triton.next_power_of_2(width - block) if width > block else 0
+        num_warps = warps(block + rest)
+    _swiglu_kernel[rows, 1 if rest else triton.cdiv(width, block)](
+        gate_up, values, scales, given, width, LIMIT=limit, BLOCK=block, REST=rest, num_warps=num_warps,
         **dependent_launch(gate_up.device),
     )  # fmt: skip
     return values, scales
@@ -38,17 +42,33 @@ def swiglu(gate_up: torch.Tensor, quantize: Quantize = None) -> tuple[torch.Tens
 
 @triton.jit
 def _swiglu_kernel(
-    gate_up, values, scales, given, width, LIMIT: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
-):
+    gate_up, values, scales, given, width,
+    LIMIT: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
     trigger(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < width
+    dtype: tl.constexpr = values.dtype.element_ty
+    gate_up += row * 2 * width
+    values += row * width
     wait(DEPENDENT)
-    gate = tl.load(gate_up + row * 2 * width + column, mask=inside, other=0)
-    up = tl.load(gate_up + (row * 2 + 1) * width + column, mask=inside, other=0).to(tl.float32)
+    y = _gated(gate_up, column, width)
+    if REST:
+        others = BLOCK + tl.arange(0, REST)
+        z = _gated(gate_up, others, width)
+        scale = row_scale(tl.maximum(magnitude(y), magnitude(z)), LIMIT)
+        tl.store(scales + row, scale)
+        y = rounded(y, scale, LIMIT, dtype)
+        tl.store(values + others, rounded(z, scale, LIMIT, dtype), mask=others < width)
+    elif scales is not None:
+        y = round_rows(y, scales + row, given, LIMIT, dtype)
+    tl.store(values + column, y, mask=column < width)
+
+
+@triton.jit
+def _gated(gate_up, column, width):
+    """Columns of a row's `silu(gate) * up`."""
+    gate = tl.load(gate_up + column, mask=column < width, other=0)
+    up = tl.load(gate_up + width + column, mask=column < width, other=0).to(tl.float32)
     wide = gate.to(tl.float32)
-    y = ((wide * tl.sigmoid(wide)).to(gate.dtype).to(tl.float32) * up).to(gate.dtype)
-    if scales is not None:
-        y = round_rows(y, scales + row, given, LIMIT, values.dtype.element_ty)
-    tl.store(values + row * width + column, y, mask=inside)
+    return ((wide * tl.sigmoid(wide)).to(gate.dtype).to(tl.float32) * up).to(gate.dtype)
