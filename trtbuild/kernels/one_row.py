@@ -69,7 +69,7 @@ def product(
     block_n, block_k, warps = _tiles(weight, activations != "16bit")
     block_k = min(block_k, max(PIECE, triton.next_power_of_2(weight.shape[1])))
     results = block_n // 2 if swiglu else block_n  # of a program
-    _kernel[(triton.cdiv(out, results),)](
+    _one_row_product_kernel[(triton.cdiv(out, results),)](
         x.contiguous(), weight, scales, zeros, input_scale, bias, norm, residual, result, out, eps,
         WIDTH=weight.shape[1], GROUP=group_size // 2, BLOCK=int4_block(group_size) // 2 if group_size else 0,
         QUADS=aligned and group_size > 0 and group_size % CHANNELS == 0, ALIGNED=aligned,
@@ -216,7 +216,7 @@ def _round(x, divisor, inverse, LIMIT: tl.constexpr, INTEGER: tl.constexpr):
 
 
 @triton.jit
-def _kernel(
+def _one_row_product_kernel(
     x, weight, scales, zeros, input_scale, bias, norm, residual, output, out, eps,
     WIDTH: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr, SWIGLU: tl.constexpr,
     QUADS: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
