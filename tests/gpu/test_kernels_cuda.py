@@ -285,8 +285,8 @@ def test_rotary_embedding(kind, head_dim):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 5e-4), (torch.bfloat16, 4e-3)])
-@pytest.mark.parametrize("rows", [1, 3, 16, 2048])
-@pytest.mark.parametrize("width", [576, 4096, 5120, 8192, 11008, 33])
+@pytest.mark.parametrize("rows", [1, 16, 300])
+@pytest.mark.parametrize("width", [33, 576, 4096, 11008])
 def test_norm_and_swiglu(width, rows, dtype, tolerance):
     """Against float64, outputs poisoned; what is rounded to 8 bits equals the CPU's roundings of the rest."""
     from trtbuild.kernels.add_rms_norm import norm_rows

@@ -32,7 +32,7 @@ def swiglu(gate_up: torch.Tensor, quantize: Quantize = None) -> tuple[torch.Tens
     if scales is not None and given is None:
         block = triton.next_power_of_2(width + 1) // 2  # the largest that a row has
         rest = triton.next_power_of_2(width - block) if width > block else 0
-        num_warps = warps(block + rest)
+        num_warps = 2 * warps(block + rest)  # of few registers each, so that many are under way
     _swiglu_kernel[rows, 1 if rest else triton.cdiv(width, block)](
         gate_up, values, scales, given, width, LIMIT=limit, BLOCK=block, REST=rest, num_warps=num_warps,
         **dependent_launch(gate_up.device),
