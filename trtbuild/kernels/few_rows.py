@@ -29,23 +29,30 @@ from trtbuild.kernels.processors import processors
 from trtbuild.kernels.quantize_rows import quantize_rows
 from trtbuild.kernels.widen import MIN_BLOCK, NATURAL_BLOCK, int4_block
 
+# Of INT8 and INT4 weights, 512 rows are as fast once the weight is widened, and 256 are not.
 MAX_ROWS = {"16bit": 64, "8bit": 64, "weight-only": 256}
 MAX_TILE = 128  # rows of a program
 MIN_CHANNELS = 1024  # of a part of a sum; a shorter part costs more in adding than it gains
+LONG = 8192  # INT4: sums of more channels are in fewer parts, of larger steps
 SHARED_MEMORY = 220 << 10  # bytes of a multiprocessor, for programs that run side by side on it
 MAX_BLOCKS = 1 << 16  # of outputs of a product that is split
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Sizes of a program's work: rows, outputs, channels of a step, steps ahead of which are read; and its warps."""
+    """Sizes of a program's work: rows, outputs, channels, steps ahead that are read; and its warps.
+
+    `unroll` times `k` channels are a step. Where `swap`, the weight is the first operand of tensor cores: from shared
+    memory as it is, or from registers where it is converted. INT4's scales are those of sums, or with `scale_weight` of
+    the weight, rounded to 16 bits: many rows have more sums than weights.
+    """
 
     m: int
     n: int
     k: int
     stages: int
     warps: int = 4
-    swap: bool = False  # outputs, not rows, are the first operand, which may come from registers
+    swap: bool = False
     unroll: int = 1
     scale_weight: bool = False
 
@@ -119,8 +126,8 @@ def takes(
 def _tiles(x: torch.Tensor, weight: torch.Tensor, swiglu: bool, block: int | None) -> Tiles:
     """What was fastest for LLaMA-7B on an H100; `block` is the number of channels of INT4's interleaved blocks.
 
-    Of a row of weights, a step reads 256 bytes: two accesses of memory. What fits into the tensor cores as it is goes
-    there from shared memory where outputs are the first operand; what is converted, from registers.
+    Two or more programs share a multiprocessor. Of a row of weights they read 256 bytes at a time, where enough rows of
+    activations are not in the way.
     """
     rows, width = x.shape
     m = min(MAX_TILE, max(16, triton.next_power_of_2(rows)))
@@ -129,9 +136,10 @@ def _tiles(x: torch.Tensor, weight: torch.Tensor, swiglu: bool, block: int | Non
     if block is not None:
         if m > 64:
             return Tiles(m, 128, block, 3, warps=8, swap=True, scale_weight=True)
-        if m == 16 and swiglu and width % (2 * block) == 0:
+        even = m == 16 and width % (2 * block) == 0
+        if even and swiglu:
             return Tiles(m, 32, block, 3, unroll=2)
-        return Tiles(m, 64, block, 4, swap=True)
+        return Tiles(m, 64, block, 4, swap=True, unroll=2 if even and width > LONG else 1)
     k = 256 // weight.itemsize
     if weight.itemsize < x.itemsize:
         if m > 64:

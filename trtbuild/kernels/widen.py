@@ -38,9 +38,9 @@ def widen(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
             values -= zeros.t()[..., None]
         return (values * scales.t()[..., None]).flatten(1).to(dtype)
     wide = torch.empty(out, width, dtype=dtype, device=weight.device)
-    grid = (triton.cdiv(width, 512), triton.cdiv(out, 16))
+    grid = (triton.cdiv(width, 1024), triton.cdiv(out, 4))
     _widen_int4_kernel[grid](
-        weight, scales, zeros, wide, out, width, group, BLOCK_N=16, BLOCKS=512 // block, QUARTER=block // 4
+        weight, scales, zeros, wide, out, width, group, BLOCK_N=4, BLOCKS=1024 // block, QUARTER=block // 4
     )
     return wide
 
