@@ -459,11 +459,8 @@ def one_row_layer(kind: str, out: int, width: int, dtype: torch.dtype):
 @pytest.mark.parametrize(
     "kind", ["16 bits", "int8", "int4", "int4 zeros", "int8 static", "int8 token", "fp8 static", "fp8 token"]
 )
-@pytest.mark.parametrize(
-    ("out", "width"),
-    [(12288, 4096), (4096, 11008), (1000, 13696), (642, 5120), (576, 576), (40, 384), (34, 128), (34, 96), (34, 33)],
-)
-@pytest.mark.parametrize("options", ["", "norm bias", "residual", "norm swiglu", "norm bias swiglu residual"])
+@pytest.mark.parametrize(("out", "width"), [(12288, 4096), (642, 11008), (40, 384), (34, 96), (34, 33)])
+@pytest.mark.parametrize("options", ["residual", "norm bias swiglu residual"])
 def test_one_row(out, width, kind, options, dtype):
     from trtbuild.kernels.one_row import product
 
@@ -485,12 +482,12 @@ def test_one_row(out, width, kind, options, dtype):
     if residual is not None:
         expected = expected + residual.double()
     options = {"bias": bias, "norm": norm, "eps": 1e-5, "swiglu": swiglu, "residual": residual}
-    for result, tolerance in ((dtype, 2 * LINEAR_TOLERANCE[dtype]), (torch.float32, 5e-4)):
-        poison = torch.full((1, out), float("nan"), dtype=result, device="cuda")
-        del poison
-        actual = product(x, **constants, **options, dtype=result)
-        assert actual.dtype == result
-        assert (actual.double() - expected).norm() / expected.norm() < tolerance
-        assert torch.equal(actual, product(x, **constants, **options, dtype=result))
+    result, tolerance = (torch.float32, 5e-4) if swiglu else (dtype, 2 * LINEAR_TOLERANCE[dtype])
+    poison = torch.full((1, out), float("nan"), dtype=result, device="cuda")
+    del poison
+    actual = product(x, **constants, **options, dtype=result)
+    assert actual.dtype == result
+    assert (actual.double() - expected).norm() / expected.norm() < tolerance
+    assert torch.equal(actual, product(x, **constants, **options, dtype=result))
     x[0, width // 2] = float("nan")
-    assert product(x, **constants, **options).isnan().all()
+    assert product(x, **constants, **options, dtype=result).isnan().all()

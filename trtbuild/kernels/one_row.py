@@ -8,10 +8,13 @@
     y += residual
 
 A step of one token reads every weight once and computes little, so the kernel is made for reading. A program sums
-`BLOCK_N` outputs over tiles of `BLOCK_K` weights a row on CUDA cores (one row leaves most of a tensor core idle) and
-always has the next tile in flight; the first one is under way before the kernel waits for its predecessor. Threads keep
-sums of their own and add them up at the end, in an order that the sizes alone decide. In INT4 a piece of a group is
-summed without scale and offset, which follow once a piece: sum((q - z) * x) = sum(q * x) - z * sum(x).
+products of `BLOCK_N` rows of the weight over tiles of `BLOCK_K` of their numbers, and always has the next tile in
+flight; the first one is under way before the kernel waits for its predecessor. Threads keep sums of their own and add
+them up at the end, in an order that the sizes alone decide.
+
+Products are those of CUDA cores (int8 with int8: of four at once), since one row leaves most of a tensor core idle, but
+for INT4, whose conversion would take longer than reading it: trtbuild.kernels.quads, where groups allow it. Scales and
+offsets of INT4 come after the sums over 16 bytes, a part of a group: sum((q - z) * x) = sum(q * x) - z * sum(x).
 
 Activations in 8 bits are rounded here, by each program for itself; what they are divided by must be known first, so
 that there is a pass over the row before (not for a static scale without a norm).
@@ -82,14 +85,14 @@ def product(
 def _tiles(weight: torch.Tensor, rounded: bool) -> tuple[int, int, int]:
     """Rows of the weight of a program, bytes or numbers of these in a tile, and warps: the fastest for LLaMA-7B.
 
-    Short rows of programs (few outputs) are best at once in flight, and where activations are rounded, which each
-    program does for itself, more rows share that.
+    A thread reads 16 bytes of each row of a tile, or 32. What a program does once for all of its rows costs most in
+    INT4, then where activations are rounded; else fewer rows make more programs to begin with.
     """
     few = len(weight) <= 4096
     if weight.dtype.itemsize == 2:
         return (2 if few else 4), 2048, 4
     if weight.dtype == torch.uint8:
-        return (16 if few else 8), 2048, 4
+        return 16, 2048, 4
     return (8, 2048, 4) if few or rounded else (4, 4096, 4)
 
 

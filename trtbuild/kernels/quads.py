@@ -4,6 +4,7 @@ A tensor core multiplies `A` `[16, 16]` with `B` `[16, 8]`; of 32 threads number
 `g` and `g + 8` of `A`, and the same channels of column `g` of `B`. Let four neighbours ("a quad") hold parts of the
 same two rows of a weight, and the part of `x` that meets them: then `C[g, g]` and `C[g + 8, g]` are sums of the quad's
 products, whichever part of the rows quad `g` has, and nothing is moved between threads. The rest of `C` is of no use.
+That threads hold what they should is the compiler's choice for tiles that are read 16 bytes at a time, 64 a row or more.
 
 A nibble needs one instruction for each two weights: placed in float16 by itself it is the number times 2^-24, or 2^-20
 where it is the high one (such small floats cost a tensor core nothing); bfloat16 has too few bits for that, and there
@@ -87,11 +88,8 @@ def quad_sums(tile, low, high, scales, zeros):
     row, other = tl.split(tl.permute(tl.reshape(tile, (2, N // 2, K)), (1, 2, 0)))
     sums = tl.join(*_products(row, other, low, high))
     sums = tl.reshape(tl.permute(sums, (2, 0, 1)), (N, K // 16))
-    ones = tl.full((1, K), 0x11, tl.uint8)
-    of_x, _ = _products(ones, ones, low, high)
+    of_x = tl.sum(tl.reshape(low.to(tl.float32) + high.to(tl.float32), (K // 16, 16)), 1)[None, :]
     ADDED: tl.constexpr = 8 if low.dtype == tl.float16 else 136
-    if low.dtype == tl.bfloat16:
-        of_x /= 129
     if zeros is None:
         return (sums - ADDED * of_x) * scales
     else:
