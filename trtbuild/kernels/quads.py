@@ -4,7 +4,7 @@ A tensor core multiplies `A` `[16, 16]` with `B` `[16, 8]`; of 32 threads number
 `g` and `g + 8` of `A`, and the same channels of column `g` of `B`. Let four neighbours ("a quad") hold parts of the
 same two rows of a weight, and the part of `x` that meets them: then `C[g, g]` and `C[g + 8, g]` are sums of the quad's
 products, whichever part of the rows quad `g` has, and nothing is moved between threads. The rest of `C` is of no use.
-That threads hold what they should is the compiler's choice for tiles that are read 16 bytes at a time, 64 a row or more.
+That threads hold what they should is the choice of the compiler for tiles read 16 bytes at a time, 64 or more a row.
 
 A nibble needs one instruction for each two weights: placed in float16 by itself it is the number times 2^-24, or 2^-20
 where it is the high one (such small floats cost a tensor core nothing); bfloat16 has too few bits for that, and there
