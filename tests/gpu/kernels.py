@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from trtbuild.kernels.add_rms_norm import norm_rows
+from trtbuild.kernels.context_attention import context_attention, write_cache
 from trtbuild.kernels.decode_attention import decode_attention
 from trtbuild.kernels.quantize_rows import quantize_rows
 from trtbuild.kernels.swiglu import swiglu
@@ -181,6 +182,53 @@ def attention(table: Table) -> None:
                 table.add(kernel, f"{heads}/{kv_heads} heads, {length}", batch, us, nbytes, fp16, wrong)
 
 
+def context(table: Table) -> None:
+    """A prompt's keys and values into a float16 cache, and causal attention, beside torch's; 32 heads of 128."""
+    heads, head_dim = 32, 128
+    for batch, length in ((1, 128), (1, 2048), (4, 2048)):
+        tokens = batch * length
+        integers = {"dtype": torch.int32, "device": "cuda"}
+        slots, past = torch.arange(batch, **integers), torch.zeros(batch, **integers)
+        starts = torch.arange(batch + 1, **integers) * length
+        positions = torch.arange(length, **integers).repeat(batch)
+        cos, sin = torch.randn(2, tokens, head_dim, device="cuda").half()
+        shape = batch, heads, length, head_dim
+        sets = [
+            (
+                torch.randn(tokens, 3 * heads * head_dim, device="cuda").half(),
+                *torch.empty(2, *shape, device="cuda").half(),
+            )
+            for _ in range(copies(12 * tokens * heads * head_dim))
+        ]
+
+        def write(qkv, keys, values, cos=cos, sin=sin, where=(positions, starts, slots)):
+            return write_cache(qkv, cos, sin, None, *where, keys, values, None, None, heads)
+
+        def attend(q, keys, values, where=(starts, past, slots)):
+            return context_attention(q, keys, values, None, None, *where, None)
+
+        def plain(q, keys, values, batch=batch):
+            q = q.unflatten(0, (batch, -1)).transpose(1, 2)
+            return (
+                F.scaled_dot_product_attention(q, keys, values, is_causal=True).transpose(1, 2).flatten(0, 1).flatten(1)
+            )
+
+        call = [(write(*some), *some[1:]) for some in sets]
+        us = microseconds(write, sets)
+        table.add("write cache", f"{heads} heads, {length}", batch, us, 12 * tokens * heads * head_dim, us, 0.0)
+        wrong = error(attend(*call[0]), plain(*call[0]))
+        nbytes = 8 * tokens * heads * head_dim
+        table.add(
+            "context",
+            f"{heads} heads, {length}",
+            batch,
+            microseconds(attend, call),
+            nbytes,
+            microseconds(plain, call),
+            wrong,
+        )
+
+
 def quantization(table: Table) -> None:
     one, token = torch.full((1,), 0.02, device="cuda"), W8A8Linear("int8", "token")
     for rows, width in ((1, 4096), (16, 4096), (16, 11008), (2048, 4096)):
@@ -243,6 +291,8 @@ def main() -> None:
         linears(table, only)
     if only in "attention":
         attention(table)
+    if only in "context":
+        context(table)
     if only in "quantization":
         quantization(table)
     if only in "fusion":
