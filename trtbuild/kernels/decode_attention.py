@@ -34,7 +34,7 @@ from trtbuild.kernels.processors import processors
 
 MIN_PART = 128  # positions; a shorter part costs more in merging than it gains
 READ = 8192  # values of a tile of keys or values
-MERGED = 16  # parts that a program merges at a time, fewer of many heads
+MERGED = 4096  # values of parts that a program merges at a time
 COUNTERS = 1 << 16
 LOG2_E = tl.constexpr(math.log2(math.e))
 LOWEST = tl.constexpr(-1e30)  # below every score, and finite: the difference of two of them is 0
@@ -61,20 +61,25 @@ def decode_attention(
     which sequence `b` has slot `b`, in float16, bfloat16, or int8 or float8_e4m3fn with scales float32 `[kv_heads]`;
     for ALiBi `slopes`, float32 `[heads]`. `head_dim` a multiple of 8 up to 256.
     """
-    kv_heads, head_dim = key_cache.shape[1::2]
-    group, grid = heads // kv_heads, len(qkv) * kv_heads
-    plain, few = group == 1, grid < processors(qkv.device)
+    _, kv_heads, _, head_dim = key_cache.shape
+    group, grid, block_d = heads // kv_heads, len(qkv) * kv_heads, max(16, triton.next_power_of_2(head_dim))
+    block_h = 1 if group == 1 else max(16, triton.next_power_of_2(group))
+    per_processor = 2
+    if group > 1 and block_h * block_d <= 2048:  # in a program of one warp nothing waits for other threads
+        per_processor, options = 8, {"BLOCK": 16, "STAGES": 5, "num_warps": 1}
+    elif group > 1 or grid < processors(qkv.device):
+        # A program that needs much shared memory cannot start beside the product in front of it.
+        in_registers = group == 1 and key_cache.dtype.itemsize == 2
+        options = {"BLOCK": min(128, READ // block_d), "STAGES": 1 if in_registers else 3, "num_warps": 4}
+    else:
+        options = {"BLOCK": min(128, READ // block_d), "STAGES": 3, "num_warps": 8}
     parts = 1
     if grid <= COUNTERS:
-        programs = processors(qkv.device) * (2 if plain else 4)  # to keep enough loads in flight
+        programs = per_processor * processors(qkv.device)  # to keep enough loads in flight
         parts = max(1, min(programs // grid, triton.cdiv(kv_bound - 1, MIN_PART)))
-    # A program that needs much shared memory cannot start beside the product in front of it.
-    in_registers = plain and few and key_cache.dtype.itemsize == 2
     return _launch(
         qkv, cos, sin, factors, position_ids, key_cache, value_cache, key_scale, value_scale, slopes, heads, parts,
-        MIN_PART=MIN_PART, PLAIN=plain, BLOCK_H=1 if plain else max(16, triton.next_power_of_2(group)),
-        BLOCK=min(128, READ // triton.next_power_of_2(head_dim)), STAGES=1 if in_registers else 3,
-        num_warps=8 if plain and not few else 4,
+        MIN_PART=MIN_PART, PLAIN=group == 1, BLOCK_H=block_h, **options,
     )  # fmt: skip
 
 
@@ -82,21 +87,21 @@ def _launch(
     qkv, cos, sin, factors, position_ids, key_cache, value_cache, key_scale, value_scale, slopes, heads, parts,
     BLOCK_H, **options,
 ):  # fmt: skip
-    batch = len(qkv)
     _, kv_heads, _, head_dim = key_cache.shape
+    batch, group = len(qkv), heads // kv_heads
     output = qkv.new_empty(batch, heads * head_dim)
     partial = sums = counters = None  # one part is the result
     if parts > 1:
         partial = qkv.new_empty(batch, heads, parts, head_dim, dtype=torch.float32)
         sums = qkv.new_empty(2, batch, heads, parts, dtype=torch.float32)
         counters = _counters(qkv.device)
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d, block_g = max(16, triton.next_power_of_2(head_dim)), triton.next_power_of_2(group)
     _decode_attention_kernel[parts, kv_heads, batch](
         qkv, cos, sin, factors, position_ids, key_cache, value_cache, key_scale, value_scale, slopes,
         output, partial, sums, counters,
         qkv.stride(0), *key_cache.stride()[:2], head_dim**-0.5 * math.log2(math.e),
-        KV_HEADS=kv_heads, GROUP=heads // kv_heads, BLOCK_H=BLOCK_H, HEAD_DIM=head_dim, BLOCK_D=block_d,
-        MERGED=max(1, min(MERGED, READ // (BLOCK_H * block_d))),
+        KV_HEADS=kv_heads, GROUP=group, BLOCK_H=BLOCK_H, HEAD_DIM=head_dim, BLOCK_D=block_d,
+        BLOCK_G=block_g, MERGED=max(1, min(16, MERGED // (block_g * block_d))),
         **options, **dependent_launch(qkv.device),
     )  # fmt: skip
     return output
@@ -114,7 +119,7 @@ def _decode_attention_kernel(
     output, partial, sums, counters,
     qkv_stride, cache_stride, cache_head_stride, score_scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_H: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    MERGED: tl.constexpr, MIN_PART: tl.constexpr, PLAIN: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_G: tl.constexpr, MERGED: tl.constexpr, MIN_PART: tl.constexpr, PLAIN: tl.constexpr, BLOCK: tl.constexpr,
     STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Scores are in units of log 2, so that `exp2` does for the softmax."""
@@ -216,22 +221,24 @@ def _decode_attention_kernel(
     if v_factor is not None:
         total *= v_factor
 
-    whole = parts == 1  # what this program has is the result
-    if partial is not None:  # noqa: SIM102 (known when compiled)
-        if parts > 1:
-            row = (b * KV_HEADS * GROUP + head) * tl.num_programs(0)
-            weight_sums = sums + tl.num_programs(2) * KV_HEADS * GROUP * tl.num_programs(0)
-            tl.store(sums + row + part, higher, mask=member < GROUP)
-            tl.store(weight_sums + row + part, weight_sum, mask=member < GROUP)
-            tl.store(partial + (row + part)[:, None] * HEAD_DIM + d[None, :], total, mask=real)
-            tl.debug_barrier()  # all threads have written before one counts the part
-            whole = tl.atomic_add(counters + b * KV_HEADS + kv_head, 1, sem="acq_rel") == parts - 1
-            if whole:
-                tl.debug_barrier()
-                tl.store(counters + b * KV_HEADS + kv_head, 0)
-                weight_sum, total = _merged(sums, weight_sums, partial, row, parts, member < GROUP, d, HEAD_DIM, MERGED)
-    at = b * KV_HEADS * GROUP * HEAD_DIM + head[:, None] * HEAD_DIM + d[None, :]
-    tl.store(output + at, (total / weight_sum[:, None]).to(output.dtype.element_ty), mask=real & whole)
+    output += b * KV_HEADS * GROUP * HEAD_DIM
+    if partial is None or parts == 1:
+        result = output + head[:, None] * HEAD_DIM + d[None, :]
+        tl.store(result, (total / weight_sum[:, None]).to(output.dtype.element_ty), mask=real)
+    else:
+        row = (b * KV_HEADS + kv_head) * GROUP * tl.num_programs(0)  # the group's first
+        weight_sums = sums + tl.num_programs(2) * KV_HEADS * GROUP * tl.num_programs(0)
+        mine = row + member * tl.num_programs(0) + part
+        tl.store(sums + mine, higher, mask=member < GROUP)
+        tl.store(weight_sums + mine, weight_sum, mask=member < GROUP)
+        tl.store(partial + mine[:, None] * HEAD_DIM + d[None, :], total, mask=real)
+        tl.debug_barrier()  # all threads have written before one counts the part
+        ended = tl.atomic_add(counters + b * KV_HEADS + kv_head, 1, sem="acq_rel")
+        if ended == parts - 1:
+            tl.debug_barrier()
+            tl.store(counters + b * KV_HEADS + kv_head, 0)
+            output += kv_head * GROUP * HEAD_DIM
+            _merge(sums, weight_sums, partial, output, row, parts, d, GROUP, HEAD_DIM, BLOCK_G, MERGED)
 
 
 @triton.jit
@@ -245,15 +252,19 @@ def _head(x, at, partner, cos, sin, inside):
 
 
 @triton.jit
-def _merged(sums, weight_sums, partial, row, parts, real, d, HEAD_DIM: tl.constexpr, MERGED: tl.constexpr):
-    """The sums of all parts, whose data begin at `row` of every head; other programs wrote them, past the L1 cache."""
-    highest = tl.full(row.shape, LOWEST, tl.float32)
-    weight_sum = tl.zeros(row.shape, tl.float32)
-    total = tl.zeros((row.shape[0], d.shape[0]), tl.float32)
+def _merge(
+    sums, weight_sums, partial, output, row, parts, d,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_G: tl.constexpr, MERGED: tl.constexpr,
+):  # fmt: skip
+    """A group's output, of parts that begin at `row`; other programs wrote them, so they are read past the L1 cache."""
+    member = tl.arange(0, BLOCK_G)
+    highest = tl.full((BLOCK_G,), LOWEST, tl.float32)
+    weight_sum = tl.zeros((BLOCK_G,), tl.float32)
+    total = tl.zeros((BLOCK_G, d.shape[0]), tl.float32)
     for first in range(0, parts, MERGED):
         part = first + tl.arange(0, MERGED)
-        inside = (part[:, None] < parts) & real[None, :]
-        at = row[None, :] + part[:, None]
+        inside = (part[:, None] < parts) & (member[None, :] < GROUP)
+        at = row + member[None, :] * tl.num_programs(0) + part[:, None]
         values = tl.load(
             partial + at[:, :, None] * HEAD_DIM + d[None, None, :],
             mask=inside[:, :, None] & (d[None, None, :] < HEAD_DIM), other=0.0, cache_modifier=".cg",
@@ -265,7 +276,9 @@ def _merged(sums, weight_sums, partial, row, parts, real, d, HEAD_DIM: tl.conste
         weight_sum = weight_sum * shrink + tl.sum(some * weights, 0)
         total = total * shrink[:, None] + tl.sum(values * weights[:, :, None], 0)
         highest = higher
-    return tl.where(real, weight_sum, 1.0), total
+    real = (member[:, None] < GROUP) & (d[None, :] < HEAD_DIM)
+    merged = total / tl.where(member < GROUP, weight_sum, 1.0)[:, None]
+    tl.store(output + member[:, None] * HEAD_DIM + d[None, :], merged.to(output.dtype.element_ty), mask=real)
 
 
 @triton.jit
