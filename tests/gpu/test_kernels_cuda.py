@@ -200,7 +200,7 @@ class AttentionCase:
 
 
 half, bfloat = torch.float16, torch.bfloat16
-# Every case is compiled: all caches and positions where a head has its own keys and where it shares them, and then sizes.
+# Every case is compiled: caches and positions where heads have keys of their own and where they share them, then sizes.
 attentions = pytest.mark.parametrize(
     ("size", "kind"),
     [
