@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from trtbuild.checkpoint.canonical import Checkpoint
+from trtbuild.engine import portable
 from trtbuild.engine.build import build_engine_dir
 from trtbuild.engine.config import BuildLimits, rank_file, read_config
 from trtbuild.engine.portable import METADATA_KEY, PortableEngine, read_portable
@@ -42,6 +44,17 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 def copied_engine(tiny_engine, tmp_path):
     """An engine folder that a test may damage."""
     return shutil.copytree(tiny_engine, tmp_path / "engine")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_readers_of_weights_end_with_the_loading(tiny_engine, monkeypatch, fails):
+    closed = []
+    monkeypatch.setattr(portable._Constants, "close", lambda self: closed.append(self))
+    if fails:
+        monkeypatch.setattr(PortableEngine, "_plan", lambda self, network, constants: 1 / 0)
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+        PortableEngine.load(tiny_engine / FILE)
+    assert len(closed) == 1
 
 
 # The file

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from trtbuild.evaluation.benchmark import by_engine, random_prompts
+from trtbuild.evaluation import profile as module
+from trtbuild.evaluation.benchmark import Generation, by_engine, random_prompts
 from trtbuild.evaluation.profile import KINDS, OTHER, kind_of, page, write_profile
 from trtbuild.runtime.open import open_engine
 
@@ -22,9 +23,9 @@ from trtbuild.runtime.open import open_engine
         ("_one_row_product_kernel", "products"),
         ("_rms_norm_kernel", "norms"),
         ("_draw_kernel", "sampling"),
-        ("_all_reduce_add_rms_norm_kernel", "other ranks"),
+        ("_all_reduce_rows_kernel", "other ranks"),
         ("ncclDevKernel_AllReduce_Sum_f16_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "other ranks"),
-        ("_int4_product_kernel", "products"),
+        ("_few_rows_product_kernel", "products"),
         ("_widen_int4_kernel", "products"),
         ("_swiglu_kernel", "other"),
         ("Memcpy DtoD (Device -> Device)", "other"),
@@ -69,6 +70,22 @@ def test_a_profile(tiny_engine, tmp_path):
         assert shares["attention"] > 0.1
     for phase in ("context", "generation"):
         assert json.loads((written.parent / f"{phase}.trace.json").read_text())["traceEvents"]
+
+
+def test_the_profilers_own_start_is_no_part_of_a_phase(tiny_engine, tmp_path, monkeypatch):
+    heard = []
+
+    class Profile(module.profile):
+        def __enter__(self):
+            heard.append("profiler")
+            return super().__enter__()
+
+    wait = Generation.wait
+    monkeypatch.setattr(module, "profile", Profile)
+    monkeypatch.setattr(Generation, "wait", lambda self: heard.append("clock") or wait(self))
+    session = open_engine(tiny_engine, "portable", "cpu").session
+    write_profile(by_engine(session, random_prompts(1, 4)), tmp_path, "A title", 3)
+    assert " ".join(heard).count("profiler clock clock") == heard.count("profiler") == 2
 
 
 def test_one_token_has_no_generation_phase(tiny_engine, tmp_path):

@@ -77,8 +77,10 @@ class PortableEngine:
         self._inputs = {name: self._slots[name] for name in network.inputs}
         self._logits = self._slots.get("logits", ABSENT)
         constants = _Constants(network, device, self._values)
-        self._plans = {kind: self._plan(kind, constants) for kind in dict.fromkeys((network, self.few, self.many))}
-        constants.close()
+        try:
+            self._plans = {kind: self._plan(kind, constants) for kind in dict.fromkeys((network, self.few, self.many))}
+        finally:
+            constants.close()
         self._values.append(None)  # `ABSENT`
         self._knows_lengths = kernels.run_on(device) and knows_lengths(self.few, device)
         self._search: list[Call] = []  # what runs in the place of a plan
@@ -216,7 +218,7 @@ class _Constants:
         return self._prepared[key]
 
     def close(self) -> None:
-        """When all have been asked for."""
+        """When all have been asked for, or will not be."""
         if self._upload:
             self._upload.close()
 

@@ -171,11 +171,16 @@ def compare(result: dict, model: HuggingFaceModel, repeats: int, seed: int = 0) 
     return result | {"transformers": {"dtype": model.dtype} | theirs, "times_as_fast": ratios}
 
 
-def table(result: dict) -> str:
-    """A benchmark's result to read."""
+def heading(result: dict) -> str:
+    """What was measured, on what."""
     origin = result["provenance"]
     sizes = f"batch {result['batch_size']}, {result['input_len']} tokens in, {result['output_len']} out"
-    lines = [f"{origin['model']}, {origin['engine']} engine, {origin['dtype']}, {origin['device']}; {sizes}"]
+    return f"{origin['model']}, {origin['engine']} engine, {origin['dtype']}, {origin['device']}; {sizes}"
+
+
+def table(result: dict) -> str:
+    """A benchmark's result to read."""
+    lines = [heading(result)]
 
     def row(name: str, value: float, unit: str, note: str = "") -> None:
         lines.append(f"{name:24}{value:12.4g} {unit:10}{note}".rstrip())

@@ -49,8 +49,9 @@ def write_profile(generation: Generation, folder: Path, title: str, output_len: 
             continue
         if phase == "generation":
             generation.start()
-        began = generation.wait()
+        generation.wait()
         with profile(activities=activities) as trace:
+            began = generation.wait()  # to start the profiler takes longer than a step
             for _ in range(count):
                 generation.step() if phase == "generation" else generation.start()
             seconds = generation.wait() - began

@@ -14,7 +14,7 @@ from trtbuild.engine.config import marker, rank_file, read_config
 from trtbuild.engine.portable import read_portable
 from trtbuild.errors import UserError
 from trtbuild.evaluation.baseline import missing_in_transformers, open_baseline
-from trtbuild.evaluation.benchmark import benchmark, by_engine, compare, random_prompts
+from trtbuild.evaluation.benchmark import benchmark, by_engine, compare, heading, random_prompts
 from trtbuild.evaluation.hugging_face import HuggingFaceModel
 from trtbuild.evaluation.perplexity import perplexity
 from trtbuild.evaluation.profile import write_profile
@@ -166,8 +166,7 @@ def run_benchmark(
     origin = provenance(opened) | {"samples": repeats, "seed": 0}
     result |= {"provenance": origin} | marker(origin["model"])
     if profile:
-        title = f"{origin['model']}, {origin['dtype']}, batch {batch_size}, {input_len} tokens"
-        write_profile(by_engine(session, random_prompts(batch_size, input_len)), profile, title, output_len)
+        write_profile(by_engine(session, random_prompts(batch_size, input_len)), profile, heading(result), output_len)
     if transformers:
         dtype = "float16" if session.device.type == "cuda" else opened.dtype
         result = compare(result, HuggingFaceModel(transformers, dtype, session.device.type), repeats)
