@@ -68,6 +68,11 @@ def test_no_text_is_no_tokens(tokenizer):
     assert tokenizer.encode("") == tokenizer.encode("", chat=False) == []
 
 
+def test_what_a_model_has_beyond_the_tokenizer_is_no_text(tokenizer):
+    """Nor the second names for special tokens, which are there."""
+    assert tokenizer.decode([*tokenizer.encode("a"), *range(258, 320), *tokenizer.encode("b")]) == "ab"
+
+
 def test_no_chat_template(tokenizer, tiny_checkpoint):
     with pytest.raises(UserError, match=f"the tokenizer in {tiny_checkpoint} has no chat template"):
         tokenizer.encode("hello", chat=True)

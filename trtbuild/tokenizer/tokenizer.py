@@ -146,7 +146,8 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """Text of token ids without special tokens."""
         with refusing(f"the tokenizer in {self.folder} cannot decode {ids[:8]}"):
-            return self._tokenizer.decode(ids, skip_special_tokens=True)
+            published = [i for i in ids if i not in self._ids]  # a model may have more than the tokenizer
+            return self._tokenizer.decode(published, skip_special_tokens=True)
 
     def text(self, ids: list[int], stop_words: tuple[str, ...] = ()) -> str:
         """`decode`, cut before the first stop word."""
