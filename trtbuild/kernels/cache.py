@@ -8,15 +8,14 @@ import torch
 import triton
 import triton.language as tl
 
+from trtbuild.kernels import has_type
 from trtbuild.kernels.conversion import from_fp8, from_int8
-from trtbuild.tensors.rounding import FP8_CAPABILITY
 
 
 def takes(x: torch.Tensor, head_dim: int, cache: torch.Tensor) -> bool:
     """Whether these kernels take activations like `x` over such a cache; where not, there are the operations."""
-    fp8 = cache.dtype == torch.float8_e4m3fn
-    fp8_missing = fp8 and x.is_cuda and torch.cuda.get_device_capability(x.device) < FP8_CAPABILITY
-    return x.dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0 and head_dim <= 256 and not fp8_missing
+    known = x.dtype in (torch.float16, torch.bfloat16) and has_type(x.device, cache.dtype)
+    return known and head_dim % 8 == 0 and head_dim <= 256
 
 
 @triton.jit

@@ -60,7 +60,7 @@ def write_cache(
     block_d = triton.next_power_of_2(head_dim)
     block_h = min(triton.next_power_of_2(heads), max(1, WRITTEN // block_d))
     of_q, of_kv = triton.cdiv(heads, block_h), triton.cdiv(kv_heads, block_h)
-    _cache_write_kernel[of_q + 2 * of_kv, tokens](
+    _cache_write_kernel[((of_q + 2 * of_kv) * tokens,)](  # other dimensions of a grid end at 65535
         qkv, cos, sin, factors, position_ids, query_starts, slots, q, key_cache, value_cache, key_scale, value_scale,
         batch, qkv.stride(0), *key_cache.stride()[:2],
         HEADS=heads, KV_HEADS=kv_heads, BLOCK_H=block_h, HALF=head_dim // 2, BLOCK_HALF=block_d // 2,
@@ -119,14 +119,15 @@ def _cache_write_kernel(
     """Some heads of one token: queries, keys or values."""
     trigger(DEPENDENT)
     wait(DEPENDENT)
-    block, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    of_q: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
+    of_kv: tl.constexpr = (KV_HEADS + BLOCK_H - 1) // BLOCK_H
+    blocks: tl.constexpr = of_q + 2 * of_kv
+    block, token = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     sequences = tl.arange(0, BATCH)
     ends = tl.load(query_starts + 1 + sequences, mask=sequences < batch, other=0)
     b = tl.sum(((ends <= token) & (sequences < batch)).to(tl.int32), 0)
     if b == batch:
         return
-    of_q: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
-    of_kv: tl.constexpr = (KV_HEADS + BLOCK_H - 1) // BLOCK_H
     member = tl.arange(0, BLOCK_H)
     d = tl.arange(0, BLOCK_HALF)
     qkv += token * qkv_stride

@@ -15,17 +15,18 @@ others.
 INT4 weights are in the layout of `trtbuild.kernels.widen`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 
+from trtbuild.kernels import has_type
 from trtbuild.kernels.add_rms_norm import norm_rows
 from trtbuild.kernels.conversion import from_int8, from_nibbles
 from trtbuild.kernels.dependent_launch import dependent_launch, trigger, wait
-from trtbuild.kernels.processors import processors
+from trtbuild.kernels.processors import processors, shared_memory
 from trtbuild.kernels.quantize_rows import quantize_rows
 from trtbuild.kernels.widen import MIN_BLOCK, NATURAL_BLOCK, int4_block
 
@@ -90,7 +91,7 @@ def product(
     columns = out // 2 if swiglu else out
     group = width // len(scales) if weight.dtype == torch.uint8 and scales is not None else None
     block = None if group is None else int4_block(group)
-    tiles = _tiles(x, weight, swiglu, block)
+    tiles = _fitting(_tiles(x, weight, swiglu, block), x, weight, swiglu)
     step = tiles.k * tiles.unroll
     blocks, row_tiles, steps = triton.cdiv(columns, tiles.n), triton.cdiv(rows, tiles.m), triton.cdiv(width, step)
     part_steps = triton.cdiv(steps, _parts(tiles, blocks * row_tiles, x, weight, swiglu))
@@ -115,7 +116,7 @@ def takes(
     x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, zeros: torch.Tensor | None, activations: str
 ) -> bool:
     """Whether `product` does; and is the fastest there is, as far as rows decide."""
-    if x.dtype not in (torch.float16, torch.bfloat16):
+    if x.dtype not in (torch.float16, torch.bfloat16) or not has_type(x.device, weight.dtype):
         return False
     if weight.dtype == torch.uint8 and (scales is None or int4_block(x.shape[1] // len(scales)) == NATURAL_BLOCK):
         return False
@@ -152,11 +153,23 @@ def _tiles(x: torch.Tensor, weight: torch.Tensor, swiglu: bool, block: int | Non
     return Tiles(m, 64, k, 4 if m <= 32 or weight.itemsize > 1 else 3, swap=True)
 
 
+def _fitting(tiles: Tiles, x: torch.Tensor, weight: torch.Tensor, swiglu: bool) -> Tiles:
+    """With no more steps ahead than shared memory holds, of which other GPUs than H100 have less."""
+    most = int(shared_memory(x.device) / _bytes_of_step(tiles, x, weight, swiglu))
+    return replace(tiles, stages=max(1, min(tiles.stages, most)))
+
+
+def _bytes_of_step(tiles: Tiles, x: torch.Tensor, weight: torch.Tensor, swiglu: bool) -> float:
+    """Of shared memory, for what is read of both."""
+    bytes_of_weight = tiles.n * (1 + swiglu) * (0.5 if weight.dtype == torch.uint8 else weight.itemsize)
+    return tiles.unroll * tiles.k * (tiles.m * x.itemsize + bytes_of_weight)
+
+
 def _parts(tiles: Tiles, programs: int, x: torch.Tensor, weight: torch.Tensor, swiglu: bool) -> int:
     """Into how many a sum is split, so that all programs run side by side and fill the GPU."""
-    bytes_of_weight = tiles.n * (1 + swiglu) * (0.5 if weight.dtype == torch.uint8 else weight.itemsize)
-    shared_memory = tiles.stages * tiles.unroll * tiles.k * (tiles.m * x.itemsize + bytes_of_weight)
-    resident = processors(x.device) * max(1, min(16 // tiles.warps, int(SHARED_MEMORY / shared_memory)))
+    own = tiles.stages * _bytes_of_step(tiles, x, weight, swiglu)
+    there = min(SHARED_MEMORY, shared_memory(x.device))
+    resident = processors(x.device) * max(1, min(16 // tiles.warps, int(there / own)))
     return max(1, min(resident // programs, x.shape[1] // MIN_CHANNELS))
 
 

@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
+from trtbuild.kernels import has_type
 from trtbuild.kernels.conversion import ASSEMBLY, from_int8, wide_nibbles
 from trtbuild.kernels.dependent_launch import dependent_launch, trigger, wait
 from trtbuild.kernels.quads import CHANNELS, quad_sums
@@ -38,7 +39,7 @@ def takes(
     x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, zeros: torch.Tensor | None, activations: str
 ) -> bool:
     """Whether `product` can do it; else the operations themselves have to."""
-    if len(x) != 1 or x.dtype not in DTYPES:
+    if len(x) != 1 or x.dtype not in DTYPES or not has_type(x.device, weight.dtype):
         return False
     return weight.dtype != torch.uint8 or (scales is not None and int4_block(x.shape[1] // len(scales)) > NATURAL_BLOCK)
 

@@ -3,9 +3,18 @@
 import functools
 
 import torch
+import triton
 
 
 @functools.cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; a small number for the CPU, where kernels are interpreted in tests."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of a multiprocessor's that one program may have; for the CPU those of an H100."""
+    if device.type != "cuda":
+        return 227 << 10
+    return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
