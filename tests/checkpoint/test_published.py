@@ -895,7 +895,7 @@ def zeros(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("write", "limit"), [(big_qwen, 0.25), (big_baichuan, 3), (big_meta, 2.1)])
+@pytest.mark.parametrize(("write", "limit"), [(big_qwen, 0.25), (big_baichuan, 3), (big_meta, 2.3)])
 def test_a_conversion_holds_hardly_more_than_one_tensor(write, limit, zeros, tmp_path):
     """So many times the largest, of a model of six times that; Qwen's are only cut, in pages that are the kernel's."""
     sizes = [x.nbytes for x in write(tmp_path / "large").values()]
