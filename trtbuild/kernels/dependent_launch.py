@@ -1,11 +1,12 @@
 """Programmatic dependent launch: a kernel of a step starts while the one before it is still running.
 
-What it does before `wait` runs beside the end of its predecessor: it may read what no step writes (weights, scales),
-and nothing else, and it writes nothing. After `wait` all earlier kernels have ended and their results can be seen.
-Kernels that take part
+What it does before `wait` runs beside the end of its predecessor: it may read what no step writes (weights, scales) or
+only earlier steps wrote, since every step begins with an ordinary launch; nothing else, and it writes nothing. After
+`wait` all earlier kernels have ended and their results can be seen. Kernels that take part
 
     are launched with `**dependent_launch(device)`, which gives them the constant `DEPENDENT`, and
-    call `trigger(DEPENDENT)` and `wait(DEPENDENT)` in every program, even in one that has nothing to do.
+    call `trigger(DEPENDENT)` in every program, and `wait(DEPENDENT)` in all but those that have nothing to do, of which
+    no launch has only such: else it could end, and the next one go on, before its predecessor has ended.
 
 A `wait` inside of a loop that the compiler pipelines may let loads pass it, so it stands before. To
 trigger at the start was faster than at the end.
