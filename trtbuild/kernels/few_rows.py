@@ -34,7 +34,6 @@ from trtbuild.kernels.widen import MIN_BLOCK, NATURAL_BLOCK, int4_block
 MAX_ROWS = {"16bit": 64, "8bit": 64, "weight-only": 256}
 MAX_TILE = 128  # rows of a program
 MIN_CHANNELS = 1024  # of a part of a sum; a shorter part costs more in adding than it gains
-LONG = 8192  # INT4: sums of more channels are in fewer parts, of larger steps
 SHARED_MEMORY = 220 << 10  # bytes of a multiprocessor, for programs that run side by side on it
 MAX_BLOCKS = 1 << 16  # of outputs of a product that is split
 
@@ -137,10 +136,9 @@ def _tiles(x: torch.Tensor, weight: torch.Tensor, swiglu: bool, block: int | Non
     if block is not None:
         if m > 64:
             return Tiles(m, 128, block, 3, warps=8, swap=True, scale_weight=True)
-        even = m == 16 and width % (2 * block) == 0
-        if even and swiglu:
+        if swiglu and m == 16 and width % (2 * block) == 0:
             return Tiles(m, 32, block, 3, unroll=2)
-        return Tiles(m, 64, block, 4, swap=True, unroll=2 if even and width > LONG else 1)
+        return Tiles(m, 64, block, 4, swap=True)
     k = 256 // weight.itemsize
     if weight.itemsize < x.itemsize:
         if m > 64:
