@@ -80,10 +80,13 @@ def layout_of(wildcards):
     return sizes(wildcards.layout, MODELS[wildcards.model])
 
 
+def number_of_ranks(layout):
+    return layout["tp_size"] * layout["pp_size"]
+
+
 def ranks_of(wildcards):
     """How many processes run an engine, and on as many GPUs."""
-    layout = layout_of(wildcards)
-    return layout["tp_size"] * layout["pp_size"]
+    return number_of_ranks(layout_of(wildcards))
 
 
 def launcher_of(wildcards):
@@ -93,8 +96,7 @@ def launcher_of(wildcards):
 
 def ranks_of_model(wildcards):
     """GPUs of the baseline, which is spread over those that the model is declared for."""
-    layout = sizes("", MODELS[wildcards.model])
-    return layout["tp_size"] * layout["pp_size"]
+    return number_of_ranks(sizes("", MODELS[wildcards.model]))
 
 
 def default_targets(wildcards):

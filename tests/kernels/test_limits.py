@@ -15,12 +15,12 @@ GRID = 65535  # of a launch's second and third dimensions
 @pytest.mark.parametrize(("capability", "has"), [((8, 0), False), ((8, 9), True)])
 def test_fp8(capability, has, monkeypatch):
     """Where there is none nothing takes it; INT8 is everywhere."""
-    kernels._capability.cache_clear()
+    kernels.capability.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     gpu = torch.device("cuda")
     assert kernels.has_type(gpu, FP8) is has
     assert kernels.has_type(gpu, torch.int8)
-    kernels._capability.cache_clear()
+    kernels.capability.cache_clear()
     for module in (cache, few_rows, one_row):
         monkeypatch.setattr(module, "has_type", lambda device, dtype: kernels.has_type(gpu, dtype))
     x, scales = torch.zeros(1, 64).half(), torch.ones(32)
@@ -30,7 +30,7 @@ def test_fp8(capability, has, monkeypatch):
         assert cache.takes(x, 64, weight) is expected
         assert one_row.takes(x, weight, scales, None, "token") is expected
         assert few_rows.takes(x, weight, scales, None, "token") is expected
-    kernels._capability.cache_clear()
+    kernels.capability.cache_clear()
 
 
 @pytest.mark.parametrize("kilobytes", [99, 163, 227])

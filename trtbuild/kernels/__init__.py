@@ -14,9 +14,10 @@ def run_on(device: torch.device) -> bool:
 
 def has_type(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether kernels on a device know numbers of this type: FP8 is for newer GPUs, which other kernels need not be."""
-    return dtype != torch.float8_e4m3fn or device.type != "cuda" or _capability(device) >= FP8_CAPABILITY
+    return dtype != torch.float8_e4m3fn or device.type != "cuda" or capability(device) >= FP8_CAPABILITY
 
 
 @functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
+def capability(device: torch.device) -> tuple[int, int]:
+    """Of a GPU; asked for with every launch."""
     return torch.cuda.get_device_capability(device)

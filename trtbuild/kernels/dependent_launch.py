@@ -19,13 +19,15 @@ import torch
 import triton
 import triton.language as tl
 
+from trtbuild.kernels import capability
+
 SWITCH = "TRTBUILD_DEPENDENT_LAUNCH"  # 0 in the environment switches it off
 
 
 @lru_cache
 def dependent_launch(device: torch.device) -> dict[str, bool]:
     """Options of a launch on `device`: GPUs can do it from compute capability 9.0 on."""
-    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    able = device.type == "cuda" and capability(device) >= (9, 0)
     if not able or os.environ.get(SWITCH) == "0":
         return {"DEPENDENT": False}
     return {"DEPENDENT": True, "launch_pdl": True}

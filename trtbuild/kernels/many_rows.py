@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from trtbuild.kernels import capability
 from trtbuild.kernels.dependent_launch import dependent_launch, trigger, wait
 from trtbuild.kernels.processors import processors
 
@@ -40,7 +41,7 @@ def product_8bit(
     `row_scale` float32 `[rows, 1]`, `column_scale` float32 `[out]`; `in` and `out` are multiples of `MULTIPLE`.
     """
     (rows, width), out, device = narrow.shape, len(weight), narrow.device
-    hopper = device.type != "cuda" or torch.cuda.get_device_capability(device) >= HOPPER
+    hopper = device.type != "cuda" or capability(device) >= HOPPER
     if narrow.dtype == torch.float8_e4m3fn and rows > TRITON_ROWS and dtype.itemsize == 2 and narrow.is_cuda and hopper:
         scales = row_scale, column_scale[None]
         return torch._scaled_mm(narrow, weight.T, *scales, bias=bias, out_dtype=dtype, use_fast_accum=True)

@@ -10,9 +10,8 @@ from typing import Literal
 import torch
 
 from trtbuild import kernels
-from trtbuild.linear.blockwise import blockwise_linear
 from trtbuild.linear.format import EightBits
-from trtbuild.linear.w8a8 import W8A8Linear
+from trtbuild.linear.w8a8 import W8A8Linear, exact_product, lowered_by_token, product_in_blocks
 from trtbuild.network import Tensor
 from trtbuild.network.lowering import Lowered, Lowering
 from trtbuild.network.network import Op, Spec
@@ -57,9 +56,7 @@ class SharedScaleLinear(EightBits):
         scales: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        s = self._scale(magnitudes)
-        product = quantize(x.float(), s, self.values).double() @ weight.double().T * s * scales
-        return (product if bias is None else product + bias).to(x.dtype)
+        return exact_product(*self._quantized(x, magnitudes), weight, scales, bias, x.dtype)
 
     def portable(
         self,
@@ -70,15 +67,12 @@ class SharedScaleLinear(EightBits):
         scales: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        s = self._scale(magnitudes)
-        narrow = quantize(x.float(), s, self.values)
+        narrow, s = self._quantized(x, magnitudes)
         if kernels.run_on(x.device) and W8A8Linear(self.dtype, "token").has_kernel(weight):
             from trtbuild.kernels.many_rows import product_8bit
 
             return product_8bit(narrow, s, weight, scales, bias, x.dtype)
-        product = blockwise_linear(narrow, weight.shape, lambda rows: weight[rows].float())
-        product = product.mul_(s).mul_(scales)
-        return (product if bias is None else product.add_(bias)).to(x.dtype)
+        return product_in_blocks(narrow, s, weight, scales, bias, x.dtype)
 
     def to_tensorrt(
         self,
@@ -89,15 +83,10 @@ class SharedScaleLinear(EightBits):
         scales: Lowered,
         bias: Lowered | None = None,
     ) -> Lowered:
-        one, limit, tiny = (
-            lowering.scalar(value, torch.float32, rank)
-            for value, rank in ((1, 0), (LIMIT[self.values], 2), (torch.finfo(torch.float32).tiny, 2))
-        )
-        s = lowering.elementwise("DIV", lowering.reduce("MAX", magnitudes, 1), limit)
-        s = lowering.elementwise("MAX", s, tiny)  # a row of zeros stays zero
-        wide = lowering.elementwise("DIV", lowering.cast(x, torch.float32), s)
-        product = lowering.elementwise("PROD", lowering.quantized_matmul(wide, one, weight, scales), s)
+        wide, largest = lowering.cast(x, torch.float32), lowering.reduce("MAX", magnitudes, 1)
+        product = lowered_by_token(lowering, wide, largest, weight, scales, LIMIT[self.values])
         return lowering.cast_like(lowering.add_bias(product, bias), x)
 
-    def _scale(self, magnitudes: torch.Tensor) -> torch.Tensor:
-        return scale_for(magnitudes.amax(1, keepdim=True), self.values)
+    def _quantized(self, x: torch.Tensor, magnitudes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        s = scale_for(magnitudes.amax(1, keepdim=True), self.values)
+        return quantize(x.float(), s, self.values), s

@@ -42,9 +42,7 @@ class W8A8Linear(EightBits):
         input_scale: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        narrow, s = self._quantized(x, input_scale)
-        product = narrow.double() @ weight.double().T * s * scales
-        return (product if bias is None else product + bias).to(x.dtype)
+        return exact_product(*self._quantized(x, input_scale), weight, scales, bias, x.dtype)
 
     def portable(
         self,
@@ -55,16 +53,12 @@ class W8A8Linear(EightBits):
         input_scale: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Without kernels in float32 sums: of integers exact for up to 1032 terms, within 1e-7 of exact beyond."""
         if kernels.run_on(x.device) and self.has_kernel(weight):
             from trtbuild.kernels.many_rows import product_8bit
             from trtbuild.kernels.quantize_rows import quantize_rows
 
             return product_8bit(*quantize_rows(x, input_scale, self.values), weight, scales, bias, x.dtype)
-        narrow, s = self._quantized(x, input_scale)
-        product = blockwise_linear(narrow, weight.shape, lambda rows: weight[rows].float())
-        product = product.mul_(s).mul_(scales)
-        return (product if bias is None else product.add_(bias)).to(x.dtype)
+        return product_in_blocks(*self._quantized(x, input_scale), weight, scales, bias, x.dtype)
 
     def to_tensorrt(
         self,
@@ -75,17 +69,11 @@ class W8A8Linear(EightBits):
         input_scale: Lowered | None = None,
         bias: Lowered | None = None,
     ) -> Lowered:
-        """In float32 around the product of 8 bits; a scale a token cannot be TensorRT's, so it is applied outside."""
+        """In float32 around the product of 8 bits."""
         wide = lowering.cast(x, torch.float32)
         if input_scale is None:
-            one, limit, tiny = (
-                lowering.scalar(value, torch.float32, rank)
-                for value, rank in ((1, 0), (LIMIT[self.values], 2), (torch.finfo(torch.float32).tiny, 2))
-            )
-            s = lowering.elementwise("DIV", lowering.reduce("MAX", lowering.unary("ABS", wide), 1), limit)
-            s = lowering.elementwise("MAX", s, tiny)  # a row of zeros stays zero
-            wide = lowering.elementwise("DIV", wide, s)
-            product = lowering.elementwise("PROD", lowering.quantized_matmul(wide, one, weight, scales), s)
+            largest = lowering.reduce("MAX", lowering.unary("ABS", wide), 1)
+            product = lowered_by_token(lowering, wide, largest, weight, scales, LIMIT[self.values])
         else:
             product = lowering.quantized_matmul(wide, input_scale, weight, scales)
         return lowering.cast_like(lowering.add_bias(product, bias), x)
@@ -101,4 +89,48 @@ class W8A8Linear(EightBits):
 
         if any(size % MULTIPLE for size in weight.shape):
             return False
-        return not weight.is_cuda or torch.cuda.get_device_capability(weight.device) >= self.capability
+        return not weight.is_cuda or kernels.capability(weight.device) >= self.capability
+
+
+def exact_product(
+    narrow: torch.Tensor,
+    s: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """`narrow @ weight.T * s * scales + bias` in float64, for activations `narrow` in 8 bits with the scales `s`."""
+    product = narrow.double() @ weight.double().T * s * scales
+    return (product if bias is None else product + bias).to(dtype)
+
+
+def product_in_blocks(
+    narrow: torch.Tensor,
+    s: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The same in float32 sums: of integers exact for up to 1032 terms, within 1e-7 of exact beyond."""
+    product = blockwise_linear(narrow, weight.shape, lambda rows: weight[rows].float())
+    product = product.mul_(s).mul_(scales)
+    return (product if bias is None else product.add_(bias)).to(dtype)
+
+
+def lowered_by_token(
+    lowering: Lowering, wide: Lowered, largest: Lowered, weight: Lowered, scales: Lowered, limit: float
+) -> Lowered:
+    """A float32 product of activations with a scale a token, `largest / limit`.
+
+    It cannot be TensorRT's, so it is applied outside.
+    """
+    one, limit_, tiny = (
+        lowering.scalar(value, torch.float32, rank)
+        for value, rank in ((1, 0), (limit, 2), (torch.finfo(torch.float32).tiny, 2))
+    )
+    s = lowering.elementwise("DIV", largest, limit_)
+    s = lowering.elementwise("MAX", s, tiny)  # a row of zeros stays zero
+    product = lowering.quantized_matmul(lowering.elementwise("DIV", wide, s), one, weight, scales)
+    return lowering.elementwise("PROD", product, s)

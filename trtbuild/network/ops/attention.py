@@ -6,7 +6,6 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 
-from trtbuild import kernels
 from trtbuild.network.lowering import Lowered, Lowering
 from trtbuild.network.network import Op, Spec, Tensor
 from trtbuild.network.step import Step
@@ -119,16 +118,6 @@ class Attention(Op):
         each sequence's own.
         """
         caches, scales = _both(key_cache, value_cache), _both(key_scale, value_scale)
-        if caches and step.generates and kernels.run_on(q.device):
-            from trtbuild.kernels.cache import takes
-            from trtbuild.kernels.decode_attention import decode_attention
-
-            if takes(q, q.shape[2], caches[0]):
-                qkv, heads = torch.cat((q, k, v), 1).flatten(1), q.shape[1]
-                output = decode_attention(
-                    qkv, None, None, None, position_ids, *caches, key_scale, value_scale, slopes, step.kv_bound, heads
-                )
-                return output, *caches
         if caches and scales:
             dtype = caches[0].dtype
             stored = [_stored(new.transpose(0, 1), dtype, s) for new, s in zip((k, v), scales, strict=True)]
