@@ -67,7 +67,7 @@ def test_sums_and_their_norms(way, monkeypatch):
     size, dtype, in_words, in_one_shot = WAYS[way]
     monkeypatch.setattr(one_shot_all_reduce, "IN_WORDS", in_words)
     monkeypatch.setattr(one_shot_all_reduce, "IN_ONE_SHOT", in_one_shot)
-    monkeypatch.setattr(one_shot_all_reduce, "processors", lambda device: 1)  # a program has several rows
+    monkeypatch.setattr(one_shot_all_reduce, "processors", lambda device: 1)  # a piece would wait for the next one
 
     def inputs(call):
         rows, width = SHAPES[call]

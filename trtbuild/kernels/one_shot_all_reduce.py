@@ -8,8 +8,8 @@ with equal bits on every rank, whose terms are added in the order of the ranks.
 
 Small tensors go in words that carry the number of the call: one way over the link, and no fence. A norm needs its whole
 row, so several programs, which all run at once, send a piece of it each and receive all of it. Larger tensors go in
-rows with flags: a program sends all of its rows first, then waits for them one by one. Between more than two ranks
-large ones go in two shots: every rank adds up a share of the rows and sends out the sums.
+rows with flags, a program each, of which more than run at once: so links and memory are busy at the same time. Between
+more than two ranks large ones go in two shots: every rank adds up a share of the rows and sends out the sums.
 """
 
 import torch
@@ -34,6 +34,7 @@ IN_WORDS = 1 << 18  # bytes of the largest tensor that goes in words
 IN_ONE_SHOT = 1 << 19  # and of the largest that goes in one shot between more than two ranks
 PIECES = 4  # of a row that goes in words
 FLAT = 2048  # values of a row where there is no norm
+WARP = 512  # values of a row with flags that a warp has
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -92,18 +93,16 @@ def _launch(
         )
         return
     block = triton.next_power_of_2(width)
-    _all_reduce_rows_kernel[(min(rows, 2 * processors(x.device)),)](
+    _all_reduce_rows_kernel[(rows,)](
         *tensors,
         memory.calls,
         memory.table,
         x.numel(),
         width,
-        rows,
         eps,
         BLOCK=block,
         TWO_SHOT=memory.size > 2 and x.nbytes > IN_ONE_SHOT,
-        num_warps=min(16, max(1, block // 256)),
-        num_stages=1,
+        num_warps=min(16, max(1, block // WARP)),
         **options,
     )
 
@@ -202,7 +201,6 @@ def _all_reduce_rows_kernel(
     table,
     length,
     width,
-    rows,
     eps,
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
@@ -214,82 +212,69 @@ def _all_reduce_rows_kernel(
     NORM: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
+    """A row a program: while some wait for what others send, the next ones send."""
     trigger(DEPENDENT)
-    program, programs = tl.program_id(0), tl.num_programs(0)
+    row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
+    at = row * width + column
+    inside = (column < width) & (at < length)
     if NORM:
-        scale = tl.load(weight + column, mask=column < width, other=0).to(tl.float32)
+        scale = tl.load(weight + column, mask=column < width, other=0)
     wait(DEPENDENT)
-    call = next_call(calls, program)
-    for row in range(program, rows, programs):
-        at = row * width + column
-        inside = (column < width) & (at < length)
-        value = tl.load(x + at, mask=inside, other=0)
-        if TWO_SHOT:
-            if row % RANKS != RANK:
-                send_row(value, at, inside, row, call, table, row % RANKS, RANK, RANKS, WORDS, CAPACITY)
-        else:
+    call = next_call(calls, row)
+    own = tl.load(x + at, mask=inside, other=0)
+    for rank in tl.static_range(RANKS):
+        if rank != RANK:
+            if TWO_SHOT:
+                if row % RANKS == rank:
+                    send_row(own, at, inside, row, call, table, rank, RANK, RANKS, WORDS, CAPACITY)
+            else:
+                send_row(own, at, inside, row, call, table, rank, RANK, RANKS, WORDS, CAPACITY)
+    end_call(calls, call, row, tl.num_programs(0), PROGRAMS)
+    if NORM:
+        before = tl.load(residual + at, mask=inside, other=0)
+    if TWO_SHOT:
+        owner = row % RANKS
+        if owner == RANK:
+            value = _sum(own, at, inside, row, call, table, RANK, RANKS, WORDS, CAPACITY).to(own.dtype)
             for rank in tl.static_range(RANKS):
                 if rank != RANK:
                     send_row(value, at, inside, row, call, table, rank, RANK, RANKS, WORDS, CAPACITY)
-    if TWO_SHOT:
-        for row in range(program, rows, programs):
-            if row % RANKS == RANK:
-                at = row * width + column
-                inside = (column < width) & (at < length)
-                value = _sum(x, at, inside, row, call, table, BLOCK, RANK, RANKS, WORDS, CAPACITY)
-                value = value.to(x.dtype.element_ty)
-                for rank in tl.static_range(RANKS):
-                    if rank != RANK:
-                        send_row(value, at, inside, row, call, table, rank, RANK, RANKS, WORDS, CAPACITY)
-                tl.store(x + at, value, mask=inside)
-        tl.debug_barrier()
-    for row in range(program, rows, programs):
-        at = row * width + column
-        inside = (column < width) & (at < length)
-        if TWO_SHOT:
-            owner = row % RANKS
-            if owner == RANK:
-                value = tl.load(x + at, mask=inside, other=0).to(tl.float32)
-            else:
-                value = receive_row(
-                    at, inside, row, call, table, owner, x.dtype.element_ty, RANK, RANKS, WORDS, CAPACITY
-                ).to(tl.float32)
         else:
-            value = _sum(x, at, inside, row, call, table, BLOCK, RANK, RANKS, WORDS, CAPACITY)
-        if NORM:
-            value += tl.load(residual + at, mask=inside, other=0).to(tl.float32)
-            both = value.to(x.dtype.element_ty)
-            tl.store(total + at, both, mask=inside)
-            value = both.to(tl.float32)
-            value *= tl.rsqrt(tl.sum(value * value, 0) / width + eps) * scale
-            tl.store(normed + at, value.to(x.dtype.element_ty), mask=inside)
-        else:
-            tl.store(x + at, value.to(x.dtype.element_ty), mask=inside)
-    end_call(calls, call, program, programs, PROGRAMS)
+            value = receive_row(at, inside, row, call, table, owner, own.dtype, RANK, RANKS, WORDS, CAPACITY)
+        value = value.to(tl.float32)
+    else:
+        value = _sum(own, at, inside, row, call, table, RANK, RANKS, WORDS, CAPACITY)
+    if NORM:
+        both = (value + before.to(tl.float32)).to(own.dtype)
+        tl.store(total + at, both, mask=inside)
+        value = both.to(tl.float32)  # the norm is that of the sum as the next layer reads it
+        value *= tl.rsqrt(tl.sum(value * value, 0) / width + eps) * scale.to(tl.float32)
+        tl.store(normed + at, value.to(own.dtype), mask=inside)
+    else:
+        tl.store(x + at, value.to(own.dtype), mask=inside)
 
 
 @triton.jit
 def _sum(
-    x,
+    own,
     at,
     inside,
     row,
     call,
     table,
-    BLOCK: tl.constexpr,
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
     WORDS: tl.constexpr,
     CAPACITY: tl.constexpr,
 ):
     """Of a row, in float32: this rank's and what the others send."""
-    value = tl.zeros([BLOCK], tl.float32)
+    value = tl.zeros(own.shape, tl.float32)
     for rank in tl.static_range(RANKS):
         if rank == RANK:
-            value += tl.load(x + at, mask=inside, other=0).to(tl.float32)
+            value += own.to(tl.float32)
         else:
-            value += receive_row(
-                at, inside, row, call, table, rank, x.dtype.element_ty, RANK, RANKS, WORDS, CAPACITY
-            ).to(tl.float32)
+            value += receive_row(at, inside, row, call, table, rank, own.dtype, RANK, RANKS, WORDS, CAPACITY).to(
+                tl.float32
+            )
     return value

@@ -65,8 +65,8 @@ def next_call(calls, program):
 @triton.jit
 def end_call(calls, call, program, programs, PROGRAMS: tl.constexpr):
     """Counts it for the programs of the next, whose number may be another: none but this one writes what this reads."""
-    i = tl.arange(0, PROGRAMS)
-    tl.store(calls + i, call, mask=i % programs == program)
+    i = program + programs * tl.arange(0, PROGRAMS)
+    tl.store(calls + i, call, mask=i < PROGRAMS)
 
 
 @triton.jit
@@ -81,16 +81,22 @@ def _block(table, rank):
 
 
 @triton.jit
+def _words(table, call, owner, sender, RANKS: tl.constexpr, WORDS: tl.constexpr):
+    words = _block(table, owner).to(tl.pointer_type(tl.int64)) + _place(call, owner, sender, RANKS) * WORDS
+    return tl.multiple_of(words, 16)  # of an address out of memory the compiler knows nothing; it is for wide accesses
+
+
+@triton.jit
 def send_words(values, at, inside, call, table, target, RANK: tl.constexpr, RANKS: tl.constexpr, WORDS: tl.constexpr):
     """Puts int32 `values` at the places `at` of this rank in the memory of `target`."""
-    words = _block(table, target).to(tl.pointer_type(tl.int64)) + _place(call, target, RANK, RANKS) * WORDS
+    words = _words(table, call, target, RANK, RANKS, WORDS)
     tl.store(words + at, (call.to(tl.int64) << 32) | (values.to(tl.int64) & 0xFFFFFFFF), mask=inside)
 
 
 @triton.jit
 def receive_words(at, inside, call, table, source, RANK: tl.constexpr, RANKS: tl.constexpr, WORDS: tl.constexpr):
     """The int32 values that `source` sends in this call; waits for them."""
-    words = _block(table, RANK).to(tl.pointer_type(tl.int64)) + _place(call, RANK, source, RANKS) * WORDS
+    words = _words(table, call, RANK, source, RANKS, WORDS)
     found = tl.load(words + at, mask=inside, other=0, volatile=True)
     while tl.sum((inside & ((found >> 32).to(tl.int32) != call)).to(tl.int32), 0) > 0:
         found = tl.load(words + at, mask=inside, other=0, volatile=True)
@@ -108,7 +114,7 @@ def _row(
     table, call, owner, sender, RANKS: tl.constexpr, WORDS: tl.constexpr, CAPACITY: tl.constexpr, DTYPE: tl.constexpr
 ):
     rows = _block(table, owner) + 16 * (RANKS - 1) * WORDS + _place(call, owner, sender, RANKS) * CAPACITY
-    return rows.to(tl.pointer_type(DTYPE))
+    return tl.multiple_of(rows.to(tl.pointer_type(DTYPE)), 16)
 
 
 @triton.jit
