@@ -54,7 +54,8 @@ from trtbuild.runtime.world import World, world
 T = TypeVar("T")
 SMALL = BuildLimits(4, 700, 20)
 PROMPTS = (7, 1, 300, 600)
-CHECKS = {  # name: model, recipe, dtype, how far logits may be from one rank's
+CHECKS: dict[str, tuple[str, str, torch.dtype, float | None]] = {
+    # Name: model, recipe, dtype, how far logits may be from one rank's.
     "llama, float32": ("llama-7b", "fp16", torch.float32, 1e-4),
     "yi, float32, 4 KV heads": ("yi-6b", "fp16", torch.float32, 1e-4),
     "qwen, float32": ("qwen7b", "fp16", torch.float32, 1e-4),
@@ -62,8 +63,9 @@ CHECKS = {  # name: model, recipe, dtype, how far logits may be from one rank's
     "llama, float16": ("llama-7b", "fp16", torch.float16, 5e-3),
     "llama, bfloat16": ("llama-7b", "fp16", torch.bfloat16, 4e-2),
     **{f"llama, {recipe}": ("llama-7b", recipe, torch.float16, 2e-2) for recipe in ("int8wo", "int4")},
-    # Where activations or caches are rounded a last bit decides between two neighbours.
-    **{f"llama, {recipe}": ("llama-7b", recipe, torch.float16, 1e-1) for recipe in ("int8kv", "fp8", "sq")},
+    # Where activations or caches are rounded a last bit decides between two neighbours, which grows to the noise of the
+    # rounding itself: less than one rank's distance from what is not rounded.
+    **{f"llama, {recipe}": ("llama-7b", recipe, torch.float16, None) for recipe in ("int8kv", "fp8", "sq")},
 }
 
 
@@ -195,6 +197,10 @@ def free() -> None:
     torch.cuda.empty_cache()
 
 
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
 def outputs(session: Session) -> tuple[torch.Tensor, list[list[int]]]:
     """Logits of ragged prompts, of captured steps on fixed tokens, of a mixed step; then what is generated."""
     draw = torch.Generator().manual_seed(0)
@@ -293,18 +299,21 @@ def check(bench: Bench, args: argparse.Namespace) -> bool:
         if bench.here.rank == 0:
             expected, tokens = outputs(bench.alone(config, recipe, SMALL, dtype))
             free()
+            if limit is None:
+                limit = distance(outputs(bench.alone(config, "fp16", SMALL, dtype))[0], expected)
+                free()
         for layout, sizes in layouts.items():
             if sizes[1] > config.num_hidden_layers:
                 continue
 
             found = bench.on_ranks(config, recipe, SMALL, dtype, sizes, outputs)
             if found:
-                error = ((found[0] - expected).norm() / expected.norm()).item()
+                error = distance(found[0], expected)
                 equal = int((torch.tensor(tokens) == torch.tensor(found[1])).sum())
                 right = error < limit and (dtype != torch.float32 or found[1] == tokens)
                 good &= right
-                verdict = "" if right else "   WRONG"
-                bench.say(f"{layout:8} {name:28} error {error:.1e}, {equal}/{12 * len(PROMPTS)} tokens{verdict}")
+                verdict = f"{equal}/{12 * len(PROMPTS)} tokens{'' if right else '   WRONG'}"
+                bench.say(f"{layout:8} {name:28} error {error:.1e}, at most {limit:.0e}; {verdict}")
     return good
 
 
