@@ -5,13 +5,17 @@ import math
 import pytest
 import torch
 
+from trtbuild.engine.config import BuildLimits
 from trtbuild.errors import UserError
 from trtbuild.evaluation import benchmark as module
 from trtbuild.evaluation.benchmark import benchmark, by_engine, by_transformers, compare, random_prompts, table
 from trtbuild.evaluation.hugging_face import HuggingFaceModel
 from trtbuild.runtime.open import open_engine
 
-ALWAYS = {"batch_size", "input_len", "output_len", "time_to_first_token_s", "output_tokens_per_s", "peak_memory_bytes"}
+ALWAYS = {
+    *("batch_size", "parts", "input_len", "output_len"),
+    *("time_to_first_token_s", "output_tokens_per_s", "peak_memory_bytes"),
+}
 STEPS = {"time_per_output_token_s", "time_per_output_token_p90_s"}
 TRAFFIC = {
     *("bytes_per_step", "bytes_per_token", "bandwidth_bytes_per_s", "bandwidth_share"),
@@ -60,13 +64,53 @@ def test_one_token_has_no_steps(session):
 
 def test_counts_of_runs_and_steps(session, monkeypatch):
     calls = []
-    prefill, generate = session.prefill, session.generate
-    monkeypatch.setattr(session, "prefill", lambda prompts: calls.append(prompts) or prefill(prompts))
-    monkeypatch.setattr(session, "generate", lambda sampler: calls.append(sampler.tokens.shape) or generate(sampler))
+    prefill, generate = session.start_prefill, session.start_generate
+    monkeypatch.setattr(session, "start_prefill", lambda prompts: calls.append(prompts) or prefill(prompts))
+    monkeypatch.setattr(session, "start_generate", lambda s: calls.append(s.tokens.shape) or generate(s))
     benchmark(session, 2, 5, 4, repeats=3)
     prompts = calls[0]
     assert [len(prompt) for prompt in prompts] == [5, 5]
     assert calls == [prompts, *[torch.Size([2])] * 3] * 4  # one run to warm up
+
+
+class Part:
+    """Of a batch, which notes what is asked of it."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, name: str, size: int, calls: list[str]) -> None:
+        self.name, self.calls, self.limits = name, calls, BuildLimits(max_batch_size=size)
+
+    def sampler(self, params, prompts):
+        assert len(prompts) == self.limits.max_batch_size
+        return lambda logits: self.calls.append(f"{self.name} drawn")
+
+    def _begin(self, what):
+        self.calls.append(f"{self.name} {what}")
+        return lambda: self.calls.append(f"{self.name} there")
+
+    def start_prefill(self, prompts):
+        return self._begin("prompts")
+
+    def start_generate(self, sampler):
+        return self._begin("step")
+
+
+def test_parts_of_a_batch_are_under_way_at_the_same_time(monkeypatch):
+    """A part's next step begins before the other's logits are asked for, as in `generate`; in the end all are there."""
+    calls: list[str] = []
+    whole = Part("whole", 3, calls)
+    whole.parts = lambda batch_size: [Part("a", 1, calls), Part("b", 2, calls)]
+    generation = by_engine(whole, random_prompts(3, 4))
+    assert generation.parts == 2
+    generation.start()
+    assert calls == ["a prompts", "b prompts", "a there", "a drawn", "b there", "b drawn"]
+    calls.clear()
+    for _ in range(3):
+        generation.step()
+    assert calls == ["a step", "b step", "a there", *["a step", "b there", "b step", "a there"] * 2]
+    generation.wait()
+    assert calls[11:] == ["b there"]
 
 
 def test_both_generate_the_same_tokens(session, tiny_checkpoint):

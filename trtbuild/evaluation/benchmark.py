@@ -3,16 +3,17 @@
 import resource
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 
 from trtbuild.errors import UserError
 from trtbuild.evaluation.hugging_face import HuggingFaceModel
 from trtbuild.progress import item_bar
-from trtbuild.runtime.sampling import SamplingParams
+from trtbuild.runtime.sampling import Sampler, SamplingParams
 from trtbuild.runtime.session import Session
 
 BANDWIDTH_BYTES = 1 << 29
@@ -22,30 +23,51 @@ BANDWIDTH_BYTES = 1 << 29
 class Generation:
     """Greedy generation that can be timed: `start` takes the prompts to their first tokens, `step` goes one token on.
 
-    Neither waits for the device.
+    Neither waits for the device. Of `parts` of the batch that a pipeline works on at the same time, a step may leave
+    the last one's under way, which `finish` ends.
     """
 
     device: torch.device
     batch_size: int
     start: Callable[[], object]
     step: Callable[[], object]
+    parts: int = 1
+    finish: Callable[[], object] = lambda: None
 
     def wait(self) -> float:
         """Seconds on the host's clock when all is done."""
+        self.finish()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
 
 def by_engine(session: Session, prompts: list[list[int]]) -> Generation:
-    sampler = session.sampler(SamplingParams(), prompts)
+    """As `generate` does it: a step of a part of the batch begins before another part's logits are asked for."""
+    parts = session.parts(len(prompts))
+    ends = list(accumulate(min(part.limits.max_batch_size, len(prompts)) for part in parts))
+    batches = [prompts[first:end] for first, end in pairwise([0, *ends])]
+    samplers: list[Sampler] = []
+    begun: deque[Callable[[], object]] = deque()
 
     def start() -> None:
-        nonlocal sampler
-        sampler = session.sampler(SamplingParams(), prompts)
-        sampler(session.prefill(prompts))
+        finish()
+        samplers[:] = [part.sampler(SamplingParams(), batch) for part, batch in zip(parts, batches, strict=True)]
+        logits = [part.start_prefill(batch) for part, batch in zip(parts, batches, strict=True)]
+        for sampler, logits_of in zip(samplers, logits, strict=True):
+            sampler(logits_of())
 
-    return Generation(session.device, len(prompts), start, lambda: session.generate(sampler))
+    def step() -> None:
+        for part, sampler in zip(parts, samplers, strict=True):
+            begun.append(part.start_generate(sampler))
+            if len(begun) == len(parts):
+                begun.popleft()()
+
+    def finish() -> None:
+        while begun:
+            begun.popleft()()
+
+    return Generation(session.device, len(prompts), start, step, len(parts), finish)
 
 
 def by_transformers(model: HuggingFaceModel, prompts: list[list[int]]) -> Generation:
@@ -142,16 +164,20 @@ def benchmark(
 ) -> dict:
     """Times random prompts (`timed`), and compares a step with its floor, the time that its bytes take to read.
 
-    `bytes_per_step` counts what a generation step must read: each weight once and the caches' filled part, of ranks
-    that share a layer what one reads. The bandwidth is measured on the spot. Raises `UserError` for sizes beyond the
-    engine's limits.
+    `bytes_per_step` counts what a generation step must read, one after the other: each weight once and the caches'
+    filled part, of ranks that share a layer what one reads. Stages that have parts of the batch at the same time read
+    their weights once a part, which together is all weights once, and beside each other a part's caches. The bandwidth
+    is measured on the spot. Raises `UserError` for sizes beyond the engine's limits.
     """
     check_sizes(session, batch_size, input_len, output_len, repeats)
+    generation = by_engine(session, random_prompts(batch_size, input_len, seed))
     result: dict = {"batch_size": batch_size, "input_len": input_len, "output_len": output_len}
-    result |= timed(by_engine(session, random_prompts(batch_size, input_len, seed)), output_len, repeats)
+    result["parts"] = generation.parts
+    result |= timed(generation, output_len, repeats)
     result["peak_memory_bytes"] = _peak_memory(session.device)
     if output_len > 1:
-        read = session.weight_bytes + batch_size * (input_len + output_len / 2) * session.bytes_per_position
+        cached = batch_size * (input_len + output_len / 2) * session.bytes_per_position
+        read = session.weight_bytes + cached / generation.parts
         bandwidth = measure_bandwidth(session.device)
         result["bytes_per_step"] = int(read)
         result["bytes_per_token"] = int(read / batch_size)
@@ -174,7 +200,8 @@ def compare(result: dict, model: HuggingFaceModel, repeats: int, seed: int = 0) 
 def heading(result: dict) -> str:
     """What was measured, on what."""
     origin = result["provenance"]
-    sizes = f"batch {result['batch_size']}, {result['input_len']} tokens in, {result['output_len']} out"
+    parts = f" in {result['parts']} parts" if result["parts"] > 1 else ""
+    sizes = f"batch {result['batch_size']}{parts}, {result['input_len']} tokens in, {result['output_len']} out"
     return f"{origin['model']}, {origin['engine']} engine, {origin['dtype']}, {origin['device']}; {sizes}"
 
 
