@@ -48,7 +48,7 @@ from trtbuild.runtime.generation import generate
 from trtbuild.runtime.ranks_session import RanksSession
 from trtbuild.runtime.sampling import SamplingParams
 from trtbuild.runtime.session import PortableSession, Session
-from trtbuild.runtime.together import obey, ranks_between
+from trtbuild.runtime.together import _own_gpu, obey, ranks_between
 from trtbuild.runtime.world import World, world
 
 T = TypeVar("T")
@@ -117,7 +117,7 @@ class Bench:
 
     def __init__(self, here: World) -> None:
         self.here = here
-        self.device = torch.device("cuda", here.local_rank)
+        self.device, _ = _own_gpu(here)
         torch.cuda.set_device(self.device)
         self.start, self.bandwidth = time.monotonic(), copy_bandwidth()
         free()
@@ -415,15 +415,15 @@ def all_layouts(ranks: int) -> dict[str, tuple[int, int]]:
     return {"".join(f"{k}{n}" for k, n in (("tp", tp), ("pp", pp)) if n > 1): (tp, pp) for tp, pp in sizes}
 
 
-def spawn(ranks: int, seconds: float) -> int:
-    """Starts this script once a rank; ends all when one fails or time is up."""
+def spawn(ranks: int, seconds: float, own: bool) -> int:
+    """Starts this script once a rank, with all GPUs or its `own` alone; ends all when one fails or time is up."""
     with socket.socket() as free_port:
         free_port.bind(("127.0.0.1", 0))
         port = free_port.getsockname()[1]
-    processes = [
-        subprocess.Popen([sys.executable, *sys.argv], env=os.environ | {"SPAWNED": f"{rank} {ranks} {port}"})
-        for rank in range(ranks)
-    ]
+    processes = []
+    for rank in range(ranks):
+        environment = {"SPAWNED": f"{rank} {ranks} {port}"} | ({"CUDA_VISIBLE_DEVICES": str(rank)} if own else {})
+        processes.append(subprocess.Popen([sys.executable, *sys.argv], env=os.environ | environment))
     end = time.monotonic() + seconds + 20
     try:
         while any(process.poll() is None for process in processes):
@@ -453,6 +453,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=PARTS, help="what to do, in this order")
     parser.add_argument("--ranks", type=int, default=2, help="without a launcher: how many processes to start")
+    parser.add_argument("--own-gpu", action="store_true", help="and each is shown one GPU alone, as Slurm may do it")
     parser.add_argument("--layouts", nargs="+", help="such as tp2 or tp2pp2; default: all of so many ranks")
     parser.add_argument("--cases", nargs="+", choices=CHECKS, help="to check; default: all")
     parser.add_argument("--model", choices=MODELS, default="llama-7b", metavar="NAME", help="of config/models.yaml")
@@ -467,7 +468,7 @@ def main() -> None:
     args = parser.parse_args()
     here = Spawned(*map(int, os.environ["SPAWNED"].split())) if "SPAWNED" in os.environ else world()
     if here is None:
-        sys.exit(spawn(args.ranks, args.seconds))
+        sys.exit(spawn(args.ranks, args.seconds, args.own_gpu))
     faulthandler.dump_traceback_later(args.seconds, exit=True)
     torch.set_grad_enabled(False)
     bench = Bench(here)

@@ -50,7 +50,7 @@ def run(rank: int, port: int) -> None:
 
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
     device = torch.device("cuda", 0)
-    memory = PeerMemory.of(dist.group.WORLD, device)
+    memory = PeerMemory.of(dist.group.WORLD, PeerMemory.block(RANKS, device))
     draw = torch.Generator(device).manual_seed(0)  # all ranks draw the same
     for dtype, tolerance in TOLERANCE.items():
         for rows, width in SHAPES:

@@ -19,7 +19,7 @@ from trtbuild.network.ranks import Ranks
 from trtbuild.network.step import Chunk
 from trtbuild.runtime import together
 from trtbuild.runtime.open import open_engine
-from trtbuild.runtime.ranks import MpiRanks, NcclRanks, _meetings
+from trtbuild.runtime.ranks import MpiRanks, NcclRanks, _meetings, _peer_memory
 from trtbuild.runtime.ranks_session import pieces
 from trtbuild.runtime.world import launched, world
 
@@ -290,6 +290,32 @@ def test_two_ranks_on_one_gpu():
     assert together._shared_gpu(OneOfMany(0), ["a GPU-0", "b GPU-0"]) is None
     with pytest.raises(UserError, match="torch finds no GPU; give every rank one, or use --device cpu"):
         together._own_gpu(OneOfMany(0))
+
+
+@pytest.mark.parametrize("without", ["this rank", "another", None])
+def test_ranks_look_for_each_others_memory_where_all_have_some(monkeypatch, without):
+    """To look waits for all; so they tell each other first."""
+    pytest.importorskip("triton")
+    from trtbuild.kernels.peer_memory import PeerMemory
+
+    told = []
+
+    def block(size, device):
+        if without == "this rank":
+            raise torch.OutOfMemoryError("none is left")
+        return torch.zeros(size, device=device)
+
+    def all_reduce(x, op, group):
+        told.append(x.item())
+        x *= without is None
+
+    monkeypatch.setattr(PeerMemory, "block", block)
+    monkeypatch.setattr(PeerMemory, "of", lambda group, block: (*told, len(block)))
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 3)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    monkeypatch.setenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "0")
+    made = _peer_memory(None, torch.device("cpu"))
+    assert (made, told) == {"this rank": (None, [0]), "another": (None, [1]), None: ((1, 3), [1, 1])}[without]
 
 
 @pytest.mark.parametrize(

@@ -39,15 +39,24 @@ class PeerMemory:
         self.layout = {"RANK": rank, "RANKS": size, "WORDS": WORDS, "CAPACITY": CAPACITY, "PROGRAMS": PROGRAMS}
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup, device: torch.device) -> "PeerMemory":
-        """Made by all ranks of a group at the same time; raises `RuntimeError` where they do not reach each other."""
+    def block(cls, size: int, device: torch.device) -> torch.Tensor:
+        """A rank's memory; raises `RuntimeError` where none is left, or a GPU has none that others could reach."""
         import torch.distributed._symmetric_memory as symmetric
 
-        rank, size = dist.get_rank(group), dist.get_world_size(group)
-        block = symmetric.empty(cls.nbytes(size), dtype=torch.uint8, device=device).zero_()
+        return symmetric.empty(cls.nbytes(size), dtype=torch.uint8, device=device).zero_()
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup, block: torch.Tensor) -> "PeerMemory":
+        """Made by all ranks of a group at the same time, each of its own block.
+
+        Raises `RuntimeError` where they do not reach each other's.
+        """
+        import torch.distributed._symmetric_memory as symmetric
+
         handle = symmetric.rendezvous(block, group)
-        memory = cls(rank, size, handle.buffer_ptrs_dev, device, block, handle)
-        torch.cuda.synchronize(device)
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        memory = cls(rank, size, handle.buffer_ptrs_dev, block.device, block, handle)
+        torch.cuda.synchronize(block.device)
         dist.barrier(group)  # all are zeros
         return memory
 

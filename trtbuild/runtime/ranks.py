@@ -1,5 +1,6 @@
 """How tensors pass between an engine's processes: through MPI on CPUs; on GPUs by NCCL, and on one host directly."""
 
+import os
 from contextlib import suppress
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -175,12 +176,22 @@ def _peer_memory(group: Any, device: torch.device) -> "PeerMemory | None":
 
     from trtbuild.kernels.peer_memory import PeerMemory
 
-    made = None
+    def all_have(it: object) -> bool:
+        have = torch.tensor([it is not None], dtype=torch.int32, device=device)
+        dist.all_reduce(have, dist.ReduceOp.MIN, group=group)
+        return bool(have.item())
+
+    # Torch takes GPUs that ranks are shown one by one, each of them number 0, for the same; they are told by UUID.
+    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+    block = made = None
     with suppress(RuntimeError):
-        made = PeerMemory.of(group, device)
-    works = torch.tensor([made is not None], dtype=torch.int32, device=device)
-    dist.all_reduce(works, dist.ReduceOp.MIN, group=group)
-    return made if works.item() else None
+        block = PeerMemory.block(dist.get_world_size(group), device)
+    if not all_have(block):  # before any looks for the others' blocks, which waits for all of them
+        return None
+    assert block is not None
+    with suppress(RuntimeError):
+        made = PeerMemory.of(group, block)
+    return made if all_have(made) else None
 
 
 def _meetings(tp_size: int, pp_size: int) -> list[tuple[int, ...]]:
