@@ -265,7 +265,7 @@ CASES = [
     *[(kind, dtype) for kind in (None, "int4 asymmetric") for dtype in DTYPES.values()],
 ]
 models = pytest.mark.parametrize("name", QUANTIZED)
-some_layouts = pytest.mark.parametrize(("tp_size", "pp_size"), [(2, 1), (4, 1), (2, 2)])
+some_layouts = pytest.mark.parametrize(("tp_size", "pp_size"), [(2, 1), (4, 1), (1, 2), (2, 2)])
 
 
 @some_layouts
