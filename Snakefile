@@ -28,3 +28,6 @@ rule all:
     input:
         default_targets,
     default_target: True
+
+
+workflow.localrules(*config.get("local_rules", []))  # of a cluster's profile

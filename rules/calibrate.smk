@@ -15,7 +15,7 @@ rule calibration:
     params:
         settings=lambda wildcards: CALIBRATIONS[wildcards.calibration]["settings"],
         articles=lambda wildcards: articles_state(**CALIBRATIONS[wildcards.calibration]["settings"]["dataset"]),
-    threads: 16
+    threads: THREADS
     resources:
         gpu=1,
     conda:

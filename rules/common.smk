@@ -6,7 +6,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from trtbuild import rehearsal
+from trtbuild import gpus, rehearsal
 from trtbuild import workflow as trtbuild_workflow
 from trtbuild.checkpoint.source_files import source_state
 from trtbuild.datasets import articles_state
@@ -50,6 +50,14 @@ REHEARSED_RECIPES = rehearsal.rehearsal_recipes(RECIPES)
 QUANTIZATIONS = trtbuild_workflow.quantizations(RECIPES) | trtbuild_workflow.quantizations(REHEARSED_RECIPES)
 CALIBRATIONS = trtbuild_workflow.calibrations(RECIPES) | trtbuild_workflow.calibrations(REHEARSED_RECIPES)
 
+# A profile for a cluster says which rules run where snakemake does; without one all do, and share this machine.
+CLUSTER = "local_rules" in config
+# Cores for a process that computes: a cluster's nodes have some for each of their GPUs. None is this machine's number.
+THREADS = 8 if CLUSTER else 16
+if not CLUSTER and workflow.is_main_process and "gpu" not in workflow.global_resources:
+    # At least 1, also where there is none: rules that run a model never run side by side on one GPU, or on a CPU.
+    workflow.register_resource("gpu", max(1, len(gpus.visible())))
+
 
 wildcard_constraints:
     model="|".join(map(re.escape, MODELS)) or "none",
@@ -87,6 +95,16 @@ def number_of_ranks(layout):
 def ranks_of(wildcards):
     """How many processes run an engine, and on as many GPUs."""
     return number_of_ranks(layout_of(wildcards))
+
+
+def threads_of(wildcards):
+    """Cores of all processes that run an engine."""
+    return THREADS * ranks_of(wildcards)
+
+
+def threads_of_rank(wildcards, threads):
+    """Cores of each; on several nodes of a cluster `threads` is bounded by what one of them has."""
+    return THREADS if CLUSTER else max(1, threads // ranks_of(wildcards))
 
 
 def launcher_of(wildcards):

@@ -15,9 +15,10 @@ rule summarize:
         options=evaluation("runtime", "device", "dataset", "prompt", "chat", "max_output_len"),
         chat_template=chat_template,
         articles=articles_to_evaluate,
-    threads: 16
+    threads: threads_of
     resources:
         gpu=ranks_of,
+        cpus_per_task=threads_of_rank,
         tasks=ranks_of,
         tasks_per_gpu=0,
         mpi=launcher_of,
@@ -39,7 +40,7 @@ rule summarize_hf:
         options=evaluation("baseline_dtype", "device", "dataset", "prompt", "chat", "max_output_len", **baseline_limits()),
         chat_template=chat_template,
         articles=articles_to_evaluate,
-    threads: 16
+    threads: THREADS
     resources:
         gpu=ranks_of_model,
     conda:
@@ -75,9 +76,10 @@ rule perplexity:
         ranks=ranks_of,
         options=evaluation("runtime", "device", "dataset"),
         articles=articles_to_evaluate,
-    threads: 16
+    threads: threads_of
     resources:
         gpu=ranks_of,
+        cpus_per_task=threads_of_rank,
         tasks=ranks_of,
         tasks_per_gpu=0,
         mpi=launcher_of,
@@ -97,7 +99,7 @@ rule perplexity_hf:
     params:
         options=evaluation("baseline_dtype", "device", "dataset", **baseline_limits()),
         articles=articles_to_evaluate,
-    threads: 16
+    threads: THREADS
     resources:
         gpu=ranks_of_model,
     conda:
@@ -134,9 +136,10 @@ rule benchmark:
         ranks=ranks_of,
         sizes=lambda wildcards: config_of(wildcards)["benchmark"],
         options=evaluation("runtime", "device"),
-    threads: workflow.cores or 16
+    threads: threads_of if CLUSTER else workflow.cores
     resources:
         gpu=ranks_of,
+        cpus_per_task=threads_of_rank,
         tasks=ranks_of,
         tasks_per_gpu=0,
         mpi=launcher_of,

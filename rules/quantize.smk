@@ -15,7 +15,7 @@ rule quantize:
         quantization=settings_of_quantization,
         source=lambda wildcards: QUANTIZATIONS[wildcards.quantization].get("source"),
         files=state_of_quantization,
-    threads: 16
+    threads: THREADS
     resources:
         gpu=1,
     conda:

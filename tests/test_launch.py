@@ -10,7 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import torch
 from processes import MPIEXEC
 
 from trtbuild.errors import UserError
@@ -44,7 +43,8 @@ def stage(engine_dir, does="nothing", text=None, output=None, dataset=None):
     if does == "kill rank 1":
         os.kill(max(pids_of_rank_1(str(engine_dir.parent).encode())), signal.SIGKILL)  # not the one that stays by
         time.sleep(60)
-    return {"size": world().size, "threads": torch.get_num_threads(), "text": text, "output": str(output)} | dataset
+    threads = torch.get_num_threads(), os.environ.get("THREADS")
+    return {"size": world().size, "threads": threads, "text": text, "output": str(output)} | dataset
 """
 
 
@@ -89,14 +89,11 @@ def test_one_rank_is_this_process():
 
 
 def test_ranks_are_processes_of_one_world(stage, engine, tmp_path, capfd):
-    before, text = torch.get_num_threads(), "é" * 200_000  # more than a command line holds
-    try:
-        torch.set_num_threads(5)
-        arguments = {"text": text, "output": tmp_path / "x.jsonl", "dataset": {"name": "y"}}
-        result = launch(2, stage, mpi=f"{MPIEXEC} -launcher fork", engine_dir=engine, **arguments)
-    finally:
-        torch.set_num_threads(before)
-    assert result == {"size": 2, "threads": 2, "text": text, "output": str(tmp_path / "x.jsonl"), "name": "y"}
+    text = "é" * 200_000  # more than a command line holds
+    arguments = {"text": text, "output": tmp_path / "x.jsonl", "dataset": {"name": "y"}}
+    mpi = f"{MPIEXEC} -launcher fork -env THREADS {{threads}}"
+    result = launch(2, stage, mpi=mpi, threads=3, engine_dir=engine, **arguments)
+    assert result == {"size": 2, "threads": [3, "3"], "text": text, "output": str(tmp_path / "x.jsonl"), "name": "y"}
     assert capfd.readouterr().err == "from rank 0\n"
 
 

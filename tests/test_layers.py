@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "trtbuild"
 FLOORS = (
-    *("limits", "errors", "files", "yaml_reader", "layout", "progress", "datasets"),
+    *("limits", "errors", "files", "yaml_reader", "layout", "progress", "datasets", "gpus"),
     *("tensors", "tokenizer", "kernels", "network", "linear", "models", "checkpoint", "decoder"),
     *("engine", "runtime", "quantization", "evaluation"),
     *("rehearsal", "workflow", "kept_outputs", "launch", "cli", "__main__"),

@@ -29,27 +29,27 @@ CALL, RESULT = "call.json", "result.json"
 PATHS = ("checkpoint_dir", "engine_dir", "output")
 
 
-def launch(ranks: int, stage: Callable, *, mpi: str = "", **arguments: Any) -> Any:
+def launch(ranks: int, stage: Callable, *, mpi: str = "", threads: int = 1, **arguments: Any) -> Any:
     """What `stage` returns for its arguments: called in this process, or by the first of as many as there are `ranks`.
 
     `stage` is a function of a module, and its arguments, `engine_dir` among them, are what JSON holds, or paths. `mpi`
-    starts ranks, such as `srun --mpi=pmi2` (default: `mpiexec`); it gets `-n` and the program. This process's threads
-    are shared out. What ends a rank is a `UserError`, with a traceback before it where it lies within the program.
+    starts ranks, such as `srun --mpi=pmi2 --cpus-per-task={threads}` (default: `mpiexec`); it gets `-n` and the
+    program. `threads` are each rank's. What ends a rank is a `UserError`, with a traceback before it where it lies
+    within the program.
     """
     if ranks == 1:
         return stage(**arguments)
-    import torch
-
     with scratch_beside(Path(arguments["engine_dir"]).with_name("launch")) as folder:
         paths = {name: str(arguments[name]) for name in PATHS if name in arguments}
         call = {
             "module": stage.__module__,
             "name": stage.__name__,
             "arguments": arguments | paths,
-            "threads": max(1, torch.get_num_threads() // ranks),
+            "threads": threads,
         }
         write_json(folder / CALL, call)
-        code, said = _run([*_launcher(mpi), "-n", str(ranks), sys.executable, "-m", "trtbuild.launch", str(folder)])
+        program = [sys.executable, "-m", "trtbuild.launch", str(folder)]
+        code, said = _run([*_launcher(mpi, threads), "-n", str(ranks), *program])
         if code:
             raise UserError(said or f"its {ranks} processes ended with exit code {code}")
         return read_json(folder / RESULT)["value"]
@@ -84,9 +84,9 @@ def _run(program: list[str]) -> tuple[int, str]:
     return run.returncode, said
 
 
-def _launcher(command: str) -> list[str]:
+def _launcher(command: str, threads: int) -> list[str]:
     """A command line's words; `mpiexec` is the one that was installed with this Python, or else the system's."""
-    program, *options = shlex.split(command) or ["mpiexec"]
+    program, *options = shlex.split(command.replace("{threads}", str(threads))) or ["mpiexec"]
     found = shutil.which(program, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if not found or importlib.util.find_spec("mpi4py") is None:
         raise UserError(

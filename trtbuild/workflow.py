@@ -17,6 +17,7 @@ from trtbuild.datasets import OWN, load_articles
 from trtbuild.engine.config import REHEARSAL, BuildLimits
 from trtbuild.errors import UserError, one_line
 from trtbuild.files import check_output, read_json, user_path
+from trtbuild.gpus import taken
 from trtbuild.layout import sizes, split_run
 from trtbuild.quantization.recipe import Recipe, identity
 from trtbuild.rehearsal import rehearsal_layers, rehearsal_target
@@ -329,8 +330,9 @@ def export_package(folder: str) -> None:
 def rule_log(snakemake: Any) -> Iterator[None]:
     """Runs a rule's script with its output, C++ libraries' included, copied to the rule's log and the terminal.
 
-    Torch gets the rule's threads. What lies outside the program (`errors.one_line`) ends the log as one line and the
-    script with exit code 2, an interrupt with 130; anything else ends it with its traceback and exit code 1.
+    Torch gets the rule's threads, and the rule as many GPUs as it asks for. What lies outside the program
+    (`errors.one_line`) ends the log as one line and the script with exit code 2, an interrupt with 130; anything else
+    ends it with its traceback and exit code 1.
     """
     import torch
 
@@ -349,7 +351,8 @@ def rule_log(snakemake: Any) -> Iterator[None]:
         try:
             for output in snakemake.output:
                 check_output(output)
-            yield
+            with taken(_gpus(snakemake)):
+                yield
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             code = 130
@@ -361,3 +364,9 @@ def rule_log(snakemake: Any) -> Iterator[None]:
         for descriptor in (1, 2):
             os.close(descriptor)
     os._exit(code)  # the streams are gone, and with them what an orderly exit would write
+
+
+def _gpus(snakemake: Any) -> int:
+    """How many GPUs a rule needs; its resource is less than its ranks where fewer are given away at a time."""
+    asked = snakemake.resources.get("gpu", 0)
+    return asked and max(asked, snakemake.params.get("ranks", 1))

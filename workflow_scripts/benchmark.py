@@ -15,6 +15,7 @@ with rule_log(snakemake):
         engine_dir=Path(snakemake.input.engine).parent,
         **snakemake.params.sizes,
         mpi=snakemake.resources.get("mpi", ""),
+        threads=snakemake.resources.get("cpus_per_task", snakemake.threads),
         **snakemake.params.options,
     )
     write_json(snakemake.output[0], result)

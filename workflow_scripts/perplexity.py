@@ -17,6 +17,7 @@ with rule_log(snakemake):
         checkpoint_dir=Path(snakemake.input.checkpoint),
         engine_dir=Path(engine).parent if engine else None,
         mpi=snakemake.resources.get("mpi", ""),
+        threads=snakemake.resources.get("cpus_per_task", snakemake.threads),
         **snakemake.params.options,
     )
     write_json(snakemake.output[0], result)

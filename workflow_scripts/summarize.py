@@ -18,5 +18,6 @@ with rule_log(snakemake):
         engine_dir=Path(engine).parent if engine else None,
         chat_template=snakemake.params.chat_template,
         mpi=snakemake.resources.get("mpi", ""),
+        threads=snakemake.resources.get("cpus_per_task", snakemake.threads),
         **snakemake.params.options,
     )

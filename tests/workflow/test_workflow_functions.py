@@ -91,7 +91,7 @@ def test_validate_names_missing_and_unknown_keys(shipped, refused):
     unknown = copy.deepcopy(shipped) | {"benchmarks": {}}
     assert refused(unknown) == (
         "here.yaml: the file: Additional properties are not allowed ('benchmarks' was unexpected); "
-        "known keys: models, recipes, matrix, build, evaluation, benchmark, rehearse, mpi"
+        "known keys: models, recipes, matrix, build, evaluation, benchmark, rehearse, mpi, local_rules"
     )
     del shipped["benchmark"]["repeats"]
     assert refused(shipped) == "here.yaml: benchmark: 'repeats' is a required property"
@@ -495,7 +495,9 @@ from trtbuild.errors import UserError
 from trtbuild.workflow import rule_log
 import torch
 
-with rule_log(SimpleNamespace(log=["logs/deep/rule.log"], threads=1, output=["x.json"])):
+job = SimpleNamespace(log=["logs/deep/rule.log"], threads=1, output=["x.json"])
+job.resources, job.params = dict(gpu=1), dict(ranks=2)
+with rule_log(job):
     assert torch.get_num_threads() == 1
     print("from Python")
     os.write(1, b"from a library\\n")
