@@ -17,7 +17,8 @@ rule calibration:
         articles=lambda wildcards: articles_state(**CALIBRATIONS[wildcards.calibration]["settings"]["dataset"]),
     threads: THREADS
     resources:
-        gpu=1,
+        gpu=gpus_for(1),
+        **needs(lambda model, wildcards: needs_of.calibration(model, text_of_calibration(wildcards), DEVICE)),
     conda:
         "../config/environment.yaml"
     script:

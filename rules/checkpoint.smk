@@ -9,6 +9,12 @@ rule checkpoint:
     params:
         source=lambda wildcards: MODELS[wildcards.model]["source"],
         files=lambda wildcards: source_state(MODELS[wildcards.model]["source"]),
+    resources:
+        **needs(
+            lambda model, wildcards: needs_of.checkpoint(
+                model, trtbuild_workflow.bytes_of_source(MODELS[wildcards.model]["source"])
+            )
+        ),
     conda:
         "../config/environment.yaml"
     script:

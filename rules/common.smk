@@ -1,5 +1,6 @@
 # The configuration, validated, and what rules share.
 
+import errno
 import re
 import sys
 from pathlib import Path
@@ -7,13 +8,16 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from trtbuild import gpus, rehearsal
+from trtbuild import resources as needs_of
 from trtbuild import workflow as trtbuild_workflow
 from trtbuild.checkpoint.source_files import source_state
 from trtbuild.datasets import articles_state
-from trtbuild.engine.config import marker, rank_file
+from trtbuild.decoder.mapping import Mapping
+from trtbuild.engine.config import BuildLimits, marker, rank_file
 from trtbuild.errors import UserError
 from trtbuild.kept_outputs import keep_outputs
 from trtbuild.layout import LAYOUT, sizes, split_run
+from trtbuild.quantization.recipe import Text
 from trtbuild.yaml_reader import read_yaml
 
 trtbuild_workflow.export_package(workflow.basedir)
@@ -81,6 +85,10 @@ def recipes_of(wildcards):
 
 def recipe_of(wildcards):
     return recipes_of(wildcards)[wildcards.recipe]
+
+
+def text_of_calibration(wildcards):
+    return Text(**CALIBRATIONS[wildcards.calibration]["settings"])
 
 
 def layout_of(wildcards):
@@ -215,3 +223,75 @@ def articles_to_evaluate(wildcards):
 def baseline_limits():
     """The Hugging Face model sees as much of an article as the engines do."""
     return {"max_input_len": config["build"]["max_input_len"]}
+
+
+# What a rule asks of a machine (trtbuild/resources.py). It is no parameter: nothing is made again because of it.
+
+DEVICE = "cpu" if config["evaluation"]["device"] == "cpu" else "cuda"
+
+
+def needs(of):
+    """The resources `mem_mb`, `runtime` and `disk_mb`, from a function of the model's configuration and the wildcards.
+
+    Before a model's checkpoint is made, and where config/models.yaml has no `config` of it, they are to be determined.
+    """
+
+    def resource(name):
+        def value(wildcards, input, attempt):
+            model = trtbuild_workflow.model_config(wildcards.model, MODELS[wildcards.model])
+            missing = [file for file in input if not Path(file).exists()]
+            if model is None and missing:
+                raise FileNotFoundError(errno.ENOENT, "the model's sizes are not known yet", missing[0])
+            return (of(model, wildcards) if model else needs_of.UNKNOWN).resources(attempt)[name]
+
+        return value
+
+    return {name: resource(name) for name in ("mem_mb", "runtime", "disk_mb")}
+
+
+SHORT = needs(lambda model, wildcards: needs_of.Needs())  # what reads some numbers
+
+
+def gpus_for(processes):
+    """None on a cluster whose jobs run on CPUs; on one machine a GPU stands for whatever computes."""
+    return 0 if CLUSTER and DEVICE == "cpu" else processes
+
+
+def run_needs(model, wildcards, prompts, steps):
+    """Of an engine on all its ranks: so many tokens of prompts, so many generation steps."""
+    mapping, limits = Mapping(**layout_of(wildcards)), BuildLimits(**build_limits())
+    return needs_of.run(model, recipe_of(wildcards), mapping, limits, prompts, steps, DEVICE)
+
+
+def baseline_needs(model, wildcards, steps):
+    dtype, limits = config["evaluation"]["baseline_dtype"], BuildLimits(**build_limits())
+    return needs_of.baseline(model, dtype, limits, text_of(wildcards), steps, DEVICE)
+
+
+def text_of(wildcards):
+    """About how many tokens all articles have."""
+    return config_of(wildcards)["evaluation"]["dataset"]["samples"] * max(4096, config["build"]["max_input_len"])
+
+
+def steps_of(wildcards):
+    """Generation steps of all summaries, one after another."""
+    evaluation = config_of(wildcards)["evaluation"]
+    return evaluation["dataset"]["samples"] * evaluation["max_output_len"]
+
+
+def benchmark_needs(model, wildcards):
+    """Ten times over: kernels are compiled, steps captured, and the first ones not counted."""
+    sizes = config_of(wildcards)["benchmark"]
+    repeats = 10 * sizes["repeats"]
+    prompts, steps = sizes["batch_size"] * sizes["input_len"] * repeats, sizes["output_len"] * repeats
+    return run_needs(model, wildcards, prompts, steps)
+
+
+def engine_needs(of):
+    """Of what makes a rank's engine, or all of them."""
+
+    def value(model, wildcards):
+        mapping = Mapping(**layout_of(wildcards), rank=int(wildcards.get("rank", 0)))
+        return of(model, recipe_of(wildcards), mapping, BuildLimits(**build_limits()))
+
+    return needs(value)

@@ -17,6 +17,8 @@ rule portable_engine:
         layout=layout_of,
         extrapolate_positions=config["build"]["extrapolate_positions"],
     threads: 4
+    resources:
+        **engine_needs(needs_of.portable_engine),
     conda:
         "../config/environment.yaml"
     script:
@@ -35,6 +37,8 @@ rule tensorrt_engine:
     params:
         options=tensorrt_options(),
     threads: 4
+    resources:
+        **engine_needs(needs_of.tensorrt_engine),
     conda:
         "../config/environment.yaml"
     script:
@@ -56,6 +60,8 @@ rule engine:
         layout=layout_of,
         engines=config["build"]["engines"],
         options=tensorrt_options(),
+    resources:
+        **engine_needs(needs_of.engine_config),
     conda:
         "../config/environment.yaml"
     script:

@@ -17,11 +17,12 @@ rule summarize:
         articles=articles_to_evaluate,
     threads: threads_of
     resources:
-        gpu=ranks_of,
+        gpu=lambda wildcards: gpus_for(ranks_of(wildcards)),
         cpus_per_task=threads_of_rank,
         tasks=ranks_of,
         tasks_per_gpu=0,
         mpi=launcher_of,
+        **needs(lambda model, wildcards: run_needs(model, wildcards, text_of(wildcards), steps_of(wildcards))),
     conda:
         "../config/environment.yaml"
     script:
@@ -42,7 +43,8 @@ rule summarize_hf:
         articles=articles_to_evaluate,
     threads: THREADS
     resources:
-        gpu=ranks_of_model,
+        gpu=lambda wildcards: gpus_for(ranks_of_model(wildcards)),
+        **needs(lambda model, wildcards: baseline_needs(model, wildcards, steps_of(wildcards))),
     conda:
         "../config/environment.yaml"
     script:
@@ -58,6 +60,8 @@ rule rouge:
         "results/{model}/{run}/rouge.json",
     log:
         "results/{model}/{run}/logs/rouge.log",
+    resources:
+        **SHORT,
     conda:
         "../config/environment.yaml"
     script:
@@ -78,11 +82,12 @@ rule perplexity:
         articles=articles_to_evaluate,
     threads: threads_of
     resources:
-        gpu=ranks_of,
+        gpu=lambda wildcards: gpus_for(ranks_of(wildcards)),
         cpus_per_task=threads_of_rank,
         tasks=ranks_of,
         tasks_per_gpu=0,
         mpi=launcher_of,
+        **needs(lambda model, wildcards: run_needs(model, wildcards, text_of(wildcards), 0)),
     conda:
         "../config/environment.yaml"
     script:
@@ -101,7 +106,8 @@ rule perplexity_hf:
         articles=articles_to_evaluate,
     threads: THREADS
     resources:
-        gpu=ranks_of_model,
+        gpu=lambda wildcards: gpus_for(ranks_of_model(wildcards)),
+        **needs(lambda model, wildcards: baseline_needs(model, wildcards, 0)),
     conda:
         "../config/environment.yaml"
     script:
@@ -118,6 +124,8 @@ rule gate:
         "results/{model}/{recipe}{layout}/logs/gate.log",
     params:
         limits=lambda wildcards: recipe_of(wildcards).gate_limits,
+    resources:
+        **SHORT,
     conda:
         "../config/environment.yaml"
     script:
@@ -138,11 +146,12 @@ rule benchmark:
         options=evaluation("runtime", "device"),
     threads: threads_of if CLUSTER else workflow.cores
     resources:
-        gpu=ranks_of,
+        gpu=lambda wildcards: gpus_for(ranks_of(wildcards)),
         cpus_per_task=threads_of_rank,
         tasks=ranks_of,
         tasks_per_gpu=0,
         mpi=launcher_of,
+        **needs(benchmark_needs),
     conda:
         "../config/environment.yaml"
     script:

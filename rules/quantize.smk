@@ -17,7 +17,12 @@ rule quantize:
         files=state_of_quantization,
     threads: THREADS
     resources:
-        gpu=1,
+        gpu=gpus_for(1),
+        **needs(
+            lambda model, wildcards: needs_of.quantization(
+                model, QUANTIZATIONS[wildcards.quantization].get("quantization"), DEVICE
+            )
+        ),
     conda:
         "../config/environment.yaml"
     script:

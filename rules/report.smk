@@ -14,6 +14,8 @@ rule table:
         "results/{model}/logs/table.log",
     params:
         recipes=runs_of_matrix,
+    resources:
+        **SHORT,
     conda:
         "../config/environment.yaml"
     script:

@@ -10,7 +10,7 @@ FLOORS = (
     *("limits", "errors", "files", "yaml_reader", "layout", "progress", "datasets", "gpus"),
     *("tensors", "tokenizer", "kernels", "network", "linear", "models", "checkpoint", "decoder"),
     *("engine", "runtime", "quantization", "evaluation"),
-    *("rehearsal", "workflow", "kept_outputs", "launch", "cli", "__main__"),
+    *("rehearsal", "resources", "workflow", "kept_outputs", "launch", "cli", "__main__"),
 )
 
 

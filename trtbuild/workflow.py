@@ -326,6 +326,29 @@ def export_package(folder: str) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
 
 
+def model_config(name: str, model: dict) -> "ModelConfig | None":
+    """What a model looks like: by its checkpoint, or else as declared; None where nothing says it yet."""
+    made = Path(f"results/{name}/checkpoint/config.json")
+    return _config_of_checkpoint(made, made.stat().st_mtime_ns) if made.exists() else _model_config(name, model)
+
+
+@functools.cache
+def _config_of_checkpoint(file: Path, time: int) -> "ModelConfig":
+    from trtbuild.models.families import config_from_hugging_face
+
+    return config_from_hugging_face(read_json(file), file)
+
+
+def bytes_of_source(source: dict) -> int:
+    """Of the files of a source that is on this machine; 0 where they are elsewhere, or not to be read."""
+    ((_, options),) = source.items()
+    if "path" not in options:
+        return 0
+    path = user_path(options["path"])
+    files = path.iterdir() if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 @contextmanager
 def rule_log(snakemake: Any) -> Iterator[None]:
     """Runs a rule's script with its output, C++ libraries' included, copied to the rule's log and the terminal.

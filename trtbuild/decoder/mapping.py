@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from trtbuild.errors import UserError
+from trtbuild.models.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -74,3 +75,15 @@ class Mapping:
             return range(vocab_size)
         share = vocab_size // self.tp_size
         return range(self.tp_rank * share, (self.tp_rank + 1) * share)
+
+    def share(self, config: ModelConfig) -> ModelConfig:
+        """The part of a model's heads and of the channels within its MLP that a rank has; sizes must divide.
+
+        KV heads fewer than ranks are had by several. The number of layers and the vocabulary stay the model's.
+        """
+        return replace(
+            config,
+            num_attention_heads=config.num_attention_heads // self.tp_size,
+            num_key_value_heads=max(1, config.num_key_value_heads // self.tp_size),
+            intermediate_size=config.intermediate_size // self.tp_size,
+        )

@@ -30,12 +30,7 @@ def shard(
     check_mapping(config, mapping)
     if mapping.tp_size == 1:
         return config, weights, cache
-    share = replace(
-        config,
-        num_attention_heads=config.num_attention_heads // mapping.tp_size,
-        num_key_value_heads=max(1, config.num_key_value_heads // mapping.tp_size),
-        intermediate_size=config.intermediate_size // mapping.tp_size,
-    )
+    share = mapping.share(config)
     vocabulary = len(mapping.words(config.vocab_size))
     whole, shapes = config.tensor_shapes(), replace(share, vocab_size=vocabulary).tensor_shapes()
 

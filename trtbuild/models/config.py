@@ -3,10 +3,12 @@
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from trtbuild.errors import UserError
+
+if TYPE_CHECKING:  # declared models are read by every `snakemake`, for which torch would take seconds
+    import torch
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
 EXTENSION = "trtbuild"  # key of config.json with what Hugging Face's LLaMA configuration has no words for
@@ -77,8 +79,10 @@ class RopeConfig:
             raise UserError(f"{where}: high_freq_factor {rope.high_freq_factor} is not above low_freq_factor")
         return rope
 
-    def inverse_frequencies(self, head_dim: int) -> torch.Tensor:
+    def inverse_frequencies(self, head_dim: int) -> "torch.Tensor":
         """`[head_dim / 2]` float32, radians per position; of `dynamic` and `qwen`, for a sequence within the limit."""
+        import torch
+
         exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
         frequencies = 1.0 / self.theta**exponents
         if self.type == "linear":
@@ -95,13 +99,19 @@ class RopeConfig:
             frequencies = torch.where((wavelengths <= low) & (wavelengths >= high), blended, scaled)
         return frequencies
 
-    def qwen_frequencies(self, head_dim: int, max_length: int) -> torch.Tensor:
+    def qwen_rows(self, max_length: int) -> int:
+        """How many rows of `qwen_frequencies` serve sequences up to `max_length`."""
+        return 1 + ((max_length - 1) // self.original_max_position_embeddings).bit_length()
+
+    def qwen_frequencies(self, head_dim: int, max_length: int) -> "torch.Tensor":
         """`[n, head_dim / 2]` float32; row 0 serves prompts up to `original_max_position_embeddings`.
 
         Row c is for prompts of up to `2**c` times that, with `alpha ** (d / (d - 2))` times the base and `alpha =
         2**(c + 1) - 1`; n rows serve up to `max_length`.
         """
-        rows = 1 + ((max_length - 1) // self.original_max_position_embeddings).bit_length()
+        import torch
+
+        rows = self.qwen_rows(max_length)
         alphas = 2.0 ** torch.arange(1, rows + 1, dtype=torch.float64) - 1
         bases = self.theta * alphas ** (head_dim / (head_dim - 2))
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
@@ -195,6 +205,11 @@ class ModelConfig:
     def kv_size(self) -> int:
         """Output channels of `k_proj`, and of `v_proj`."""
         return self.num_key_value_heads * self.head_dim
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers its tensors hold."""
+        return sum(map(math.prod, self.tensor_shapes().values()))
 
     @property
     def output_product(self) -> str:

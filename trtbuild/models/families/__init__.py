@@ -8,12 +8,14 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 from trtbuild.errors import UserError
 from trtbuild.models.config import EXTENSION, ModelConfig
 from trtbuild.models.values import coerced
-from trtbuild.tensors.lazy import LazyTensor
+
+if TYPE_CHECKING:
+    from trtbuild.tensors.lazy import LazyTensor
 
 T = TypeVar("T")
 FAMILIES = tuple(sorted(module.name for module in iter_modules(__path__)))
@@ -39,7 +41,7 @@ class Family(Protocol):
         not.
         """
 
-    def canonical_tensors(self, tensors: dict[str, LazyTensor], config: dict) -> dict[str, LazyTensor]:
+    def canonical_tensors(self, tensors: "dict[str, LazyTensor]", config: dict) -> "dict[str, LazyTensor]":
         """Tensors under canonical names, fused ones split; unknown names stay. `config` is the canonical one."""
 
     def save_tokenizer(self, file: Path, folder: Path, config: dict) -> None:

@@ -5,13 +5,13 @@ Baichuan2's head is a NormHead: its rows are used divided by their norms, which 
 
 import re
 from pathlib import Path
-
-import torch
-import torch.nn.functional as F
+from typing import TYPE_CHECKING
 
 from trtbuild.errors import UserError
 from trtbuild.models.config import EXTENSION
-from trtbuild.tensors.lazy import LazyTensor, split
+
+if TYPE_CHECKING:
+    from trtbuild.tensors.lazy import LazyTensor
 
 DESCRIPTION = "Baichuan and Baichuan2"
 VERSIONS = ("v1_7b", "v1_13b", "v2_7b", "v2_13b")
@@ -71,8 +71,10 @@ def _version(config: dict, where: Path | str, given: str | None) -> str:
     return found
 
 
-def canonical_tensors(tensors: dict[str, LazyTensor], config: dict) -> dict[str, LazyTensor]:
+def canonical_tensors(tensors: "dict[str, LazyTensor]", config: dict) -> "dict[str, LazyTensor]":
     """`W_pack` is q, k and v, one after the other."""
+    from trtbuild.tensors.lazy import split
+
     canonical: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
         if match := re.fullmatch(r"(.+\.self_attn)\.W_pack\.weight", name):
@@ -84,7 +86,12 @@ def canonical_tensors(tensors: dict[str, LazyTensor], config: dict) -> dict[str,
     return canonical
 
 
-def _unit_rows(tensor: LazyTensor) -> LazyTensor:
+def _unit_rows(tensor: "LazyTensor") -> "LazyTensor":
+    import torch
+    import torch.nn.functional as F
+
+    from trtbuild.tensors.lazy import LazyTensor
+
     def load() -> torch.Tensor:
         value = tensor.load()
         result = torch.empty_like(value)

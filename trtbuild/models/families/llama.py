@@ -1,8 +1,10 @@
 """LLaMA (arXiv 2302.13971, 2307.09288, 2407.21783), CodeLlama and Yi: the family whose names are the canonical ones."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from trtbuild.tensors.lazy import LazyTensor
+if TYPE_CHECKING:
+    from trtbuild.tensors.lazy import LazyTensor
 
 DESCRIPTION = "LLaMA, CodeLlama, Yi"
 VERSIONS: tuple[str, ...] = ()
@@ -14,7 +16,7 @@ def canonical_config(config: dict, where: Path | str, model_version: str | None)
     return config
 
 
-def canonical_tensors(tensors: dict[str, LazyTensor], config: dict) -> dict[str, LazyTensor]:
+def canonical_tensors(tensors: "dict[str, LazyTensor]", config: dict) -> "dict[str, LazyTensor]":
     """Names are canonical as they are."""
     return tensors
 

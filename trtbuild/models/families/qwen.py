@@ -6,11 +6,14 @@ the logarithm of their position (log-n).
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trtbuild.errors import UserError
 from trtbuild.files import write_json
 from trtbuild.models.config import EXTENSION
-from trtbuild.tensors.lazy import LazyTensor, split
+
+if TYPE_CHECKING:
+    from trtbuild.tensors.lazy import LazyTensor
 
 DESCRIPTION = "the first Qwen, QWenLMHeadModel"
 VERSIONS: tuple[str, ...] = ()
@@ -73,8 +76,10 @@ def canonical_config(config: dict, where: Path | str, model_version: str | None)
     }
 
 
-def canonical_tensors(tensors: dict[str, LazyTensor], config: dict) -> dict[str, LazyTensor]:
+def canonical_tensors(tensors: "dict[str, LazyTensor]", config: dict) -> "dict[str, LazyTensor]":
     """`c_attn` is q, k and v, one after the other."""
+    from trtbuild.tensors.lazy import split
+
     canonical: dict[str, LazyTensor] = {}
     for published, tensor in tensors.items():
         layer, name = "", published
