@@ -15,12 +15,14 @@ from trtbuild.datasets import articles_state
 from trtbuild.decoder.mapping import Mapping
 from trtbuild.engine.config import BuildLimits, marker, rank_file
 from trtbuild.errors import UserError
+from trtbuild.folder_lock import one_controller
 from trtbuild.kept_outputs import keep_outputs
 from trtbuild.layout import LAYOUT, sizes, split_run
 from trtbuild.quantization.recipe import Text
 from trtbuild.yaml_reader import read_yaml
 
 trtbuild_workflow.export_package(workflow.basedir)
+one_controller()
 keep_outputs({"checkpoint", "calibration", "quantize"})
 
 SCHEMAS = trtbuild_workflow.SCHEMAS

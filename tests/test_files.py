@@ -8,6 +8,7 @@ import resource
 import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from trtbuild.files import (
     write_json,
 )
 from trtbuild.limits import TEXT_BYTES
+from trtbuild.processes import start_of
 
 
 def make_file(path, text="new"):
@@ -209,6 +211,33 @@ def test_atomic_removes_what_an_interrupted_process_left(tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_atomic_removes_what_a_killed_process_left_whose_number_has_been_given_again(tmp_path):
+    target = tmp_path / "target"
+    with atomic(target) as own:
+        make_file(own)
+    other = own.with_name(own.name.replace(f"-{start_of(os.getpid())}.", "-17."))  # this process, but another start
+    make_folder(other)
+    with atomic(target) as temporary:
+        make_file(temporary)
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("hours", [23, 25])
+def test_atomic_removes_what_another_host_has_not_written_to_for_a_day(tmp_path, hours):
+    """The newest file within counts."""
+    target = tmp_path / "target"
+    with atomic(target) as own:
+        make_file(own)
+    other = own.with_name(own.name.replace(socket.gethostname(), "node17.cluster"))
+    make_folder(other)
+    written = time.time() - hours * 3600
+    for path in (*other.rglob("*"), other):
+        os.utime(path, (written - 1e6, written - 1e6) if path == other else (written, written))
+    with atomic(target) as temporary:
+        make_file(temporary)
+    assert set(tmp_path.iterdir()) == ({target, other} if hours < 24 else {target})
+
+
 @pytest.mark.parametrize("running", [True, False])
 def test_atomic_removes_what_a_killed_process_left(tmp_path, running):
     """A process that still runs keeps its temporary."""
@@ -216,7 +245,8 @@ def test_atomic_removes_what_a_killed_process_left(tmp_path, running):
     target = tmp_path / "target"
     with atomic(target) as own:
         make_file(own)
-    other = own.with_name(own.name.replace(str(os.getpid()), str(process.pid)))
+    other = own.with_name(own.name.replace(f"{os.getpid()}-", f"{process.pid}-"))
+    other = other.with_name(other.name.replace(f"-{start_of(os.getpid())}.", f"-{start_of(process.pid)}."))
     assert other != own
     make_folder(other)
     if not running:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "trtbuild"
 FLOORS = (
-    *("limits", "errors", "files", "yaml_reader", "layout", "progress", "datasets", "gpus"),
+    *("limits", "errors", "processes", "files", "yaml_reader", "layout", "progress", "datasets", "gpus"),
     *("tensors", "tokenizer", "kernels", "network", "linear", "models", "checkpoint", "decoder"),
     *("engine", "runtime", "quantization", "evaluation"),
-    *("rehearsal", "resources", "workflow", "kept_outputs", "launch", "cli", "__main__"),
+    *("rehearsal", "resources", "folder_lock", "workflow", "kept_outputs", "launch", "cli", "__main__"),
 )
 
 

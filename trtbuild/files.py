@@ -5,19 +5,23 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import stat
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from trtbuild.errors import UserError
 from trtbuild.limits import TEXT_BYTES
+from trtbuild.processes import start_of
 
 MARKER = "made-by-trtbuild"
 LFS = b"version https://git-lfs.github.com/spec/"
 HASHED = 1 << 20  # of larger files `state_of` takes size and time
+ABANDONED = 24 * 3600  # seconds; processes of other hosts cannot be seen
 KINDS = {
     stat.S_IFDIR: "folder",
     stat.S_IFREG: "file",
@@ -135,12 +139,23 @@ def _temporary_sibling(path: Path, kind: str = "") -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
-    prefix = f".{path.name}.{socket.gethostname()}."
-    temporary = path.with_name(f"{prefix}{kind}{os.getpid()}.tmp")
-    for other in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):
-        if other == temporary or not _is_running(other.suffixes[-2][1:]):
+    pid = os.getpid()
+    host = socket.gethostname()
+    temporary = path.with_name(f".{path.name}.{host}.{kind}{pid}-{start_of(pid)}.tmp")
+    for other in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if other == temporary or _is_abandoned(other, host):
             _remove(other)
     return temporary
+
+
+def _is_abandoned(temporary: Path, host: str) -> bool:
+    """Whether nobody makes this any more: its process is gone, or, of another host, nothing was written for long."""
+    name = re.fullmatch(rf"\..*\.{re.escape(host)}\.(?:[a-z]+\.)?(\d+)-(\d+)\.tmp", temporary.name)
+    if name:
+        return start_of(int(name[1])) != int(name[2])
+    with suppress(OSError):  # it has just been renamed or removed
+        return time.time() - max(path.lstat().st_mtime for path in (temporary, *temporary.rglob("*"))) > ABANDONED
+    return False
 
 
 def refuse_output_over_input(output: Path, source: Path) -> None:
@@ -148,17 +163,6 @@ def refuse_output_over_input(output: Path, source: Path) -> None:
     output, source = (Path(os.path.realpath(path)) for path in (output, source))  # which takes loops of links
     if output == source or output in source.parents:
         raise UserError(f"the output {output} would replace its own input {source}; choose another output")
-
-
-def _is_running(pid: str) -> bool:
-    """Whether a process of this host runs; process numbers of other hosts mean nothing here."""
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, ValueError):  # another user's process; a name that is not one of ours
-        return True
-    return True
 
 
 def _remove(path: Path) -> None:

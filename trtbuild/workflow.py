@@ -17,6 +17,7 @@ from trtbuild.datasets import OWN, load_articles
 from trtbuild.engine.config import REHEARSAL, BuildLimits
 from trtbuild.errors import UserError, one_line
 from trtbuild.files import check_output, read_json, user_path
+from trtbuild.folder_lock import local_job
 from trtbuild.gpus import taken
 from trtbuild.layout import sizes, split_run
 from trtbuild.quantization.recipe import Recipe, identity
@@ -374,7 +375,7 @@ def rule_log(snakemake: Any) -> Iterator[None]:
         try:
             for output in snakemake.output:
                 check_output(output)
-            with taken(_gpus(snakemake)):
+            with local_job(snakemake.output[0]), taken(_gpus(snakemake)):
                 yield
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

@@ -27,7 +27,8 @@ ONE_THREAD = (
     *("summarize", "summarize_hf", "perplexity", "perplexity_hf"),
 )
 
-# Python imports `sitecustomize` in every process. This one stops the job that is about to rename its output, or did.
+# Python imports `sitecustomize` in every process. This one stops the job that is about to rename its output, or did,
+# until the mark that it has set is removed.
 HANG = """
 import os, pathlib, time
 
@@ -35,8 +36,10 @@ rename = pathlib.Path.replace
 
 def hang(name, path):
     if os.path.abspath(path) == os.environ.get(name):
-        pathlib.Path(os.environ["HANG_MARK"]).touch()
-        time.sleep(600)
+        mark = pathlib.Path(os.environ["HANG_MARK"])
+        mark.touch()
+        while mark.exists():
+            time.sleep(0.05)
 
 def replace(self, target):
     hang("HANG_BEFORE", self)  # a folder that makes way for the new one

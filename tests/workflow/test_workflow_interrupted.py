@@ -1,11 +1,18 @@
-"""A run that is killed at the worst moment: everything written, nothing renamed yet."""
+"""A run that is killed at the worst moment, everything written and nothing renamed yet; two runs in one folder."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
+from conftest import HANG
+from journal import Journal
 
 from trtbuild.files import sha256
 from trtbuild.workflow import calibration_name, weights_folder
@@ -113,3 +120,103 @@ def test_killed_calibration_and_quantization_are_made_again(quantized, kill):
     assert quantized.pending(weights) == set()
     assert {path: sha256(path) for path in made} == undisturbed
     assert hidden(quantized) == []
+
+
+@pytest.fixture
+def journal(tmp_path) -> Journal:
+    return Journal(tmp_path / "journal")
+
+
+@pytest.fixture
+def start(tmp_path, journal):
+    """Starts `snakemake`, if need be until a job is about to rename `output`; removing `mark` lets it go on."""
+    started = []
+
+    def run(workspace, *targets: str, output: str | None = None) -> subprocess.Popen:
+        environment = os.environ | journal.environment
+        if output:
+            site = tmp_path / "site"
+            site.mkdir()
+            (site / "sitecustomize.py").write_text(HANG, encoding="utf-8")
+            path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
+            environment |= {"PYTHONPATH": path, "HANG_BEFORE": str(workspace.folder / output)}
+            environment |= {"HANG_MARK": str(tmp_path / "mark")}
+        log = open(tmp_path / f"{len(started)}.txt", "w+", encoding="utf-8")  # noqa: SIM115
+        command = workspace.command(*targets)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, cwd=workspace.folder, env=environment, start_new_session=True
+        )
+        started.append((process, log))
+        deadline = time.monotonic() + 120
+        while output and not (tmp_path / "mark").exists():
+            assert process.poll() is None, said(process)
+            assert time.monotonic() < deadline, said(process)
+            time.sleep(0.05)
+        return process
+
+    def said(process: subprocess.Popen) -> str:
+        (log,) = (log for other, log in started if other is process)
+        log.seek(0)
+        return log.read()
+
+    run.said, run.mark = said, tmp_path / "mark"
+    yield run
+    for process, log in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        log.close()
+
+
+HELD = (
+    r"another snakemake runs in this folder: pid {pid} on \S+, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d; "
+    "wait for it, or end it and start again"
+)
+
+
+def test_second_controller_is_refused(finished, start, journal):
+    """With one line and Snakemake's exit code for a locked folder; to look at the folder is allowed."""
+    output = "results/other/fp32/perplexity.json"
+    (finished.folder / output).unlink()
+    first = start(finished, output, output=output)
+    second = finished.run(output)
+    assert second.returncode == 1
+    assert re.search(HELD.format(pid=first.pid), second.stdout)
+    assert "Traceback" not in second.stdout
+    assert finished.pending(output) == {"perplexity other/fp32"}
+    assert "perplexity" in finished.succeed("--summary", output)
+    start.mark.unlink()
+    assert first.wait(120) == 0, start.said(first)
+    assert finished.pending(output) == set()
+    assert journal.count("overlap") == 0
+
+
+def test_of_two_controllers_at_once_one_is_refused(finished, start, journal):
+    output = "results/other/fp32/rouge.json"
+    (finished.folder / output).unlink()
+    both = [start(finished, output) for _ in range(2)]
+    assert sorted(process.wait(120) for process in both) == [0, 1], [start.said(process) for process in both]
+    (first, second) = sorted(both, key=lambda process: process.returncode)
+    assert re.search(HELD.format(pid=first.pid), start.said(second))
+    assert (journal.count("start"), journal.count("overlap")) == (1, 0)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGHUP])
+def test_run_again_at_once_after_the_controller_alone_was_killed(finished, start, journal, sent):
+    """Its job is interrupted, and has ended before it begins anew."""
+    run = finished.results / "other" / "fp32"
+    undisturbed = comparable(run)
+    output = "results/other/fp32/summaries.jsonl"
+    for name in SUMMARIES:
+        (run / name).unlink()
+    killed = start(finished, "results/other/fp32/rouge.json", output=output)
+    killed.send_signal(sent)
+    again = start(finished, "results/other/fp32/rouge.json")
+    assert again.wait(120) == 0, start.said(again)
+    assert killed.wait(1) == -sent
+    assert finished.pending("results/other/fp32/rouge.json") == set()
+    assert comparable(run) == undisturbed
+    assert hidden(finished) == []
+    log = "results/other/fp32/logs/summarize.log"
+    assert [journal.count(event, log) for event in ("start", "end", "overlap")] == [2, 2, 0]
+    assert journal.count("overlap") == 0
