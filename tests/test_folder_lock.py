@@ -220,7 +220,7 @@ def test_a_job_of_another_host_lives_as_long_as_slurm_says_so(records, tmp_path,
 
 
 def test_queued_jobs_of_an_ended_run_are_cancelled(records, tmp_path, monkeypatch):
-    with held(records, print) as run:
+    with held(records, print, slurm=True) as run:
         pass
     programs = tmp_path / "bin"
     programs.mkdir()
@@ -231,6 +231,12 @@ def test_queued_jobs_of_an_ended_run_are_cancelled(records, tmp_path, monkeypatc
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     assert said_by(records) == ["cancelling 2 queued jobs of the snakemake that ended; they are submitted again"]
     assert Path("cancelled").read_text() == "--state=PENDING 7 9\n"
+
+
+def test_a_folder_that_cannot_be_written_to(records):
+    records.parent.write_text("")
+    with pytest.raises(UserError, match=r"cannot write .snakemake/trtbuild: Not a directory"), held(records, print):
+        pass
 
 
 def test_a_job_that_comes_too_late_does_nothing(records):

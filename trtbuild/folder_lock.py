@@ -10,7 +10,6 @@ of this machine lives while it runs, a Slurm job while Slurm says so, any other 
   So one of the two sees the other: a job that comes too late ends before it has touched anything.
 """
 
-import getpass
 import json
 import os
 import shutil
@@ -38,16 +37,18 @@ Say = Callable[[str], object]
 
 
 @contextmanager
-def held(records: Path, say: Say, latency: float = 0) -> Iterator[str]:
+def held(records: Path, say: Say, latency: float = 0, slurm: bool = False) -> Iterator[str]:
     """Holds a folder for a controller, once all jobs of earlier ones have ended; yields the name of this run.
 
-    `latency` are seconds after which files of other hosts are seen.
-
+    `latency` are seconds after which files of other hosts are seen; with `slurm` jobs are submitted under that name.
     Raises `UserError` where another controller lives.
     """
-    records.mkdir(parents=True, exist_ok=True)
     run = uuid4().hex[:12]
-    mine, ended = _take(records, run, say)
+    try:
+        records.mkdir(parents=True, exist_ok=True)
+        mine, ended = _take(records, {"run": run, "slurm": slurm}, say)
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename}: {error.strerror}") from error
     try:
         with _beating(mine, lambda: _stop_if_replaced(mine, say)):
             for path in ended:
@@ -62,7 +63,7 @@ def held(records: Path, say: Say, latency: float = 0) -> Iterator[str]:
             write_json(mine, (_read(mine) or {}) | {"ended": True})  # not removed: numbers go up
 
 
-def _take(records: Path, run: str, say: Say) -> tuple[Path, list[Path]]:
+def _take(records: Path, new: dict, say: Say) -> tuple[Path, list[Path]]:
     """Makes the record of a controller; returns it, and those of earlier ones."""
     life, said = Life(), False
     while True:
@@ -84,7 +85,7 @@ def _take(records: Path, run: str, say: Say) -> tuple[Path, list[Path]]:
                 continue
         mine = records / f"controller.{_number(last) + 1 if last else 1}.json"
         try:
-            _create(mine, {"run": run})
+            _create(mine, new)
         except FileExistsError:
             continue
         *ended, newest = _controllers(records)
@@ -145,17 +146,19 @@ def one_controller() -> None:
         if run is None or RECORDED in os.environ:  # of a job's Snakemake, which starts another one
             return nullcontext()
         os.environ[RECORDED] = "1"
-        what = " ".join(map(str, workflow.dag_settings.target_jobs))
+        (job, *_) = workflow.dag_settings.target_jobs
+        what = f"{job.rulename} {'/'.join(filter(None, job.wildcards_dict.values()))}"
         return recorded(what, run, os.environ.get("SLURM_JOB_ID"))
 
     @contextmanager
     def controller(workflow: Any, settings: Any) -> Iterator[None]:
-        with held(RECORDS, logger.warning, workflow.execution_settings.latency_wait) as run:
+        slurm = hasattr(settings, "jobname_prefix")  # of jobs' names
+        with held(RECORDS, logger.warning, workflow.execution_settings.latency_wait, slurm) as run:
             os.environ[RUN] = run
             os.environ.pop(RECORDED, None)
             workflow.register_envvars(RUN)
             workflow.execution_settings.lock = False  # Snakemake's own would outlive a kill
-            if hasattr(settings, "jobname_prefix"):  # of Slurm jobs, by which those of a run are found
+            if slurm:
                 settings.jobname_prefix = "_".join(filter(None, [settings.jobname_prefix, run]))[-50:]
             yield
 
@@ -303,15 +306,16 @@ def _slurm(*command: str) -> str | None:
 
 def _slurm_jobs() -> set[str] | None:
     """The user's jobs that wait, run or are about to end."""
-    said = _slurm("squeue", "--noheader", "--user", getpass.getuser(), "--format", "%A")
+    said = _slurm("squeue", "--noheader", "--user", str(os.getuid()), "--format", "%A")
     return None if said is None else set(said.split())
 
 
 def _cancel_queued(controller: dict | None, say: Say) -> None:
     """Cancels the jobs of an ended run that have not begun: they would come too late."""
-    command = ("squeue", "--noheader", "--user", getpass.getuser(), "--states", "PENDING", "--format", "%A %j")
-    said = _slurm(*command) if controller else None
-    queued = [line.split()[0] for line in (said or "").splitlines() if controller and controller["run"] in line]
+    command = ("squeue", "--noheader", "--user", str(os.getuid()), "--states", "PENDING", "--format", "%A %j")
+    if not controller or not controller.get("slurm"):
+        return
+    queued = [line.split()[0] for line in (_slurm(*command) or "").splitlines() if controller["run"] in line]
     if queued:
         say(f"cancelling {len(queued)} queued jobs of the snakemake that ended; they are submitted again")
         _slurm("scancel", "--state=PENDING", *queued)

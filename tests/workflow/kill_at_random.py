@@ -1,9 +1,11 @@
-"""Kills the workflow at random moments, runs it again, and compares what it made with an undisturbed run's.
+"""Kills the workflow at random moments, runs it again at once, and compares what it made with an undisturbed run's.
 
-    .venv/bin/python tests/workflow/kill_at_random.py [KILLS=40] [SEED=0]
+    .venv/bin/python tests/workflow/kill_at_random.py [KILLS=40] [SEED=0] [slurm]
 
 A chain is one folder in which the workflow is run and killed until a run ends by itself. Tiny dummy models are
-calibrated, quantized, built, gated and scored. Prints each kill and the counts; exits with 1 if anything differs.
+calibrated, quantized, built, gated and scored. What has outlived a kill is left to itself: no output may be made by two
+jobs at once (`journal.py`). With `slurm` jobs go to the Slurm of the environment, and controllers alone are killed.
+Prints each kill and the counts; exits with 1 if anything differs.
 """
 
 import os
@@ -13,40 +15,48 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from conftest import CONFIG, QUANTIZED_RECIPES, RECIPES, Workspace
+from conftest import CONFIG, QUANTIZED_RECIPES, RECIPES, REPOSITORY, Workspace
+from journal import Journal
 from published_models import TINY
 
 from trtbuild.files import sha256
 
 TARGETS = ("sq/rouge.json", "gptq/gate.json", "awq-int8kv/engine/config.json", "fp32/rouge.json", "hf/rouge.json")
-TARGETS = tuple(f"results/tiny/{target}" for target in TARGETS)
+FEW = ("sq/engine/config.json", "fp32/perplexity.json")  # a job on a cluster takes seconds to begin and to be missed
 SOURCE = {"dummy": {"config": TINY | {"max_position_embeddings": 2048}, "seed": 1}}
 MODELS = {"tiny": {"source": SOURCE, "chat_template": "plain"}}
-ALL, ONE = (
-    "all processes",
-    "one process",
-)  # as a terminal, a batch system or a power cut does; as the kernel out of memory
-WAYS = ((signal.SIGKILL, ALL), (signal.SIGINT, ALL), (signal.SIGTERM, ALL), (signal.SIGKILL, ONE))
+# As a terminal, a batch system or a power cut does; the kernel out of memory; somebody who looked up a number.
+ALL, ONE, CONTROLLER = "all processes", "one process", "the controller"
+CONTROLLERS = ((signal.SIGKILL, CONTROLLER), (signal.SIGINT, CONTROLLER), (signal.SIGTERM, CONTROLLER))
+WAYS = ((signal.SIGKILL, ALL), (signal.SIGINT, ALL), (signal.SIGTERM, ALL), (signal.SIGKILL, ONE), *CONTROLLERS)
 
 
-def workspace(folder: Path) -> Workspace:
-    return Workspace(folder, CONFIG | {"matrix": []}, MODELS, RECIPES | QUANTIZED_RECIPES)
+class OnSlurm(Workspace):
+    """A folder whose jobs go to a Slurm."""
+
+    def command(self, *arguments: str) -> list[str]:
+        command = super().command(*arguments)
+        at = command.index("--profile")
+        command[at : at + 2] = ["--workflow-profile", str(REPOSITORY / "profiles" / "slurm"), "--latency-wait", "5"]
+        command += ["--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "2"]
+        return [*command, "--default-resources", "slurm_partition=gpu", "mem_mb=500", "runtime=10"]
 
 
 def artifacts(folder: Path) -> dict[str, str]:
     """The sha256 of all that a run makes, but for logs, times and what is being written under a temporary name."""
-    files = (path for path in (folder / "results").rglob("*") if path.is_file())
-    names = {path: path.relative_to(folder) for path in files}
-    return {
-        str(name): sha256(path)
-        for path, name in names.items()
-        if "logs" not in name.parts and not any(part.startswith(".") for part in name.parts)
-    }
+    found = {}
+    for path in (folder / "results").rglob("*"):
+        name = path.relative_to(folder)
+        if path.is_file() and "logs" not in name.parts and not any(part.startswith(".") for part in name.parts):
+            with suppress(FileNotFoundError):  # replaced by a job that goes on
+                found[str(name)] = sha256(path)
+    return found
 
 
 def session(number: int) -> list[int]:
@@ -62,44 +72,56 @@ def session(number: int) -> list[int]:
     return found
 
 
-def disturb(run: Workspace, seconds: float, way: tuple[signal.Signals, str], random: Random) -> int | None:
+def disturb(
+    run: Workspace,
+    targets: list[str],
+    seconds: float,
+    way: tuple[signal.Signals, str],
+    random: Random,
+    journal: Journal,
+) -> int | None:
     """Runs the workflow; the exit code where it ends before `seconds` are over, else None, after killing it."""
     sent, whom = way
     with open(run.folder.with_suffix(".log"), "a") as log:
-        command = run.command(*TARGETS)
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=run.folder, start_new_session=True)
+        environment = os.environ | journal.environment
+        process = subprocess.Popen(
+            run.command(*targets), stdout=log, stderr=log, cwd=run.folder, env=environment, start_new_session=True
+        )
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
         if whom == ALL:
             os.killpg(process.pid, sent)
         else:
-            os.kill(random.choice(session(process.pid)), sent)
-    process.wait(120)
-    deadline = time.monotonic() + 120
-    while session(process.pid):
-        assert time.monotonic() < deadline, "processes of a killed run go on"
-        time.sleep(0.05)
+            os.kill(random.choice(session(process.pid)) if whom == ONE else process.pid, sent)
+    process.wait(300)
     return None
 
 
-def main(kills: int = 40, seed: int = 0) -> int:
+def main(kills: int = 40, seed: int = 0, slurm: bool = False) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"
     random, counts, wrong, chains = Random(seed), Counter(), 0, 0
+    kind, ways = (OnSlurm, CONTROLLERS) if slurm else (Workspace, WAYS)
+    targets = [f"results/tiny/{target}" for target in (FEW if slurm else TARGETS)]
     folder = Path(tempfile.mkdtemp(prefix="trtbuild-kills-"))
-    undisturbed = workspace(folder / "undisturbed")
+    journal = Journal(folder / "journal")
+
+    def workspace(name: str) -> Workspace:
+        return kind(folder / name, CONFIG | {"matrix": []}, MODELS, RECIPES | QUANTIZED_RECIPES)
+
+    undisturbed = workspace("undisturbed")
     start = time.monotonic()
-    undisturbed.succeed(*TARGETS)
+    undisturbed.succeed(*targets)
     whole = time.monotonic() - start
     expected = artifacts(undisturbed.folder)
     print(f"undisturbed: {len(expected)} files in {whole:.0f} s; seed {seed}; {folder}", flush=True)
     while counts.total() < kills:
         chains += 1
-        chain = workspace(folder / f"chain{chains}")
+        chain = workspace(f"chain{chains}")
         code = None
         while code is None:
-            way, seconds = random.choice(WAYS), random.uniform(0, whole / 2)
-            code = disturb(chain, seconds, way, random)
+            way, seconds = random.choice(ways), random.uniform(0, whole / 2)
+            code = disturb(chain, targets, seconds, way, random, journal)
             made = artifacts(chain.folder)
             differ = sorted(name for name, value in made.items() if expected.get(name) != value)
             if code is None:
@@ -111,9 +133,12 @@ def main(kills: int = 40, seed: int = 0) -> int:
         ended = code == 0 and made == expected and not left
         wrong += not ended
         print(f"chain {chains}: exit code {code}, {'all files equal' if ended else [*differ, *left]}", flush=True)
+    begun, beside = journal.count("start"), journal.count("overlap")
+    print(f"{begun} jobs have begun, {beside} of them beside another one of the same output")
     print(f"{counts.total()} kills in {chains} chains: {dict(counts)}; {wrong} times something was wrong")
-    return bool(wrong)
+    return bool(wrong or beside)
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:])))
+    numbers = [int(argument) for argument in sys.argv[1:] if argument.isdecimal()]
+    sys.exit(main(*numbers, slurm="slurm" in sys.argv[1:]))
