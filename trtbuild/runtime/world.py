@@ -18,7 +18,7 @@ from trtbuild.errors import UserError
 SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
 COMMANDS = 71  # tag of the messages that rank 0 leads with
-SPIN, LONGEST_NAP = 1e-2, 1e-3  # seconds; a step of most models is shorter than the first
+SPIN, LONGEST_NAP = 0.1, 1e-3  # seconds; most steps, long prompts' too, are shorter than the first
 _in_mpi = -1  # where `stay_by` is told that this process has reached MPI
 LAST_WORDS = 1  # seconds for the launcher to pass on what was printed, which it may forget when a rank aborts
 
