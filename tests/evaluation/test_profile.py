@@ -7,6 +7,7 @@ import pytest
 from trtbuild.evaluation import profile as module
 from trtbuild.evaluation.benchmark import Generation, by_engine, random_prompts
 from trtbuild.evaluation.profile import KINDS, OTHER, kind_of, page, write_profile
+from trtbuild.files import MARKER, check_output
 from trtbuild.runtime.open import open_engine
 
 
@@ -57,8 +58,9 @@ def test_a_profile(tiny_engine, tmp_path):
     session = open_engine(tiny_engine, "portable", "cpu").session
     written = write_profile(by_engine(session, random_prompts(2, 16)), tmp_path / "new" / "folder", "A title", 5)
     assert {path.name for path in written.parent.iterdir()} == {
-        *("profile.md", "context.trace.json", "generation.trace.json"),
+        *("profile.md", "context.trace.json", "generation.trace.json", MARKER),
     }
+    check_output(written.parent)  # the next one may go there, too
     text = written.read_text()
     assert text.startswith("# A title\n")
     context, generation = text.split("## Context phase")[1].split("## Generation phase, one of 4 steps")

@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from trtbuild.evaluation.benchmark import Generation
-from trtbuild.files import atomic
+from trtbuild.files import MARKER, atomic
 
 STEPS = 8  # generation steps in a trace
 LISTED = 15  # kernels on the page, of each phase
@@ -41,6 +41,7 @@ def write_profile(generation: Generation, folder: Path, title: str, output_len: 
     for _ in range(steps):  # captures and compiles
         generation.step()
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).touch()  # so that the next profile may be written there
     sections = [f"# {title}", "Times are those of kernels, added up; some run side by side.\n"]
     on_gpu = generation.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
