@@ -11,6 +11,7 @@ from trtbuild.linear.int8 import Int8Linear
 from trtbuild.linear.w8a8 import W8A8Linear
 from trtbuild.models.alibi import alibi_slopes
 from trtbuild.network.ops.attention import Attention
+from trtbuild.network.ops.embedding import Embedding, EmbeddingPart
 from trtbuild.network.ops.rotary_embedding import RotaryEmbedding
 from trtbuild.network.ops.rotate import Rotate
 from trtbuild.network.ops.scale_tokens import ScaleTokens
@@ -268,6 +269,17 @@ def test_other_sequences_change_nothing(heads, kv_heads):
                 assert torch.equal(captured[-1], expected[-1])
             outputs.append(expected if name == "decode" else expected[1])
         assert torch.equal(outputs[0][: chunks[0][0]], outputs[1][: chunks[0][0]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("tokens", "width"), [(1, 4096), (16, 5120), (300, 576)])
+def test_embedding(tokens, width, dtype):
+    from trtbuild.kernels.embedding import embedding
+
+    table = torch.randn(1000, width, device="cuda").to(dtype)
+    ids = torch.randint(1000, (tokens,), dtype=torch.int32, device="cuda")
+    assert embedding(ids, table).equal(Embedding().reference(ids, table))
+    assert embedding(ids, table[250:500], 250).equal(EmbeddingPart(250).reference(ids, table[250:500]))
 
 
 @pytest.mark.parametrize(("head_dim", "kind"), [(128, "plain"), (80, "per token"), (64, "dynamic")])

@@ -168,9 +168,10 @@ def output(config: ModelConfig, weights: Weights, hidden: Tensor, mapping: Mappi
     norm = _norm(hidden.network, weights, "model.norm", hidden.dtype)
     head = config.output_product
     x = linear(ops.rms_norm(hidden, norm, config.rms_norm_eps), head, [weights(f"{head}.weight")])
+    x = ops.cast(x, torch.float32)
     if len(mapping.words(config.vocab_size)) < config.vocab_size:
         x = ops.all_gather(x, mapping.stage)
-    return ops.cast(x, torch.float32)
+    return x
 
 
 def cache_of_network(network: Network) -> CacheScales | None:

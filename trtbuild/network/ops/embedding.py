@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
+from trtbuild import kernels
 from trtbuild.network.lowering import Lowered, Lowering
 from trtbuild.network.network import Op, Spec, Tensor
+from trtbuild.network.step import Step
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,13 @@ class Embedding(Op):
 
     def reference(self, input_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.embedding(input_ids, weight)
+
+    def portable(self, step: Step, input_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if not kernels.run_on(weight.device):
+            return self.reference(input_ids, weight)
+        from trtbuild.kernels.embedding import embedding
+
+        return embedding(input_ids, weight)
 
     def to_tensorrt(self, lowering: Lowering, input_ids: Lowered, weight: Lowered) -> Lowered:
         return lowering.gather(weight, input_ids)
@@ -39,6 +48,13 @@ class EmbeddingPart(Op):
         rows = input_ids - self.first
         there = (rows >= 0) & (rows < len(weight))
         return torch.nn.functional.embedding(rows.where(there, 0), weight) * there[:, None]
+
+    def portable(self, step: Step, input_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if not kernels.run_on(weight.device):
+            return self.reference(input_ids, weight)
+        from trtbuild.kernels.embedding import embedding
+
+        return embedding(input_ids, weight, self.first)
 
     def to_tensorrt(self, lowering: Lowering, input_ids: Lowered, weight: Lowered) -> Lowered:
         first, zero, last = (lowering.scalar(n, torch.int32, rank=1) for n in (self.first, 0, weight.shape[0] - 1))
