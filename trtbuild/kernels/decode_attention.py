@@ -72,7 +72,8 @@ def decode_attention(
         in_registers = group == 1 and key_cache.dtype.itemsize == 2
         options = {"BLOCK": min(128, READ // block_d), "STAGES": 1 if in_registers else 3, "num_warps": 4}
     else:
-        options = {"BLOCK": min(128, READ // block_d), "STAGES": 3, "num_warps": 8}
+        warps = 8 if key_cache.dtype.itemsize == 1 else 4  # 8-bit numbers have to be widened
+        options = {"BLOCK": min(128, READ // block_d), "STAGES": 3, "num_warps": warps}
     parts = 1
     if grid <= COUNTERS:
         programs = per_processor * processors(qkv.device)  # to keep enough loads in flight
