@@ -415,15 +415,15 @@ def all_layouts(ranks: int) -> dict[str, tuple[int, int]]:
     return {"".join(f"{k}{n}" for k, n in (("tp", tp), ("pp", pp)) if n > 1): (tp, pp) for tp, pp in sizes}
 
 
-def spawn(ranks: int, seconds: float, own: bool) -> int:
-    """Starts this script once a rank, with all GPUs or its `own` alone; ends all when one fails or time is up."""
+def spawn(ranks: int, seconds: float) -> int:
+    """Starts this script once a rank; ends all when one fails or time is up."""
     with socket.socket() as free_port:
         free_port.bind(("127.0.0.1", 0))
         port = free_port.getsockname()[1]
-    processes = []
-    for rank in range(ranks):
-        environment = {"SPAWNED": f"{rank} {ranks} {port}"} | ({"CUDA_VISIBLE_DEVICES": str(rank)} if own else {})
-        processes.append(subprocess.Popen([sys.executable, *sys.argv], env=os.environ | environment))
+    processes = [
+        subprocess.Popen([sys.executable, *sys.argv], env=os.environ | {"SPAWNED": f"{rank} {ranks} {port}"})
+        for rank in range(ranks)
+    ]
     end = time.monotonic() + seconds + 20
     try:
         while any(process.poll() is None for process in processes):
@@ -453,7 +453,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=PARTS, help="what to do, in this order")
     parser.add_argument("--ranks", type=int, default=2, help="without a launcher: how many processes to start")
-    parser.add_argument("--own-gpu", action="store_true", help="and each is shown one GPU alone, as Slurm may do it")
     parser.add_argument("--layouts", nargs="+", help="such as tp2 or tp2pp2; default: all of so many ranks")
     parser.add_argument("--cases", nargs="+", choices=CHECKS, help="to check; default: all")
     parser.add_argument("--model", choices=MODELS, default="llama-7b", metavar="NAME", help="of config/models.yaml")
@@ -468,7 +467,7 @@ def main() -> None:
     args = parser.parse_args()
     here = Spawned(*map(int, os.environ["SPAWNED"].split())) if "SPAWNED" in os.environ else world()
     if here is None:
-        sys.exit(spawn(args.ranks, args.seconds, args.own_gpu))
+        sys.exit(spawn(args.ranks, args.seconds))
     faulthandler.dump_traceback_later(args.seconds, exit=True)
     torch.set_grad_enabled(False)
     bench = Bench(here)

@@ -313,7 +313,6 @@ def test_ranks_look_for_each_others_memory_where_all_have_some(monkeypatch, with
     monkeypatch.setattr(PeerMemory, "of", lambda group, block: (*told, len(block)))
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 3)
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    monkeypatch.setenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "0")
     made = _peer_memory(None, torch.device("cpu"))
     assert (made, told) == {"this rank": (None, [0]), "another": (None, [1]), None: ((1, 3), [1, 1])}[without]
 

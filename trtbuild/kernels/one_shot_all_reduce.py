@@ -32,9 +32,9 @@ from trtbuild.kernels.processors import processors
 
 IN_WORDS = 1 << 18  # bytes of the largest tensor that goes in words
 IN_ONE_SHOT = 1 << 19  # and of the largest that goes in one shot between more than two ranks
-PIECES = 4  # of a row that goes in words
+PIECES = 2  # of a row that goes in words
 FLAT = 2048  # values of a row where there is no norm
-WARP = 512  # values of a row with flags that a warp has
+WARP = 1024  # values of a row with flags that a warp has
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 

@@ -1,6 +1,5 @@
 """How tensors pass between an engine's processes: through MPI on CPUs; on GPUs by NCCL, and on one host directly."""
 
-import os
 from contextlib import suppress
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -181,8 +180,6 @@ def _peer_memory(group: Any, device: torch.device) -> "PeerMemory | None":
         dist.all_reduce(have, dist.ReduceOp.MIN, group=group)
         return bool(have.item())
 
-    # Torch takes GPUs that ranks are shown one by one, each of them number 0, for the same; they are told by UUID.
-    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     block = made = None
     with suppress(RuntimeError):
         block = PeerMemory.block(dist.get_world_size(group), device)
