@@ -48,7 +48,7 @@ from trtbuild.runtime.generation import generate
 from trtbuild.runtime.ranks_session import RanksSession
 from trtbuild.runtime.sampling import SamplingParams
 from trtbuild.runtime.session import PortableSession, Session
-from trtbuild.runtime.together import _own_gpu, obey, ranks_between
+from trtbuild.runtime.together import obey, ranks_between
 from trtbuild.runtime.world import World, world
 
 T = TypeVar("T")
@@ -117,7 +117,7 @@ class Bench:
 
     def __init__(self, here: World) -> None:
         self.here = here
-        self.device, _ = _own_gpu(here)
+        self.device = torch.device("cuda", here.local_rank)
         torch.cuda.set_device(self.device)
         self.start, self.bandwidth = time.monotonic(), copy_bandwidth()
         free()

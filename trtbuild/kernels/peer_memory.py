@@ -13,7 +13,7 @@ rank that writes into a half again has been heard of by all in the call between,
 
 A kernel that waits for other ranks may take part in dependent launch: the next one starts when all of its programs run,
 so it cannot keep any of them from starting, and itself waits until they have ended. The programs of a call are no more
-than run at once, or need of other ranks what those with the same number send before they wait.
+than run at once, or need of other ranks what those with the same number send, which start in the same order.
 """
 
 import torch
