@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,8 +23,8 @@ from trtbuild.evaluation import benchmark as benchmark_module
 from trtbuild.files import sha256
 
 COMMANDS = (
-    *("convert", "calibrate", "quantize", "build", "run", "summarize", "score", "perplexity", "benchmark", "verify"),
-    "inspect",
+    *("convert", "calibrate", "quantize", "build", "run", "summarize", "score", "perplexity", "gate", "benchmark"),
+    *("verify", "inspect"),
 )
 SIZES = ("--max-batch-size", 4, "--max-input-len", 32, "--max-output-len", 16)
 RECIPES = """
@@ -240,6 +241,20 @@ def test_perplexity(made, tmp_path):
     assert printed["provenance"]["max_input_len"] == 32
     invoke("perplexity", *common, "--output", tmp_path / "p.json")
     assert json.loads((tmp_path / "p.json").read_text())["perplexity"] == printed["perplexity"]
+
+
+def test_gate(made, tmp_path):
+    common = ("perplexity", "--checkpoint-dir", made.checkpoint, "--samples", 3)
+    invoke(*common, "--engine-dir", made.engine, "--output", tmp_path / "engine.json")
+    invoke(*common, "--max-input-len", 32, "--output", tmp_path / "hf.json")
+    sides = ("gate", "--perplexity", tmp_path / "engine.json", "--baseline", tmp_path / "hf.json")
+    said = invoke(*sides, "--max-increase", 0.5, "--output", tmp_path / "gate.json")
+    assert re.match(r"passed: perplexity [\d.]+, [+-]0\.00% \[[+-]0\.00, [+-]0\.00] over the .* allows 0\.5%\n$", said)
+    result = json.loads((tmp_path / "gate.json").read_text())
+    assert (result["verdict"], result["policy"], result["articles"]) == ("passed", "fail", 3)
+    assert "the recipe allows 1%" in invoke(*sides, "--recipe", "fp16")
+    refused(r"engine\.json: failed: perplexity .* allows -1%", *sides, "--max-increase", -1)
+    refused("give one of --recipe and --max-increase", *sides)
 
 
 def test_benchmark(made, monkeypatch):

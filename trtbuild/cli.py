@@ -525,6 +525,35 @@ def perplexity(
 
 
 @app.command()
+def gate(
+    perplexity: Annotated[Path, typer.Option(help="An engine's perplexity.json, written by 'perplexity'.")],
+    baseline: Annotated[Path, typer.Option(help="The Hugging Face model's, of the same articles.")],
+    recipe: Annotated[str | None, typer.Option(help="Name of the recipe whose limit holds.")] = None,
+    recipes: Recipes = None,
+    max_increase: Annotated[
+        float | None, typer.Option(help="Instead of a recipe's: how much higher the perplexity may be, in per cent.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Where gate.json goes.", callback=_output)] = None,
+) -> None:
+    """Judge an engine's perplexity beside the Hugging Face model's, and say how sure that is; exit 2 where it stops.
+
+    Example: trtbuild gate --perplexity perplexity.json --baseline hf.json --max-increase 1
+    """
+    from trtbuild.evaluation.gate import PERPLEXITY, check_gate, gate, verdict
+    from trtbuild.files import read_json, write_json
+
+    if (recipe is None) == (max_increase is None):
+        raise UserError("give one of --recipe and --max-increase, which say how much higher the perplexity may be")
+    limits = _recipe(recipe, recipes).gate_limits if recipe else {"max_increase": max_increase, "policy": "fail"}
+    result = gate(read_json(perplexity, PERPLEXITY), read_json(baseline, PERPLEXITY), **limits)
+    if output:
+        write_json(output, result)
+    check_gate(result, str(perplexity))
+    if result["verdict"] == "passed":
+        print(verdict(result))
+
+
+@app.command()
 def benchmark(
     engine_dir: EngineDir,
     batch_size: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,

@@ -33,12 +33,14 @@ def random_texts(*lengths):
 def test_equals_the_loss_of_transformers(model, logits, lengths):
     texts = random_texts(*lengths)
     result = perplexity(texts, logits, 32)
-    total = 0.0
+    losses = []
     for text in texts:
         ids = torch.tensor([text])
         with torch.inference_mode():
-            total += model(ids, labels=ids).loss.double().item() * (len(text) - 1)
-    tokens = sum(lengths) - len(lengths)
+            losses.append(model(ids, labels=ids).loss.double().item() * (len(text) - 1))
+    total, tokens = sum(losses), sum(lengths) - len(lengths)
+    assert result["articles"]["nll"] == pytest.approx(losses, rel=1e-4)
+    assert result["articles"]["tokens"] == [length - 1 for length in lengths]
     assert result["tokens"] == tokens
     assert result["mean_nll"] == pytest.approx(total / tokens, rel=1e-4)
     assert result["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-4)
@@ -49,6 +51,8 @@ def test_long_texts_are_cut_into_windows(model, logits):
     text, single = random_texts(75, 33)
     result = perplexity([text, single, [5]], logits, 32)
     assert result["tokens"] == 31 + 31 + 10 + 31
+    assert result["articles"]["tokens"] == [31 + 31 + 10, 31, 0]
+    assert sum(result["articles"]["nll"]) == pytest.approx(103 * result["mean_nll"])
     total = 0.0
     for window in (text[:32], text[32:64], text[64:], single[:32]):
         ids = torch.tensor([window])

@@ -230,7 +230,7 @@ def results(kitchen: Kitchen) -> None:
     summaries = {file: file for file in ("summaries.jsonl", "summaries.meta.json")}
     kitchen.add("score", (*score, "--output", "out/rouge.json"), files=summaries | {"rouge.json": "rouge.json"})
 
-    limits = {"limits": {"max_increase": 1e9, "gate": "fail"}}
+    limits = {"limits": {"max_increase": 1e9, "policy": "fail"}}
     perplexities = {"perplexity": "in/perplexity.json", "baseline": "in/perplexity-hf.json"}
     gate = rule("gate", input=perplexities, output={"gate": "out/gate.json"}, params=limits)
     scored = {"summaries": "in/summaries.jsonl", "gate": "out/gate.json"}

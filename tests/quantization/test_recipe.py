@@ -251,12 +251,12 @@ def test_names_of_artifacts_do_not_change():
     ids=str,
 )
 def test_gate_by_the_weakest_part(recipe, kind):
-    expected = {"max_increase": MAX_PERPLEXITY_INCREASE[kind], "gate": "fail"}
+    expected = {"max_increase": MAX_PERPLEXITY_INCREASE[kind], "policy": "fail"}
     assert Recipe.parse({"dtype": "float16"} | recipe).gate_limits == expected
 
 
 def test_a_declared_limit_wins():
     declared = {"dtype": "float16", "weights": {"dtype": "int4"}, "max_perplexity_increase": 2, "gate": "warn"}
-    assert Recipe.parse(declared).gate_limits == {"max_increase": 2, "gate": "warn"}
+    assert Recipe.parse(declared).gate_limits == {"max_increase": 2, "policy": "warn"}
     plain = {"dtype": "float16", "max_perplexity_increase": 0.5}
-    assert Recipe.parse(plain).gate_limits == {"max_increase": 0.5, "gate": "fail"}
+    assert Recipe.parse(plain).gate_limits == {"max_increase": 0.5, "policy": "fail"}

@@ -1,53 +1,91 @@
 """The quality gate: an engine whose perplexity rose too far is not scored as if nothing had happened."""
 
 import math
+from typing import Literal
 
 from trtbuild.engine.config import marker
 from trtbuild.errors import UserError
+from trtbuild.evaluation.paired import nll_difference
 from trtbuild.evaluation.provenance import refuse_different
 
-PERPLEXITY = {"perplexity": float, "provenance": dict}  # of a perplexity.json, what is read here
+PERPLEXITY = {"perplexity": float, "articles": dict, "provenance": dict}  # of a perplexity.json, what is read here
 GATE = {
-    "verdict": str,
-    "gate": str,
-    "baseline_engine": str,
+    **dict.fromkeys(("verdict", "policy", "baseline_engine"), str),
     **dict.fromkeys(("value", "baseline", "increase_percent", "limit_percent"), float),
+    "articles": int,
 }
 
 
-def gate(value: dict, baseline: dict, max_increase: float, gate: str) -> dict:
+def gate(value: dict, baseline: dict, max_increase: float, policy: Literal["fail", "warn"]) -> dict:
     """Compares two `perplexity.json`: the engine's and the baseline's, which is mostly the Hugging Face model.
 
-    Returns the content of `gate.json`: both perplexities, the increase and its limit in per cent, the verdict, and
-    whether a failed one stops what follows (`gate` "fail") or not ("warn"). Raises `UserError` where the two are
-    of different models, were measured on different text, or are no numbers.
+    Returns the content of `gate.json`: both perplexities; the increase in per cent, `low` and `high` of its 95%
+    interval over articles and its limit; the `verdict`, which is "passed" or "failed" where the whole interval is on
+    one side of the limit, else "undecided", with how many `articles_to_tell` would do; and whether an increase above
+    the limit stops what follows (`policy` "fail") or not ("warn"). Raises `UserError` where the two are of
+    different models, were measured on different text, or are no numbers.
     """
     refuse_different([value, baseline])
     if not (0 < value["perplexity"] < math.inf and 0 < baseline["perplexity"] < math.inf):
         raise UserError(f"perplexities {value['perplexity']} and {baseline['perplexity']} are not comparable")
     ours, theirs = value["provenance"], baseline["provenance"]
-    increase = 100 * (value["perplexity"] / baseline["perplexity"] - 1)
-    return {
+    difference = nll_difference(value, baseline)
+    low, high = map(percent, difference.interval)
+    result = {
         "baseline": baseline["perplexity"],
         "baseline_engine": theirs.get("engine", "transformers"),
         "value": value["perplexity"],
-        "increase_percent": increase,
+        "increase_percent": percent(difference.mean),
+        "low": low if difference.articles > 1 else None,  # of a single article there is no interval
+        "high": high if math.isfinite(high) else None,
         "limit_percent": max_increase,
-        "verdict": "passed" if increase <= max_increase else "failed",
-        "gate": gate,
+        "articles": difference.articles,
+        "verdict": "passed" if high <= max_increase else "failed" if low > max_increase else "undecided",
+        "policy": policy,
         "engine_sha256": ours.get("engine_sha256"),
-    } | marker(ours.get("model", ""))
+    }
+    if result["verdict"] == "undecided":
+        result["articles_to_tell"] = difference.articles_to_tell(math.log1p(max_increase / 100))
+    return result | marker(ours.get("model", ""))
+
+
+def percent(nats: float) -> float:
+    """How much larger a perplexity is whose logarithm is larger by `nats`; what no float holds is infinite."""
+    return 100 * math.expm1(nats) if nats < 700 else math.inf
 
 
 def check_gate(result: dict, where: str) -> None:
-    """Raises `UserError` for a failed gate that stops; says so on standard output for one that warns."""
+    """Raises `UserError` for an increase above the limit that stops; says so on standard output for one that warns.
+
+    An undecided gate follows its best estimate, the increase itself: to stop at all that is not certain would stop good
+    recipes for want of articles, and to stop only at what is certain would open the gate to whoever measures less text.
+    """
     if result["verdict"] == "passed":
         return
-    baseline = "Hugging Face model" if result["baseline_engine"] == "transformers" else "portable engine in float32"
-    message = (
-        f"{where}: perplexity {result['value']:.3f} is {result['increase_percent']:.1f}% above the "
-        f"{result['baseline']:.3f} of the {baseline}; the recipe allows {result['limit_percent']:g}%"
-    )
-    if result["gate"] == "fail":
+    message = f"{where}: {verdict(result)}"
+    if result["policy"] == "fail" and result["increase_percent"] > result["limit_percent"]:
         raise UserError(f"{message}. Choose a finer recipe, or set max_perplexity_increase or 'gate: warn' in it")
     print(f"warning: {message}")
+
+
+def verdict(result: dict) -> str:
+    """A line about a `gate.json`, such as "passed: perplexity 38.297, +0.75% [+0.58, +0.92] over the 38.013 of ..."."""
+    baseline = "Hugging Face model" if result["baseline_engine"] == "transformers" else "portable engine in float32"
+    line = (
+        f"{result['verdict']}: perplexity {result['value']:.3f}, {increase(result)} over the {result['baseline']:.3f} "
+        f"of the {baseline}; the recipe allows {result['limit_percent']:g}%"
+    )
+    if result["verdict"] != "undecided":
+        return line
+    articles = "1 article" if result["articles"] == 1 else f"{result['articles']} articles"
+    enough = result.get("articles_to_tell")
+    would = f"about {enough:,} would" if isinstance(enough, int) else "more would"
+    return f"{line}; {articles} cannot tell whether that holds, {would}"
+
+
+def increase(result: dict) -> str:
+    """The increase of a `gate.json` in per cent, with its interval."""
+    low, high = result.get("low"), result.get("high")
+    known = isinstance(low, float | int) and isinstance(high, float | int)
+    interval = f" [{low:+.2f}, {high:+.2f}]" if known else ""
+    return f"{result['increase_percent']:+.2f}%{interval}"

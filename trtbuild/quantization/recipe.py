@@ -205,8 +205,8 @@ class Recipe:
 
     @property
     def gate_limits(self) -> dict:
-        """What `evaluation.gate` compares with: `max_increase` of perplexity in per cent, and `gate`."""
-        return {"max_increase": self.max_perplexity_increase, "gate": self.gate}
+        """What `evaluation.gate` compares with: `max_increase` of perplexity in per cent, and `policy`."""
+        return {"max_increase": self.max_perplexity_increase, "policy": self.gate}
 
 
 def identity(settings: dict) -> str:
