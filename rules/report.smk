@@ -5,15 +5,18 @@ rule table:
     input:
         lambda wildcards: [
             f"results/{wildcards.model}/{run}/{name}.json"
-            for run in ["hf", *runs_of_matrix(wildcards)]
-            for name in ("perplexity", "rouge")
+            for run, names in ({"hf": ("perplexity", "rouge")} | runs_of_table(wildcards)).items()
+            for name in names
         ],
     output:
         "results/{model}/recipes.md",
     log:
         "results/{model}/logs/table.log",
     params:
-        recipes=runs_of_matrix,
+        recipes=lambda wildcards: {
+            run: trtbuild_workflow.weights_folder(recipes_of(wildcards)[split_run(run)[0]])
+            for run in runs_of_table(wildcards)
+        },
     resources:
         **SHORT,
     conda:

@@ -296,6 +296,7 @@ def build(
             engine_dir,
             model=model,
             recipe=content.engine_settings,
+            recipe_name=recipe,
             limits=limits,
             engines=[e.value for e in engine],
             mapping=mapping,

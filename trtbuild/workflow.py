@@ -19,7 +19,7 @@ from trtbuild.errors import UserError, one_line
 from trtbuild.files import check_output, read_json, user_path
 from trtbuild.folder_lock import local_job
 from trtbuild.gpus import taken
-from trtbuild.layout import sizes, split_run
+from trtbuild.layout import LAYOUT, sizes, split_run
 from trtbuild.quantization.recipe import Recipe, identity
 from trtbuild.rehearsal import rehearsal_layers, rehearsal_target
 from trtbuild.tokenizer import chat_template
@@ -33,6 +33,7 @@ MODELS_SCHEMA = SCHEMAS / "models.schema.yaml"
 RECIPES_SCHEMA = SCHEMAS / "recipes.schema.yaml"
 SHIPPED_RECIPES = Path(__file__).parent / "recipes.yaml"
 TABLE = "recipes.md"
+RESULTS = ("perplexity", "gate", "rouge", "benchmark")  # of a run, beside summaries
 LIMITS = ("max_batch_size", "max_input_len", "max_output_len")  # of `build`
 
 
@@ -117,6 +118,20 @@ def matrix_targets(config: dict) -> list[str]:
         for recipe in entry["recipes"]:
             targets += [f"{folder}/{recipe}/{name}.json" for name in ("rouge", "perplexity", "benchmark")]
     return targets
+
+
+def runs_of_table(model: str, matrix: list[dict], recipes: Iterable[str], targets: Iterable[str]) -> dict[str, list]:
+    """Of each run in a model's table the names of the results that it is made of, in `results/{model}/{run}/`.
+
+    Runs in the matrix have all of them; of others it is made of what is there, or is asked for by `targets`.
+    """
+    runs = {run: list(RESULTS) for entry in matrix if entry["model"] == model for run in entry["recipes"]}
+    files = [*map(str, sorted(Path("results", model).glob("*/*.json"))), *map(os.path.normpath, targets)]
+    result = re.compile(rf"results/{re.escape(model)}/(([^/@]+)(?:{LAYOUT})?)/({'|'.join(RESULTS)})\.json")
+    for match in filter(None, map(result.fullmatch, files)):
+        if match[2] in recipes and match[3] not in runs.setdefault(match[1], []):
+            runs[match[1]].append(match[3])
+    return runs
 
 
 def quantizations(recipes: dict[str, Recipe]) -> dict[str, dict]:

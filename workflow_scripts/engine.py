@@ -15,6 +15,7 @@ with rule_log(snakemake):
         Path(snakemake.input.weights),
         model=snakemake.wildcards.model,
         recipe=snakemake.params.recipe,
+        recipe_name=snakemake.wildcards.recipe,
         limits=BuildLimits(**snakemake.params.limits),
         mapping=Mapping(**snakemake.params.layout),
         engines=snakemake.params.engines,

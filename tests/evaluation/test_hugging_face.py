@@ -112,6 +112,7 @@ def test_baseline_and_engine_write_the_same_summaries(tiny_checkpoint, tiny_engi
     assert engine_origin["engine_sha256"] == sha256(tiny_engine / "rank0.safetensors")
     assert hf_origin["engine_sha256"] == sha256(tiny_checkpoint / "model.safetensors")
     assert (engine_origin["engine"], hf_origin["engine"]) == ("portable", "transformers")
+    assert engine_origin.pop("options") == {"dtype": "float32"}
     different = {key for key in engine_origin if engine_origin[key] != hf_origin[key]}
     assert different == {"engine", "engine_sha256"}
 

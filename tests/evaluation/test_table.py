@@ -1,8 +1,11 @@
 """The table of a model's recipes."""
 
+import math
+
 import pytest
 
 from trtbuild.errors import UserError
+from trtbuild.evaluation.gate import gate
 from trtbuild.evaluation.table import recipe_table
 from trtbuild.files import write_json
 
@@ -13,8 +16,14 @@ def rouge(one: float, long: float, model: str = "12") -> dict:
     return scores | {"provenance": {"engine": "portable", "dtype": "float32", "source_sha256": model}}
 
 
-def measured(perplexity: float, model: str = "12") -> dict:
-    return {"perplexity": perplexity, "provenance": {"source_sha256": model}}
+def measured(perplexity: float, model: str = "12", spread: float = 0.01) -> dict:
+    """A perplexity of two articles; `spread` is how far each is from it, in nats a token."""
+    nll = [100 * (math.log(perplexity) + way * spread) for way in (-1, 1)]
+    origin = {"engine": "transformers", "dtype": "float32", "source_sha256": model}
+    return {"perplexity": perplexity, "articles": {"nll": nll, "tokens": [100, 100]}, "provenance": origin}
+
+
+SPEED = {"time_per_output_token_s": 0.01234, "peak_memory_bytes": 456_700_000}
 
 
 @pytest.fixture
@@ -23,8 +32,11 @@ def results(tmp_path):
     write_json(tmp_path / "hf/perplexity.json", measured(20.0))
     write_json(tmp_path / "hf/rouge.json", rouge(30, 20))
     for recipe, value in (("fp16", 20.1), ("int8", 21.0)):
-        write_json(tmp_path / recipe / "perplexity.json", measured(value))
-        write_json(tmp_path / recipe / "rouge.json", rouge(29.5, 19.25))
+        folder = tmp_path / recipe
+        write_json(folder / "perplexity.json", measured(value, spread=0.0101))
+        write_json(folder / "gate.json", gate(measured(value, spread=0.0101), measured(20.0), 5, "fail"))
+        write_json(folder / "rouge.json", rouge(29.5, 19.25))
+        write_json(folder / "benchmark.json", SPEED)
         outputs = {"rank0.safetensors": {"bytes": 2_500_000}, "rank0.engine": {"bytes": 3_000_000}}
         write_json(tmp_path / recipe / "engine/config.json", {"outputs": outputs})
         for kind in ("portable", "tensorrt"):
@@ -36,10 +48,15 @@ def results(tmp_path):
 
 
 def test_table(results):
+    """The interval of two articles is t of one degree of freedom, 12.706, times 0.0001 nats."""
     lines = recipe_table(results, {"fp16": "checkpoint", "int8": "quantized/round-int8-1"}).splitlines()
-    assert lines[2] == "| Hugging Face, float32 | 20.00 |  | 30.00 | 20.00 |  |  |  |  |"
-    assert lines[3] == "| fp16 | 20.10 | +0.50 | 29.50 | 19.25 | 2.5 | 3.0 |  | 9 |"
-    assert lines[4] == "| int8 | 21.00 | +5.00 | 29.50 | 19.25 | 2.5 | 3.0 | 7 | 9 |"
+    names = "recipe gate perplexity increase% ROUGE-1 ROUGE-L msatoken peakMB portableMB TensorRTMB quantizes builds"
+    assert lines[0].replace(" ", "") == "|" + names.replace(" ", "|") + "|"
+    assert lines[2] == "| Hugging Face, float32 |  | 20.00 |  | 30.00 | 20.00 |  |  |  |  |  |  |"
+    fp16, int8 = ["+0.50 [+0.37, +0.63]", "29.50"], ["+5.00 [+4.87, +5.13]", "29.50"]
+    speed = "19.25 | 12.34 | 457 | 2.5 | 3.0"
+    assert lines[3] == f"| fp16 | passed | 20.10 | {' | '.join(fp16)} | {speed} |  | 9 |"
+    assert lines[4] == f"| int8 | undecided | 21.00 | {' | '.join(int8)} | {speed} | 7 | 9 |"
     assert len({line.count("|") for line in lines}) == 1
 
 
@@ -49,7 +66,8 @@ def test_ranks_of_a_layout_count_together(results):
     write_json(results / "fp16@tp2/engine/config.json", {"outputs": outputs})
     (results / "fp16@tp2/logs/portable_engine.rank1.tsv").write_text("s\th:m:s\n2.5\t0:00:02\n")
     row = recipe_table(results, {"fp16@tp2": "checkpoint"}).splitlines()[-1]
-    assert row == "| fp16@tp2 | 20.10 | +0.50 | 29.50 | 19.25 | 2.6 |  |  | 7 |"
+    assert row.startswith("| fp16@tp2 | passed | 20.10 | +0.50 ")
+    assert row.endswith(" | 2.6 |  |  | 7 |")
 
 
 def test_a_rehearsal_says_so(results):
@@ -68,10 +86,16 @@ def test_results_of_another_model(results, file, value):
         recipe_table(results, {"fp16": "checkpoint"})
 
 
-def test_results_that_are_missing(results):
-    (results / "int8/rouge.json").unlink()
-    with pytest.raises(UserError, match=r"int8/rouge\.json does not exist"):
-        recipe_table(results, {"int8": "checkpoint"})
+def test_what_is_not_there_is_empty(results):
+    """A recipe that failed its gate has no ROUGE; one may have been built, and nothing else."""
+    for name in ("rouge", "benchmark"):
+        (results / f"int8/{name}.json").unlink()
+    for name in ("perplexity", "gate", "rouge", "benchmark"):
+        (results / f"fp16/{name}.json").unlink()
+    rows = recipe_table(results, {"int8": "checkpoint", "fp16": "checkpoint", "none": "checkpoint"}).splitlines()[-3:]
+    assert rows[0] == "| int8 | undecided | 21.00 | +5.00 [+4.87, +5.13] |  |  |  |  | 2.5 | 3.0 |  | 9 |"
+    assert rows[1] == "| fp16 |  |  |  |  |  |  |  | 2.5 | 3.0 |  | 9 |"
+    assert rows[2] == "| none |" + "  |" * 11
 
 
 def test_a_time_that_is_missing(results):

@@ -31,6 +31,7 @@ from trtbuild.workflow import (
     load_table,
     matrix_targets,
     rehearses,
+    runs_of_table,
     unknown,
     validate,
 )
@@ -145,6 +146,24 @@ def test_matrix_targets():
         "results/b/recipes.md",
     ]
     assert matrix_targets({"matrix": []}) == []
+
+
+def test_runs_of_a_table(tmp_path, monkeypatch):
+    """Those of the matrix, then what is there, then what is asked for; no other model's, and nothing undeclared."""
+    monkeypatch.chdir(tmp_path)
+    there = ("x/gate", "y@tp2/benchmark", "y@tp2/perplexity", "old/rouge", "y@2/rouge", "hf/rouge", "y/summaries.meta")
+    for name in (*there, "../b/y/rouge"):
+        file = tmp_path / f"results/a/{name}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    targets = ("./results/a/z/rouge.json", "results/a/y@tp2/perplexity.json", "results/b/z/rouge.json", "--cores")
+    matrix = [{"model": "a", "recipes": ["x"]}, {"model": "b", "recipes": ["z"]}]
+    assert runs_of_table("a", matrix, {"x", "y", "z"}, targets) == {
+        "x": ["perplexity", "gate", "rouge", "benchmark"],
+        "y@tp2": ["benchmark", "perplexity"],
+        "z": ["rouge"],
+    }
+    assert runs_of_table("rehearsal/a", [], {"x"}, ["results/rehearsal/a/x/gate.json"]) == {"x": ["gate"]}
 
 
 @pytest.mark.parametrize(

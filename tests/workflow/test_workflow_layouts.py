@@ -54,8 +54,8 @@ def test_two_ranks_give_the_results_of_one(finished):
     assert finished.pending() == set()
     one, two = (finished.results / "tiny" / run for run in ("fp32", "fp32@tp2"))
     for name in ("summaries.jsonl", "logs/rouge.log"):
-        line = "portable float32"
-        assert (two / name).read_text() == (one / name).read_text().replace(f"{line}    ", f"{line} tp2")
+        line = "portable fp32"
+        assert (two / name).read_text() == (one / name).read_text().replace(f"{line}    ", f"{line}@tp2")
     ours, theirs = (json.loads((run / "perplexity.json").read_text()) for run in (two, one))
     assert ours["tokens"] == theirs["tokens"]
     assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-5)
@@ -65,7 +65,7 @@ def test_two_ranks_give_the_results_of_one(finished):
     assert sizes[0] + sizes[1] == pytest.approx((one / "engine/rank0.safetensors").stat().st_size, rel=0.1)
     rows = (finished.results / "tiny/recipes.md").read_text().splitlines()
     assert [row.split(" | ")[0] for row in rows[-2:]] == ["| fp32", "| fp32@tp2"]
-    perplexity_and_rouge = [[row.split(" | ")[i] for i in (1, 3, 4)] for row in rows[-2:]]
+    perplexity_and_rouge = [[row.split(" | ")[i] for i in (1, 2, 4, 5)] for row in rows[-2:]]
     assert perplexity_and_rouge[0] == perplexity_and_rouge[1]
     assert not [path for path in two.rglob(".*") if path.name != ".snakemake_timestamp"]
 

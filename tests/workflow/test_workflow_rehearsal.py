@@ -33,7 +33,7 @@ def test_every_result_says_that_it_is_a_rehearsal(rehearsed, name):
 
 
 def test_the_printed_scores_say_it_too(rehearsed):
-    assert "portable float16 (rehearsal) " in (rehearsed.results / FOLDER / "int8kv/logs/rouge.log").read_text()
+    assert "portable int8kv (rehearsal) " in (rehearsed.results / FOLDER / "int8kv/logs/rouge.log").read_text()
 
 
 def test_nothing_lies_outside_the_place_of_rehearsals(rehearsed):
@@ -59,7 +59,7 @@ def test_little_is_done(rehearsed):
     assert (speed["batch_size"], speed["input_len"], speed["output_len"]) == (1, 8, 4)
     (calibration,) = (rehearsed.results / FOLDER / "calibration").iterdir()
     assert calibration.name.startswith("trtbuild-news-2x64-")
-    assert result(rehearsed, "int8kv/gate.json")["gate"] == "warn"
+    assert result(rehearsed, "int8kv/gate.json")["policy"] == "warn"
 
 
 def test_a_second_rehearsal_has_nothing_to_do(rehearsed, tmp_path):

@@ -76,6 +76,7 @@ def write_engine_config(
     *,
     model: str,
     recipe: dict,
+    recipe_name: str | None,
     limits: BuildLimits,
     mapping: Mapping,
     engines: list[str],
@@ -100,6 +101,7 @@ def write_engine_config(
         [rank_file(rank, kind) for rank in range(mapping.world_size) for kind in engines],
         model=model,
         recipe=recipe,
+        **({"recipe_name": recipe_name} if recipe_name else {}),
         model_config=dataclasses.asdict(checkpoint.config),
         mapping=mapping.layout,
         limits=dataclasses.asdict(limits),
@@ -120,6 +122,7 @@ def build_engine_dir(
     *,
     model: str,
     recipe: dict,
+    recipe_name: str | None = None,
     limits: BuildLimits,
     engines: list[str],
     mapping: Mapping = Mapping(),
@@ -131,8 +134,9 @@ def build_engine_dir(
 ) -> None:
     """Builds a whole engine folder, one rank after another; it appears only when it is complete.
 
-    `recipe` is what `config.json` records; its `dtype` is that of what is not quantized. `cache`: the scales of a
-    quantized KV cache, and `calibration` the file that they come from; `extrapolate_positions` as in `build_portable`.
+    `recipe` and its name are what `config.json` records; its `dtype` is that of what is not quantized. `cache`: the
+    scales of a quantized KV cache, and `calibration` the file that they come from; `extrapolate_positions` as in
+    `build_portable`.
     """
     if "tensorrt" in engines:
         from trtbuild.engine.tensorrt_api import api
@@ -159,6 +163,7 @@ def build_engine_dir(
             checkpoint,
             model=model,
             recipe=recipe,
+            recipe_name=recipe_name,
             limits=limits,
             mapping=mapping,
             engines=engines,

@@ -29,12 +29,14 @@ SAME = {
 
 
 def provenance(opened: OpenedEngine) -> dict:
-    """Engine kind, dtype, ranks, sha256 of the engine and of the model that it comes from, device and versions."""
+    """Engine kind, recipe, ranks, sha256 of the engine and of the model that it comes from, device and versions."""
     mapping = opened.config["mapping"]
     layout = layout_name(mapping["tp_size"], mapping["pp_size"])
     return {
         "engine": opened.session.kind,
         "model": opened.config["model"],
+        **({"recipe": opened.config["recipe_name"]} if "recipe_name" in opened.config else {}),
+        "options": opened.config["recipe"],
         "dtype": opened.dtype,
         **({"layout": layout} if layout else {}),
         "engine_sha256": opened.sha256,
@@ -53,6 +55,13 @@ def settings(dataset: dict, articles: list[Article], tokens: list[list[int]], **
         **options,
         "seed": 0,
     }
+
+
+def label(result: dict) -> str:
+    """What a result is of, in few words: `portable int8kv@tp2`, `transformers float32`."""
+    origin = result["provenance"]
+    run = "@".join(str(part) for part in (origin.get("recipe", origin["dtype"]), origin.get("layout")) if part)
+    return f"{origin['engine']} {run}{' (rehearsal)' if 'rehearsal' in result else ''}"
 
 
 def refuse_different(results: Sequence[dict]) -> None:

@@ -18,7 +18,7 @@ from trtbuild.evaluation.benchmark import benchmark, by_engine, compare, heading
 from trtbuild.evaluation.hugging_face import HuggingFaceModel
 from trtbuild.evaluation.perplexity import perplexity
 from trtbuild.evaluation.profile import write_profile
-from trtbuild.evaluation.provenance import provenance, refuse_different, settings
+from trtbuild.evaluation.provenance import label, provenance, refuse_different, settings
 from trtbuild.evaluation.rouge import METRICS, TOKENIZER, check_references, score
 from trtbuild.evaluation.summarization import read_summaries, summarization_prompts, write_summaries
 from trtbuild.evaluation.verify import TOLERANCE, Agreement, verify
@@ -95,16 +95,8 @@ def rouge_table(results: list[dict]) -> str:
     """Scores side by side, a line an engine. Raises `UserError` for those that are not comparable."""
     lines = [f"{'':34}" + "".join(f"{metric:>24}" for metric in METRICS)]
     for result in results:
-        origin = result["provenance"]
         cells = (f"{m['mean']:.2f} [{m['low']:.2f}, {m['high']:.2f}]" for m in (result[metric] for metric in METRICS))
-        words = (
-            origin["engine"],
-            origin["dtype"],
-            origin.get("layout"),
-            "(rehearsal)" if "rehearsal" in result else "",
-        )
-        name = " ".join(filter(None, words))
-        lines.append(f"{name:34}" + "".join(f"{cell:>24}" for cell in cells))
+        lines.append(f"{label(result):34}" + "".join(f"{cell:>24}" for cell in cells))
     refuse_different(results)
     return "\n".join(lines)
 

@@ -5,87 +5,92 @@ from collections import Counter
 from pathlib import Path
 
 from trtbuild.errors import UserError
-from trtbuild.evaluation.gate import PERPLEXITY
+from trtbuild.evaluation.gate import GATE, PERPLEXITY, increase
 from trtbuild.evaluation.provenance import refuse_different
 from trtbuild.evaluation.rouge import SHAPE
 from trtbuild.files import read_json, read_text
 
-HEADER = (
-    ("recipe", "---"),
-    ("perplexity", "---:"),
-    ("increase %", "---:"),
-    ("ROUGE-1", "---:"),
-    ("ROUGE-L", "---:"),
-    ("portable MB", "---:"),
-    ("TensorRT MB", "---:"),
-    ("quantize s", "---:"),
-    ("build s", "---:"),
+RESULTS: dict[str, dict] = {
+    "perplexity": PERPLEXITY,
+    "gate": GATE,
+    "rouge": SHAPE,
+    "benchmark": {"peak_memory_bytes": int},
+}
+NUMBERS = (
+    *("perplexity", "increase %", "ROUGE-1", "ROUGE-L", "ms a token", "peak MB", "portable MB", "TensorRT MB"),
+    *("quantize s", "build s"),
 )
+KINDS = {".safetensors": "portable", ".engine": "tensorrt"}  # of engine files
 
 
 def recipe_table(folder: Path, recipes: dict[str, str]) -> str:
-    """Quality, engine bytes and build times under `folder`, `results/{model}`.
+    """Quality, speed, memory, engine bytes and build times under `folder`, `results/{model}`; empty what is not there.
 
     `recipes` maps a recipe, or one on a layout, to the folder that its weights come from, relative to `folder`.
-    Increases are over the Hugging Face model's perplexity; bytes are those of all ranks, and times those of the rules
-    (`logs/*.tsv`), quantization and, all ranks' together, build. Raises
-    `UserError` for results that are missing, or of another model, text or prompt than the Hugging Face model's.
+    Increases are over the Hugging Face model's perplexity, with their 95% intervals; a token's time and the peak of
+    memory are those of `benchmark.json`; bytes are those of all ranks, and times those of the rules (`logs/*.tsv`),
+    quantization and, all ranks' together, build. Raises `UserError` for results of another model, text or prompt than
+    the Hugging Face model's.
     """
-    measured, hf = _results(folder / "hf")
-    baseline = measured["perplexity"]
-    rows = [
-        (
-            f"{_baseline(hf['provenance'])}, {hf['provenance']['dtype']}",
-            f"{baseline:.2f}",
-            "",
-            _score(hf, "rouge1"),
-            _score(hf, "rougeL"),
-            *[""] * 4,
-        )
-    ]
+    baseline = _results(folder / "hf")
+    rows = [(_baseline(baseline), "", *_quality(baseline), *[""] * 6)]
     for recipe, weights in recipes.items():
-        ours, rouge = _results(folder / recipe)
-        perplexity = ours["perplexity"]
-        try:
-            refuse_different([ours, measured])
-            refuse_different([rouge, hf])
-        except UserError as error:
-            raise UserError(f"{folder / recipe} and {folder / 'hf'}: {error}") from None
-        outputs = read_json(folder / recipe / "engine" / "config.json", {"outputs": dict})["outputs"]
-        sizes: Counter[str] = Counter()
-        for name, output in outputs.items():
-            sizes[Path(name).suffix] += output["bytes"]
-        quantize = folder / "logs" / f"quantize.{Path(weights).name}.tsv" if weights != "checkpoint" else None
-        logs = folder / recipe / "logs"
-        kinds = {".safetensors": "portable", ".engine": "tensorrt"}
-        builds = [logs / f"{kinds[Path(name).suffix]}_engine.{Path(name).stem}.tsv" for name in outputs]
-        rows.append(
-            (
-                recipe,
-                f"{perplexity:.2f}",
-                f"{100 * (perplexity / baseline - 1):+.2f}",
-                _score(rouge, "rouge1"),
-                _score(rouge, "rougeL"),
-                *(f"{sizes[suffix] / 1e6:.1f}" if sizes[suffix] else "" for suffix in kinds),
-                f"{_seconds(quantize):.0f}" if quantize and quantize.exists() else "",
-                f"{sum(map(_seconds, builds)):.0f}",
-            )
-        )
-    lines = ["**Rehearsal**: dummy weights, no results.", ""] if "rehearsal" in measured else []
-    lines += ["| " + " | ".join(cells) + " |" for cells in (*zip(*HEADER, strict=True), *rows)]
+        results = _results(folder / recipe)
+        for name in ("perplexity", "rouge"):
+            try:
+                if name in results and name in baseline:
+                    refuse_different([results[name], baseline[name]])
+            except UserError as error:
+                raise UserError(f"{folder / recipe} and {folder / 'hf'}: {error}") from None
+        verdict = results["gate"]["verdict"] if "gate" in results else ""
+        row = recipe, verdict, *_quality(results), *_speed(results.get("benchmark", {}))
+        rows.append((*row, *_engine(folder, recipe, weights)))
+    lines = ["**Rehearsal**: dummy weights, no results.", ""] if "rehearsal" in baseline.get("perplexity", {}) else []
+    header = ("recipe", "gate", *NUMBERS), ("---", "---", *["---:"] * len(NUMBERS))
+    lines += ["| " + " | ".join(cells) + " |" for cells in (*header, *rows)]
     return "\n".join(lines) + "\n"
 
 
-def _results(folder: Path) -> tuple[dict, dict]:
-    return read_json(folder / "perplexity.json", PERPLEXITY), read_json(folder / "rouge.json", SHAPE)
+def _results(folder: Path) -> dict[str, dict]:
+    """The results of a run that are there, by name."""
+    files = {name: folder / f"{name}.json" for name in RESULTS}
+    return {name: read_json(file, RESULTS[name]) for name, file in files.items() if file.exists()}
 
 
-def _baseline(origin: dict) -> str:
-    return f"portable engine ({origin['baseline']})" if "baseline" in origin else "Hugging Face"
+def _baseline(results: dict[str, dict]) -> str:
+    origin = next(iter(results.values()), {}).get("provenance", {})
+    name = f"portable engine ({origin['baseline']})" if "baseline" in origin else "Hugging Face"
+    return f"{name}, {origin['dtype']}" if "dtype" in origin else name
 
 
-def _score(result: dict, metric: str) -> str:
-    return f"{result[metric]['mean']:.2f}"
+def _quality(results: dict[str, dict]) -> tuple[str, ...]:
+    return (
+        f"{results['perplexity']['perplexity']:.2f}" if "perplexity" in results else "",
+        increase(results["gate"]).replace("%", "") if "gate" in results else "",
+        *(f"{results['rouge'][m]['mean']:.2f}" if "rouge" in results else "" for m in ("rouge1", "rougeL")),
+    )
+
+
+def _speed(benchmark: dict) -> tuple[str, str]:
+    token, memory = benchmark.get("time_per_output_token_s"), benchmark.get("peak_memory_bytes")
+    return f"{1e3 * token:.2f}" if isinstance(token, float) else "", f"{memory / 1e6:.0f}" if memory else ""
+
+
+def _engine(folder: Path, recipe: str, weights: str) -> tuple[str, ...]:
+    """Megabytes of each kind of engine, seconds of quantization and build."""
+    config = folder / recipe / "engine" / "config.json"
+    outputs = read_json(config, {"outputs": dict})["outputs"] if config.exists() else {}
+    sizes: Counter[str] = Counter()
+    for name, output in outputs.items():
+        sizes[Path(name).suffix] += output["bytes"]
+    quantize = folder / "logs" / f"quantize.{Path(weights).name}.tsv" if weights != "checkpoint" else None
+    logs = folder / recipe / "logs"
+    builds = [logs / f"{KINDS[Path(name).suffix]}_engine.{Path(name).stem}.tsv" for name in outputs]
+    return (
+        *(f"{sizes[suffix] / 1e6:.1f}" if sizes[suffix] else "" for suffix in KINDS),
+        f"{_seconds(quantize):.0f}" if quantize and quantize.exists() else "",
+        f"{sum(map(_seconds, builds)):.0f}" if builds else "",
+    )
 
 
 def _seconds(path: Path) -> float:
