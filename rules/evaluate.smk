@@ -72,6 +72,7 @@ rule perplexity:
     input:
         checkpoint="results/{model}/checkpoint",
         engine="results/{model}/{recipe}{layout}/engine/config.json",
+        hidden_states="results/{model}/hf/hidden_states.safetensors",
     output:
         "results/{model}/{recipe}{layout}/perplexity.json",
     log:
@@ -99,6 +100,7 @@ rule perplexity_hf:
         checkpoint="results/{model}/checkpoint",
     output:
         "results/{model}/hf/perplexity.json",
+        hidden_states="results/{model}/hf/hidden_states.safetensors",
     log:
         "results/{model}/hf/logs/perplexity.log",
     params:

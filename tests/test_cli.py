@@ -245,14 +245,22 @@ def test_perplexity(made, tmp_path):
 
 def test_gate(made, tmp_path):
     common = ("perplexity", "--checkpoint-dir", made.checkpoint, "--samples", 3)
-    invoke(*common, "--engine-dir", made.engine, "--output", tmp_path / "engine.json")
-    invoke(*common, "--max-input-len", 32, "--output", tmp_path / "hf.json")
+    states = tmp_path / "hf.safetensors"
+    hugging_face = (*common, "--max-input-len", 32, "--save-hidden-states", states)
+    invoke(*hugging_face, "--output", tmp_path / "hf.json")
+    engine = (*common, "--engine-dir", made.engine)
+    invoke(*engine, "--hidden-states", states, "--output", tmp_path / "engine.json")
+    refused("--save-hidden-states is of the Hugging Face model", *engine, "--save-hidden-states", states)
+    refused("give --engine-dir", *common, "--hidden-states", states)
     sides = ("gate", "--perplexity", tmp_path / "engine.json", "--baseline", tmp_path / "hf.json")
     said = invoke(*sides, "--max-increase", 0.5, "--output", tmp_path / "gate.json")
     assert re.match(r"passed: perplexity [\d.]+, [+-]0\.00% \[[+-]0\.00, [+-]0\.00] over the .* allows 0\.5%\n$", said)
     result = json.loads((tmp_path / "gate.json").read_text())
     assert (result["verdict"], result["policy"], result["articles"]) == ("passed", "fail", 3)
     assert "the recipe allows 1%" in invoke(*sides, "--recipe", "fp16")
+    divergence = json.loads((tmp_path / "engine.json").read_text())["divergence"]
+    assert abs(divergence["mean_kl"]) < 1e-8 < divergence["p99_kl"] + 1e-6
+    assert divergence["top1_percent"] > 99
     refused(r"engine\.json: failed: perplexity .* allows -1%", *sides, "--max-increase", -1)
     refused("give one of --recipe and --max-increase", *sides)
 

@@ -498,6 +498,16 @@ def perplexity(
     split: Split = "evaluation",
     samples: Samples = 16,
     max_input_len: Annotated[int, typer.Option(help="Window of the Hugging Face model; an engine has its own.")] = 1024,
+    save_hidden_states: Annotated[
+        Path | None,
+        typer.Option(help="Where the Hugging Face model's hidden states go, for --hidden-states.", callback=_output),
+    ] = None,
+    hidden_states: Annotated[
+        Path | None,
+        typer.Option(
+            help="Those: how far an engine's distributions are from the Hugging Face model's (KL divergence)."
+        ),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Where the JSON goes; default: print it.", callback=_output)
     ] = None,
@@ -508,10 +518,18 @@ def perplexity(
     """Perplexity of articles under an engine, or under the Hugging Face model.
 
     Example: trtbuild perplexity --engine-dir engine --checkpoint-dir checkpoint
+
+    How far an engine is from the original: trtbuild perplexity --checkpoint-dir checkpoint --save-hidden-states
+    hf.safetensors, then trtbuild perplexity --checkpoint-dir checkpoint --engine-dir engine --hidden-states
+    hf.safetensors
     """
     from trtbuild.evaluation.stages import measure_perplexity
     from trtbuild.files import write_json
 
+    if engine_dir and save_hidden_states:
+        raise UserError("--save-hidden-states is of the Hugging Face model; leave out --engine-dir")
+    if hidden_states and not engine_dir:
+        raise UserError("--hidden-states is what an engine is compared with; give --engine-dir")
     result = measure_perplexity(
         engine_dir=engine_dir,
         checkpoint_dir=checkpoint_dir,
@@ -521,6 +539,7 @@ def perplexity(
         runtime=runtime.value,
         device=device.value,
         check=check,
+        hidden_states=save_hidden_states or hidden_states,
     )
     write_json(output, result) if output else print(json.dumps(result, indent=2, allow_nan=False))
 

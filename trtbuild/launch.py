@@ -26,7 +26,7 @@ from trtbuild.files import read_json, scratch_beside, write_json
 from trtbuild.runtime.world import end_with_parent, stay_by
 
 CALL, RESULT = "call.json", "result.json"
-PATHS = ("checkpoint_dir", "engine_dir", "output")
+PATHS = ("checkpoint_dir", "engine_dir", "output", "hidden_states")
 
 
 def launch(ranks: int, stage: Callable, *, mpi: str = "", threads: int = 1, **arguments: Any) -> Any:

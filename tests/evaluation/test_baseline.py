@@ -25,6 +25,7 @@ from trtbuild.engine.build import build_engine_dir
 from trtbuild.engine.config import BuildLimits
 from trtbuild.errors import UserError
 from trtbuild.evaluation.baseline import PortableBaseline, open_baseline
+from trtbuild.evaluation.divergence import OutputProduct
 from trtbuild.evaluation.hugging_face import HuggingFaceModel
 from trtbuild.evaluation.stages import measure_perplexity, score_summaries, summarize_articles, verify_engine
 from trtbuild.evaluation.summarization import read_summaries
@@ -153,6 +154,16 @@ def test_logits(folder, name):
         assert (actual.dtype, actual.device.type) == (torch.float32, "cpu")
         assert error(actual, expected(tokens(length))) < EXACT
         assert baseline.logits(tokens(length), rounded=False).equal(actual)
+
+
+@pytest.mark.parametrize("name", ["llama", "v2_7b", *OURS])
+def test_the_output_product_makes_logits_of_hidden_states(folder, name):
+    baseline = baseline_of(folder(name))
+    product = OutputProduct(baseline.checkpoint, torch.float32, torch.device("cpu"))
+    for length in (1, 65):
+        hidden = baseline.hidden_states(tokens(length))
+        assert hidden.shape == (length, baseline.checkpoint.config.hidden_size)
+        assert error(product(hidden), baseline.logits(tokens(length))) < EXACT
 
 
 @pytest.mark.parametrize("name", ["qwen", "v1_7b", "v2_7b"])
@@ -369,10 +380,14 @@ def test_baseline_and_engine_write_the_same_summaries(folder, engine, tmp_path, 
 
 
 @pytest.mark.parametrize(("name", "reason"), [("qwen", NTK), ("v2_13b", ALIBI), ("v2_7b", None)])
-def test_baseline_and_engine_have_the_same_perplexity(folder, engine, name, reason):
-    options = {"checkpoint_dir": folder(name), "dataset": NEWS, "device": "cpu"}
-    ours = measure_perplexity(engine_dir=engine(name), **options)
+def test_baseline_and_engine_have_the_same_perplexity(folder, engine, tmp_path, name, reason):
+    """And the same distributions, which the engine's are compared with by the baseline's hidden states."""
+    states = tmp_path / "hidden_states.safetensors"
+    options = {"checkpoint_dir": folder(name), "dataset": NEWS, "device": "cpu", "hidden_states": states}
     theirs = measure_perplexity(max_input_len=80, model=name, **options)
+    ours = measure_perplexity(engine_dir=engine(name), **options)
+    assert abs(ours["divergence"]["mean_kl"]) < 1e-8
+    assert ours["divergence"]["top1_percent"] > 99.9
     assert ours["tokens"] == theirs["tokens"] > 500
     assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-5)
     assert theirs["provenance"].get("baseline") == reason

@@ -69,6 +69,7 @@ def test_content():
         "limit_percent": 5.0,
         "articles": 4,
         "verdict": "failed",
+        "above_limit": True,
         "policy": "warn",
         "engine_sha256": "cd" * 32,
     }
@@ -82,6 +83,35 @@ def test_one_article_has_no_interval():
     assert (result["low"], result["high"], result["verdict"]) == (None, None, "undecided")
     assert result["articles_to_tell"] is None
     assert json.loads(json.dumps(result, allow_nan=False)) == result
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "limit", "verdict", "above"),
+    [
+        (0.02, 0.04, 0.05, "passed", False),
+        (0.02, 0.04, 0.035, "undecided", False),
+        (0.02, 0.04, 0.025, "undecided", True),
+        (0.02, 0.04, 0.01, "failed", True),
+    ],
+)
+def test_a_limit_of_the_divergence(low, high, limit, verdict, above):
+    """The worse of two verdicts holds; perplexity's alone would be passed."""
+    value = measured(10.1) | {"divergence": {"mean_kl": 0.03, "low": low, "high": high}}
+    assert gate(value, measured(10.0), 5.0, "fail")["verdict"] == "passed"
+    result = gate(value, measured(10.0), 5.0, "fail", max_mean_kl=limit)
+    assert (result["verdict"], result["above_limit"]) == (verdict, above)
+    assert (result["mean_kl"], result["max_mean_kl"]) == (0.03, limit)
+    if above:
+        with pytest.raises(UserError, match=rf"{verdict}: .* allows 5%; mean KL divergence 0\.0300, at most {limit}"):
+            check_gate(result, "x")
+    else:
+        check_gate(result, "x")
+    assert gate(value, measured(5.0), 5.0, "fail", max_mean_kl=0.05)["verdict"] == "failed"
+
+
+def test_a_limit_of_a_divergence_that_was_not_measured():
+    with pytest.raises(UserError, match="max_mean_kl needs the engine's divergence; measure perplexity with --hidden-"):
+        gate(measured(10.0), measured(10.0), 5.0, "fail", max_mean_kl=0.05)
 
 
 def test_a_rehearsal_says_so():
@@ -121,7 +151,7 @@ def test_a_failed_gate_stops():
     result = gate(measured(12.34), measured(10.0), 5.0, "fail")
     message = (
         "results/m/r: failed: perplexity 12.340, +23.40% [+23.40, +23.40] over the 10.000 of the Hugging Face model; "
-        "the recipe allows 5%. Choose a finer recipe, or set max_perplexity_increase or 'gate: warn' in it"
+        "the recipe allows 5%. Choose a finer recipe, or set its limits or 'gate: warn' in it"
     )
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         check_gate(result, "results/m/r")

@@ -33,7 +33,8 @@ def results(tmp_path):
     write_json(tmp_path / "hf/rouge.json", rouge(30, 20))
     for recipe, value in (("fp16", 20.1), ("int8", 21.0)):
         folder = tmp_path / recipe
-        write_json(folder / "perplexity.json", measured(value, spread=0.0101))
+        divergence = {"mean_kl": 0.00123, "p99_kl": 0.0456, "top1_percent": 97.25}
+        write_json(folder / "perplexity.json", measured(value, spread=0.0101) | {"divergence": divergence})
         write_json(folder / "gate.json", gate(measured(value, spread=0.0101), measured(20.0), 5, "fail"))
         write_json(folder / "rouge.json", rouge(29.5, 19.25))
         write_json(folder / "benchmark.json", SPEED)
@@ -50,13 +51,13 @@ def results(tmp_path):
 def test_table(results):
     """The interval of two articles is t of one degree of freedom, 12.706, times 0.0001 nats."""
     lines = recipe_table(results, {"fp16": "checkpoint", "int8": "quantized/round-int8-1"}).splitlines()
-    names = "recipe gate perplexity increase% ROUGE-1 ROUGE-L msatoken peakMB portableMB TensorRTMB quantizes builds"
+    names = "recipe gate perplexity increase% meanKL p99KL sametoken% ROUGE-1 ROUGE-L msatoken peakMB"
+    names += " portableMB TensorRTMB quantizes builds"
     assert lines[0].replace(" ", "") == "|" + names.replace(" ", "|") + "|"
-    assert lines[2] == "| Hugging Face, float32 |  | 20.00 |  | 30.00 | 20.00 |  |  |  |  |  |  |"
-    fp16, int8 = ["+0.50 [+0.37, +0.63]", "29.50"], ["+5.00 [+4.87, +5.13]", "29.50"]
-    speed = "19.25 | 12.34 | 457 | 2.5 | 3.0"
-    assert lines[3] == f"| fp16 | passed | 20.10 | {' | '.join(fp16)} | {speed} |  | 9 |"
-    assert lines[4] == f"| int8 | undecided | 21.00 | {' | '.join(int8)} | {speed} | 7 | 9 |"
+    assert lines[2] == "| Hugging Face, float32 |  | 20.00 |  |  |  |  | 30.00 | 20.00 |  |  |  |  |  |  |"
+    others = "0.0012 | 0.046 | 97.2 | 29.50 | 19.25 | 12.34 | 457 | 2.5 | 3.0"
+    assert lines[3] == f"| fp16 | passed | 20.10 | +0.50 [+0.37, +0.63] | {others} |  | 9 |"
+    assert lines[4] == f"| int8 | undecided | 21.00 | +5.00 [+4.87, +5.13] | {others} | 7 | 9 |"
     assert len({line.count("|") for line in lines}) == 1
 
 
@@ -93,9 +94,14 @@ def test_what_is_not_there_is_empty(results):
     for name in ("perplexity", "gate", "rouge", "benchmark"):
         (results / f"fp16/{name}.json").unlink()
     rows = recipe_table(results, {"int8": "checkpoint", "fp16": "checkpoint", "none": "checkpoint"}).splitlines()[-3:]
-    assert rows[0] == "| int8 | undecided | 21.00 | +5.00 [+4.87, +5.13] |  |  |  |  | 2.5 | 3.0 |  | 9 |"
-    assert rows[1] == "| fp16 |  |  |  |  |  |  |  | 2.5 | 3.0 |  | 9 |"
-    assert rows[2] == "| none |" + "  |" * 11
+    assert (
+        rows[0]
+        == "| int8 | undecided | 21.00 | +5.00 [+4.87, +5.13] | 0.0012 | 0.046 | 97.2"
+        + " | " * 4
+        + " | 2.5 | 3.0 |  | 9 |"
+    )
+    assert rows[1] == "| fp16" + " | " * 10 + " | 2.5 | 3.0 |  | 9 |"
+    assert rows[2] == "| none |" + "  |" * 14
 
 
 def test_a_time_that_is_missing(results):

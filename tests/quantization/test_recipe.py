@@ -171,7 +171,9 @@ def test_calibration_id(change):
 
 def test_engine_recipe_leaves_out_the_gate():
     judged = AWQ | {"kv_cache": {"dtype": "int8"}, "max_perplexity_increase": 3, "gate": "warn"}
+    judged["max_mean_kl"] = 0.1
     assert Recipe.parse(judged).engine_settings == AWQ | {"kv_cache": {"dtype": "int8"}}
+    assert Recipe.parse(judged).gate_limits == {"max_increase": 3, "policy": "warn", "max_mean_kl": 0.1}
 
 
 # What stays in 16 bits

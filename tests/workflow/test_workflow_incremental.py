@@ -46,7 +46,7 @@ CHANGES = {
     "evaluation.baseline_dtype": (
         set_to("evaluation", "baseline_dtype", "bfloat16"),
         {"summarize_hf tiny", "summarize_hf other", "perplexity_hf tiny", "perplexity_hf other"}
-        | jobs("gate rouge", ENGINES)
+        | jobs("perplexity gate rouge", ENGINES)
         | jobs("rouge", BASELINES),
     ),
     "evaluation.runtime": (

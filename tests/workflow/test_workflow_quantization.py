@@ -144,6 +144,7 @@ def test_gate_tells_what_it_judged(made_quantized, recipe):
         "limit_percent": 1000,
         "articles": 2,
         "verdict": "passed",
+        "above_limit": False,
         "policy": "fail",
         "engine_sha256": sha256(folder / recipe / "engine/rank0.safetensors"),
     }

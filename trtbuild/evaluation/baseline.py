@@ -1,5 +1,6 @@
 """What every engine is compared with: `transformers`' model where it has one, elsewhere our own engine in float32."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from trtbuild.engine.portable import PortableEngine
 from trtbuild.evaluation.hugging_face import HuggingFaceModel
 from trtbuild.evaluation.provenance import environment
 from trtbuild.models.config import ModelConfig
+from trtbuild.network import Network
 from trtbuild.progress import item_bar
 from trtbuild.runtime.generation import Output, generate
 from trtbuild.runtime.open import pick_device
@@ -45,6 +47,16 @@ def open_baseline(
     return PortableBaseline(folder, dtype, device, cache, limits, f"transformers has no {missing}")
 
 
+def without_output_product(network: Network, product: str) -> Network:
+    """The network of what is multiplied to make the logits, whose name it takes."""
+    last = max(i for i, node in enumerate(network.nodes) if f"{product}.weight" in node.inputs.values())
+    hidden = network.nodes[last].inputs["x"]
+    nodes = [
+        replace(node, outputs=("logits",) if node.outputs == (hidden,) else node.outputs) for node in network.nodes
+    ]
+    return network.with_nodes(nodes[:last])
+
+
 class PortableBaseline:
     """A checkpoint in a portable engine, mostly in float32, one prompt at a time; otherwise like `HuggingFaceModel`.
 
@@ -65,20 +77,22 @@ class PortableBaseline:
         self.checkpoint, self.dtype, self.device, self.cache = Checkpoint(folder), dtype, pick_device(device), cache
         self.limits, self.reason = limits, reason
         self.rounds = cache is not None or self.checkpoint.rounds_activations
-        self._open: tuple[bool, PortableSession] | None = None
+        self._open: tuple[tuple[bool, bool], PortableSession] | None = None
 
-    def session(self, rounded: bool = True) -> PortableSession:
+    def session(self, rounded: bool = True, headless: bool = False) -> PortableSession:
         """Of a quantized model either as it is, or with the numbers that its weights mean and nothing rounded.
 
-        One of the two is held at a time.
+        `headless`: in the place of logits it has what the output product makes them of. One session is held at a time.
         """
-        if self._open is None or self._open[0] != rounded:
+        if self._open is None or self._open[0] != (rounded, headless):
             self._open = None  # before the other is loaded
             weights = self.checkpoint.__getitem__ if rounded else self.checkpoint.dequantized
             cache = self.cache if rounded else None
             dtype = getattr(torch, self.dtype)
             network = decoder(self.checkpoint.config, weights, dtype, self.limits.max_length, cache)
-            self._open = rounded, PortableSession(PortableEngine(network, self.limits, self.device))
+            if headless:
+                network = without_output_product(network, self.checkpoint.config.output_product)
+            self._open = (rounded, headless), PortableSession(PortableEngine(network, self.limits, self.device))
         return self._open[1]
 
     @torch.inference_mode()
@@ -92,6 +106,11 @@ class PortableBaseline:
         for token in ids[len(rows[0]) :]:
             rows.append(session.decode(torch.tensor([token], dtype=torch.int32, device=self.device)).float().cpu())
         return torch.cat(rows)
+
+    @torch.inference_mode()
+    def hidden_states(self, ids: list[int]) -> torch.Tensor:
+        """As `HuggingFaceModel.hidden_states`."""
+        return self.session(headless=True).prefill([ids], all_logits=True)
 
     def generate(self, prompts: list[list[int]], max_output_len: int, eos_token_ids: tuple[int, ...]) -> list[Output]:
         """Greedy continuations."""

@@ -57,6 +57,11 @@ class HuggingFaceModel:
         return self.model(torch.tensor([ids], device=self.device), **options).logits[0].float().cpu()
 
     @torch.inference_mode()
+    def hidden_states(self, ids: list[int]) -> torch.Tensor:
+        """What the output product makes the logits of, `[tokens, hidden]`, in the model's dtype."""
+        return self.model.base_model(torch.tensor([ids], device=self.device)).last_hidden_state[0]
+
+    @torch.inference_mode()
     def generate(self, prompts: list[list[int]], max_output_len: int, eos_token_ids: tuple[int, ...]) -> list[Output]:
         """Greedy continuations. Raises `UserError` where logits are not finite."""
         outputs = []

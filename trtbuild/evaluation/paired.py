@@ -60,15 +60,20 @@ def nll_difference(ours: dict, theirs: dict) -> Difference:
     (ours_nll, tokens), (theirs_nll, theirs_tokens) = map(_articles, (ours, theirs))
     if not np.array_equal(tokens, theirs_tokens):
         raise UserError("the results are not comparable: their articles have other numbers of tokens")
-    count, differences = len(tokens), ours_nll - theirs_nll
-    mean = differences.sum() / tokens.sum()
-    shares = (differences - mean * tokens) / tokens.mean()
+    return per_token(ours_nll - theirs_nll, tokens)
+
+
+def per_token(sums: np.ndarray, tokens: np.ndarray) -> Difference:
+    """Of articles' sums over their tokens, `[articles]` each; articles without a token are none."""
+    sums, tokens = sums[tokens > 0], tokens[tokens > 0]
+    count, mean = len(tokens), sums.sum() / tokens.sum()
+    shares = (sums - mean * tokens) / tokens.mean()
     deviation = math.sqrt((shares**2).sum() / (count - 1)) if count > 1 else math.nan
     return Difference(float(mean), deviation, count)
 
 
 def _articles(result: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Negative log-likelihoods and numbers of tokens of the articles that have any."""
+    """Negative log-likelihoods and numbers of tokens."""
     try:
         nll, tokens = (np.array(result["articles"].get(key), dtype=float) for key in ("nll", "tokens"))
     except (TypeError, ValueError, OverflowError):
@@ -76,7 +81,7 @@ def _articles(result: dict) -> tuple[np.ndarray, np.ndarray]:
     numbers = nll.ndim == 1 and nll.shape == tokens.shape and np.isfinite([nll, tokens]).all()
     if not numbers or tokens.min(initial=0) < 0 or not tokens.any():
         raise UserError("a perplexity's articles are not numbers (nll, tokens of each); make it again")
-    return nll[tokens > 0], tokens[tokens > 0]
+    return nll, tokens
 
 
 @functools.cache

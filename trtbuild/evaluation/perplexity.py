@@ -11,12 +11,18 @@ from trtbuild.progress import item_bar
 MAX_NLL = 700  # nats: the exponential of 710 is infinite
 
 
-def perplexity(texts: list[list[int]], logits: Callable[[list[int]], torch.Tensor], max_input_len: int) -> dict:
+def perplexity(
+    texts: list[list[int]],
+    logits: Callable[[list[int]], torch.Tensor],
+    max_input_len: int,
+    watch: Callable[[int, torch.Tensor], None] = lambda text, predictions: None,
+) -> dict:
     """Over all tokens but the first of each window of at most `max_input_len` tokens (no overlap between windows).
 
     `logits` gives `[tokens, vocab]` for one window. Returns perplexity, mean negative log-likelihood (nats), tokens,
     and of each text, an article, under `articles` the sum of its negative log-likelihoods (`nll`) and its `tokens`.
-    Raises `UserError` where there is no such number.
+    `watch` is shown the logits that predict a token, of each window and with its text's number. Raises `UserError`
+    where there is no such number.
     """
     if max_input_len < 2:
         raise UserError(f"max_input_len is {max_input_len}; a perplexity needs windows of at least 2 tokens")
@@ -35,6 +41,7 @@ def perplexity(texts: list[list[int]], logits: Callable[[list[int]], torch.Tenso
                         f"logits of window {number} of the text are not finite; where that is float16, use bfloat16"
                     )
                 tokens[i] += len(targets)
+                watch(i, predictions)
             bar.update()
     if not any(tokens):
         raise UserError("there is no text to compute a perplexity of; every text has fewer than two tokens")

@@ -15,6 +15,7 @@ from trtbuild.engine.portable import read_portable
 from trtbuild.errors import UserError
 from trtbuild.evaluation.baseline import missing_in_transformers, open_baseline
 from trtbuild.evaluation.benchmark import benchmark, by_engine, compare, heading, random_prompts
+from trtbuild.evaluation.divergence import Divergence, OutputProduct, write_hidden_states
 from trtbuild.evaluation.hugging_face import HuggingFaceModel
 from trtbuild.evaluation.perplexity import perplexity
 from trtbuild.evaluation.profile import write_profile
@@ -112,21 +113,45 @@ def measure_perplexity(
     device: str = "auto",
     check: bool = False,
     model: str | None = None,
+    hidden_states: Path | None = None,
 ) -> dict:
-    """Perplexity of a data set's articles under an engine, or without `engine_dir` under the Hugging Face model."""
+    """Perplexity of a data set's articles under an engine, or without `engine_dir` under the Hugging Face model.
+
+    `hidden_states`: a file that the Hugging Face model writes, and with which an engine's distributions are compared
+    (`divergence`); `checkpoint_dir` is then the original one.
+    """
     tokenizer = Tokenizer(checkpoint_dir)
     articles = load_articles(**dataset)
     texts = [tokenizer.encode(article.article) for article in articles]
+    asked = settings(dataset, articles, texts, max_input_len=max_input_len)
     if engine_dir:
         opened = open_engine(engine_dir, runtime, device, check)
-        max_input_len = opened.session.limits.max_input_len
-        origin, logits = provenance(opened), lambda ids: opened.session.prefill([ids], all_logits=True)
+        session = opened.session
+        asked["max_input_len"] = session.limits.max_input_len
+        origin = provenance(opened) | asked
+        logits = lambda ids: session.prefill([ids], all_logits=True)  # noqa: E731
+        with torch.inference_mode():
+            if not hidden_states:
+                result = perplexity(texts, logits, session.limits.max_input_len)
+            else:
+                divergence = Divergence(hidden_states, Checkpoint(checkpoint_dir), session.device, origin)
+                result = perplexity(texts, logits, session.limits.max_input_len, divergence.add)
+                result["divergence"] = divergence.result()
     else:
         baseline = open_baseline(checkpoint_dir, baseline_dtype, device, None, max_input_len)
-        origin, logits = baseline.provenance(model or checkpoint_dir.resolve().name), baseline.logits
-    with torch.inference_mode():
-        result = perplexity(texts, logits, max_input_len)
-    origin |= settings(dataset, articles, texts, max_input_len=max_input_len)
+        origin = baseline.provenance(model or checkpoint_dir.resolve().name) | asked
+        product = OutputProduct(baseline.checkpoint, getattr(torch, baseline_dtype), baseline.device)
+        states: list[torch.Tensor] = []
+
+        def logits_of(ids: list[int]) -> torch.Tensor:
+            hidden = baseline.hidden_states(ids)
+            states.append(hidden[:-1].cpu())
+            return product(hidden)
+
+        with torch.inference_mode():
+            result = perplexity(texts, logits_of, max_input_len)
+        if hidden_states:
+            write_hidden_states(hidden_states, states, product, origin)
     return result | {"provenance": origin} | marker(origin["model"])
 
 

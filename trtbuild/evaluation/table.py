@@ -8,7 +8,7 @@ from trtbuild.errors import UserError
 from trtbuild.evaluation.gate import GATE, PERPLEXITY, increase
 from trtbuild.evaluation.provenance import refuse_different
 from trtbuild.evaluation.rouge import SHAPE
-from trtbuild.files import read_json, read_text
+from trtbuild.files import check_shape, read_json, read_text
 
 RESULTS: dict[str, dict] = {
     "perplexity": PERPLEXITY,
@@ -17,8 +17,8 @@ RESULTS: dict[str, dict] = {
     "benchmark": {"peak_memory_bytes": int},
 }
 NUMBERS = (
-    *("perplexity", "increase %", "ROUGE-1", "ROUGE-L", "ms a token", "peak MB", "portable MB", "TensorRT MB"),
-    *("quantize s", "build s"),
+    *("perplexity", "increase %", "mean KL", "p99 KL", "same token %", "ROUGE-1", "ROUGE-L"),
+    *("ms a token", "peak MB", "portable MB", "TensorRT MB", "quantize s", "build s"),
 )
 KINDS = {".safetensors": "portable", ".engine": "tensorrt"}  # of engine files
 
@@ -27,7 +27,8 @@ def recipe_table(folder: Path, recipes: dict[str, str]) -> str:
     """Quality, speed, memory, engine bytes and build times under `folder`, `results/{model}`; empty what is not there.
 
     `recipes` maps a recipe, or one on a layout, to the folder that its weights come from, relative to `folder`.
-    Increases are over the Hugging Face model's perplexity, with their 95% intervals; a token's time and the peak of
+    Increases are over the Hugging Face model's perplexity, with their 95% intervals, and KL divergences (nats) are from
+    its next-token distributions; a token's time and the peak of
     memory are those of `benchmark.json`; bytes are those of all ranks, and times those of the rules (`logs/*.tsv`),
     quantization and, all ranks' together, build. Raises `UserError` for results of another model, text or prompt than
     the Hugging Face model's.
@@ -67,8 +68,17 @@ def _quality(results: dict[str, dict]) -> tuple[str, ...]:
     return (
         f"{results['perplexity']['perplexity']:.2f}" if "perplexity" in results else "",
         increase(results["gate"]).replace("%", "") if "gate" in results else "",
+        *_divergence(results.get("perplexity", {}).get("divergence")),
         *(f"{results['rouge'][m]['mean']:.2f}" if "rouge" in results else "" for m in ("rouge1", "rougeL")),
     )
+
+
+def _divergence(divergence: dict | None) -> tuple[str, str, str]:
+    """Nats, and the share of tokens for which both models find the same one most likely."""
+    if divergence is None:
+        return "", "", ""
+    check_shape(divergence, dict.fromkeys(("mean_kl", "p99_kl", "top1_percent"), float), "a perplexity's divergence")
+    return f"{divergence['mean_kl']:.4f}", f"{divergence['p99_kl']:.3f}", f"{divergence['top1_percent']:.1f}"
 
 
 def _speed(benchmark: dict) -> tuple[str, str]:

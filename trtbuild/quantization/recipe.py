@@ -183,7 +183,8 @@ class Recipe:
     @property
     def engine_settings(self) -> dict:
         """The part that an engine depends on, given its weights: all but how it is judged."""
-        return {key: value for key, value in self.settings.items() if key not in ("max_perplexity_increase", "gate")}
+        judged = ("max_perplexity_increase", "max_mean_kl", "gate")
+        return {key: value for key, value in self.settings.items() if key not in judged}
 
     @property
     def max_perplexity_increase(self) -> float:
@@ -205,8 +206,11 @@ class Recipe:
 
     @property
     def gate_limits(self) -> dict:
-        """What `evaluation.gate` compares with: `max_increase` of perplexity in per cent, and `policy`."""
-        return {"max_increase": self.max_perplexity_increase, "policy": self.gate}
+        """What `evaluation.gate` compares with: `max_increase` of perplexity in per cent, `policy`, and where it is
+        declared `max_mean_kl`.
+        """
+        limits = {"max_increase": self.max_perplexity_increase, "policy": self.gate}
+        return limits | {key: self.settings[key] for key in ("max_mean_kl",) if key in self.settings}
 
 
 def identity(settings: dict) -> str:
