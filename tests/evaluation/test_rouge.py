@@ -10,7 +10,7 @@ from rouge_score.scoring import BootstrapAggregator
 from rouge_score.tokenizers import DefaultTokenizer
 
 from trtbuild.errors import UserError
-from trtbuild.evaluation.rouge import METRICS, Tokenizer, score, sentences
+from trtbuild.evaluation.rouge import METRICS, Tokenizer, difference, score, sentences
 
 TEXT = "the council voted to close its old bridges after storms damaged running wards and two markets"
 WORDS = TEXT.split(" ")
@@ -59,6 +59,44 @@ def test_a_seed_gives_the_same_interval(texts):
     other = score(*texts, seed=4)
     assert other != score(*texts, seed=3)
     assert other["rouge1"]["mean"] == score(*texts, seed=3)["rouge1"]["mean"]
+
+
+def test_differences_are_paired_by_article():
+    """Two words more in each summary, which cost less where it is longer."""
+    references = ["a b c d e f g h i j"[: 4 * n] for n in (1, 2, 3, 4)]
+    ours, theirs = (score([f"{r}{more}" for r in references], references) for more in ("", " zzz zzz"))
+    result = difference(ours, theirs)["rouge1"]
+    expected = np.array(ours["rouge1"]["articles"]) - theirs["rouge1"]["articles"]
+    assert result["mean"] == pytest.approx(expected.mean(), abs=1e-4)
+    assert expected.min() - 1e-4 <= result["low"] < result["mean"] < result["high"] <= expected.max() + 1e-4
+    same = difference(ours, ours)
+    assert same == {metric: {"mean": 0, "low": 0, "high": 0} for metric in METRICS}
+
+
+def test_a_paired_interval_is_that_of_the_paired_bootstrap(texts):
+    """Against articles drawn one by one, both models' scores together."""
+    predictions, references = texts
+    ours, theirs = score(predictions, references), score([*predictions[1:], predictions[0]], references)
+    pairs = list(zip(*(result["rougeL"]["articles"] for result in (ours, theirs)), strict=True))
+    generator = np.random.default_rng(5)
+    means = []
+    for _ in range(4000):
+        drawn = [pairs[i] for i in generator.integers(len(pairs), size=len(pairs))]
+        means.append(np.mean([a for a, _ in drawn]) - np.mean([b for _, b in drawn]))
+    low, high = np.quantile(means, (0.025, 0.975))
+    result = difference(ours, theirs)["rougeL"]
+    assert result["mean"] == pytest.approx(ours["rougeL"]["mean"] - theirs["rougeL"]["mean"], abs=2e-4)
+    assert (result["low"], result["high"]) == pytest.approx((low, high), abs=0.1 * (high - low))
+
+
+def test_differences_of_what_is_not_comparable():
+    one, two = score(["a"], ["a"]), score(["a", "b"], ["a", "b"])
+    with pytest.raises(UserError, match="not comparable: rouge1 is of 1 and of 2 articles"):
+        difference(one, two)
+    for broken in ([], "x", [None], [[1.0]], 3, [10**400]):
+        with pytest.raises(UserError, match="scores by article are not numbers"):
+            difference(one, {metric: {"articles": broken} for metric in METRICS})
+    assert difference(one, {metric: {"mean": 3.0} for metric in METRICS}) is None  # an older result
 
 
 @pytest.mark.parametrize(("prediction", "expected"), [("a storm closed roads.", 100.0), ("xyz", 0.0), ("", 0.0)])

@@ -12,7 +12,10 @@ from trtbuild.files import write_json
 
 def rouge(one: float, long: float, model: str = "12") -> dict:
     means = {"rouge1": one, "rouge2": 9, "rougeL": long, "rougeLsum": 25}
-    scores = {metric: {"mean": mean, "low": mean - 1, "high": mean + 1} for metric, mean in means.items()}
+    scores = {
+        metric: {"mean": mean, "low": mean - 1, "high": mean + 1, "articles": [mean - 3, mean + 3]}
+        for metric, mean in means.items()
+    }
     return scores | {"provenance": {"engine": "portable", "dtype": "float32", "source_sha256": model}}
 
 
@@ -51,11 +54,12 @@ def results(tmp_path):
 def test_table(results):
     """The interval of two articles is t of one degree of freedom, 12.706, times 0.0001 nats."""
     lines = recipe_table(results, {"fp16": "checkpoint", "int8": "quantized/round-int8-1"}).splitlines()
-    names = "recipe gate perplexity increase% meanKL p99KL sametoken% ROUGE-1 ROUGE-L msatoken peakMB"
-    names += " portableMB TensorRTMB quantizes builds"
+    names = "recipe gate perplexity increase% meanKL p99KL sametoken% ROUGE-1 ROUGE-1difference ROUGE-L"
+    names += " ROUGE-Ldifference msatoken peakMB portableMB TensorRTMB quantizes builds"
     assert lines[0].replace(" ", "") == "|" + names.replace(" ", "|") + "|"
-    assert lines[2] == "| Hugging Face, float32 |  | 20.00 |  |  |  |  | 30.00 | 20.00 |  |  |  |  |  |  |"
-    others = "0.0012 | 0.046 | 97.2 | 29.50 | 19.25 | 12.34 | 457 | 2.5 | 3.0"
+    assert lines[2] == "| Hugging Face, float32 |  | 20.00 |  |  |  |  | 30.00 |  | 20.00 |" + "  |" * 7
+    rouge = "29.50 | -0.50 [-0.50, -0.50] | 19.25 | -0.75 [-0.75, -0.75]"
+    others = f"0.0012 | 0.046 | 97.2 | {rouge} | 12.34 | 457 | 2.5 | 3.0"
     assert lines[3] == f"| fp16 | passed | 20.10 | +0.50 [+0.37, +0.63] | {others} |  | 9 |"
     assert lines[4] == f"| int8 | undecided | 21.00 | +5.00 [+4.87, +5.13] | {others} | 7 | 9 |"
     assert len({line.count("|") for line in lines}) == 1
@@ -94,14 +98,16 @@ def test_what_is_not_there_is_empty(results):
     for name in ("perplexity", "gate", "rouge", "benchmark"):
         (results / f"fp16/{name}.json").unlink()
     rows = recipe_table(results, {"int8": "checkpoint", "fp16": "checkpoint", "none": "checkpoint"}).splitlines()[-3:]
-    assert (
-        rows[0]
-        == "| int8 | undecided | 21.00 | +5.00 [+4.87, +5.13] | 0.0012 | 0.046 | 97.2"
-        + " | " * 4
-        + " | 2.5 | 3.0 |  | 9 |"
-    )
-    assert rows[1] == "| fp16" + " | " * 10 + " | 2.5 | 3.0 |  | 9 |"
-    assert rows[2] == "| none |" + "  |" * 14
+    quality = ["int8", "undecided", "21.00", "+5.00 [+4.87, +5.13]", "0.0012", "0.046", "97.2"]
+    engine = ["2.5", "3.0", "", "9"]
+    assert [row.strip("|").split("|") for row in rows] == [
+        [f" {cell} " for cell in cells]
+        for cells in (
+            [*quality, *[""] * 6, *engine],
+            ["fp16", *[""] * 12, *engine],
+            ["none", *[""] * 16],
+        )
+    ]
 
 
 def test_a_time_that_is_missing(results):

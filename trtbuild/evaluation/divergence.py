@@ -29,7 +29,7 @@ class OutputProduct:
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
         weight = checkpoint.dequantized(f"{checkpoint.config.output_product}.weight").load().to(dtype)
-        self.sha256 = hashlib.sha256(weight.contiguous().view(torch.uint8).numpy()).hexdigest()
+        self.sha256 = hashlib.sha256(weight.contiguous().view(torch.uint8).numpy().data).hexdigest()
         self.weight = weight.to(device)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -53,8 +53,10 @@ def check_references(references: list[str]) -> None:
             )
 
 
-def score(predictions: list[str], references: list[str], seed: int = 0) -> dict[str, dict[str, float]]:
+def score(predictions: list[str], references: list[str], seed: int = 0) -> dict[str, dict]:
     """Mean F1 in per cent and its 95% bootstrap interval for each metric, over (prediction, reference) pairs.
+
+    And, under `articles`, the F1 of each pair.
 
     `rougeLsum` compares line by line; predictions are split into lines at the ends of sentences, as references are.
     Raises `UserError` as `check_references` does.
@@ -67,14 +69,43 @@ def score(predictions: list[str], references: list[str], seed: int = 0) -> dict[
         scorer.score(full_width_sentences(reference), sentences(text))
         for text, reference in zip(predictions, references, strict=True)
     ]
-    generator = np.random.default_rng(seed)
-    draws = generator.integers(len(pairs), size=(RESAMPLES, len(pairs)))
-    result = {}
+    values = {metric: np.array([100 * pair[metric].fmeasure for pair in pairs]) for metric in METRICS}
+    return {m: _interval(x, seed) | {"articles": x.round(4).tolist()} for m, x in values.items()}
+
+
+def difference(ours: dict, theirs: dict, seed: int = 0) -> dict[str, dict[str, float]] | None:
+    """Of two `rouge.json` of the same articles: the mean of ours less theirs for each metric, and its 95% interval.
+
+    By paired bootstrap (Koehn 2004, "Statistical Significance Tests for Machine Translation Evaluation"): what is drawn
+    is an article, with both models' summaries of it. None where a result has no scores by article, as older ones have
+    not. Raises `UserError` where these are not numbers of as many articles.
+    """
+    if not all("articles" in result[metric] for result in (ours, theirs) for metric in METRICS):
+        return None
+    differences = {}
     for metric in METRICS:
-        values = np.array([100 * pair[metric].fmeasure for pair in pairs])
-        low, high = np.percentile(values[draws].mean(axis=1), (2.5, 97.5))
-        result[metric] = {"mean": round(values.mean(), 4), "low": round(low, 4), "high": round(high, 4)}
-    return result
+        a, b = (_articles(result[metric]["articles"]) for result in (ours, theirs))
+        if len(a) != len(b):
+            raise UserError(f"the results are not comparable: {metric} is of {len(a)} and of {len(b)} articles")
+        differences[metric] = _interval(a - b, seed)
+    return differences
+
+
+def _articles(scores: object) -> np.ndarray:
+    try:
+        values = np.array(scores, dtype=float)
+    except (TypeError, ValueError, OverflowError):
+        values = np.array(np.nan)
+    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+        raise UserError("ROUGE's scores by article are not numbers; make rouge.json again")
+    return values
+
+
+def _interval(values: np.ndarray, seed: int) -> dict[str, float]:
+    """The mean of values by article, and the percentiles of means of as many drawn from them."""
+    draws = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
+    low, high = np.percentile(values[draws].mean(axis=1), (2.5, 97.5))
+    return {"mean": round(values.mean(), 4), "low": round(low, 4), "high": round(high, 4)}
 
 
 def sentences(text: str) -> str:

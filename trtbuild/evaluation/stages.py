@@ -20,7 +20,7 @@ from trtbuild.evaluation.hugging_face import HuggingFaceModel
 from trtbuild.evaluation.perplexity import perplexity
 from trtbuild.evaluation.profile import write_profile
 from trtbuild.evaluation.provenance import label, provenance, refuse_different, settings
-from trtbuild.evaluation.rouge import METRICS, TOKENIZER, check_references, score
+from trtbuild.evaluation.rouge import METRICS, TOKENIZER, check_references, difference, score
 from trtbuild.evaluation.summarization import read_summaries, summarization_prompts, write_summaries
 from trtbuild.evaluation.verify import TOLERANCE, Agreement, verify
 from trtbuild.progress import item_bar
@@ -93,12 +93,18 @@ def score_summaries(path: Path, seed: int = 0) -> dict:
 
 
 def rouge_table(results: list[dict]) -> str:
-    """Scores side by side, a line an engine. Raises `UserError` for those that are not comparable."""
+    """Scores side by side, a line an engine; of two also their difference, article by article.
+
+    Raises `UserError` for those that are not comparable.
+    """
     lines = [f"{'':34}" + "".join(f"{metric:>24}" for metric in METRICS)]
     for result in results:
         cells = (f"{m['mean']:.2f} [{m['low']:.2f}, {m['high']:.2f}]" for m in (result[metric] for metric in METRICS))
         lines.append(f"{label(result):34}" + "".join(f"{cell:>24}" for cell in cells))
     refuse_different(results)
+    if len(results) == 2 and (differences := difference(*results)):
+        cells = (f"{d['mean']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]" for d in differences.values())
+        lines.append(f"{'difference':34}" + "".join(f"{cell:>24}" for cell in cells))
     return "\n".join(lines)
 
 

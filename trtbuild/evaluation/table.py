@@ -7,7 +7,7 @@ from pathlib import Path
 from trtbuild.errors import UserError
 from trtbuild.evaluation.gate import GATE, PERPLEXITY, increase
 from trtbuild.evaluation.provenance import refuse_different
-from trtbuild.evaluation.rouge import SHAPE
+from trtbuild.evaluation.rouge import SHAPE, difference
 from trtbuild.files import check_shape, read_json, read_text
 
 RESULTS: dict[str, dict] = {
@@ -17,7 +17,8 @@ RESULTS: dict[str, dict] = {
     "benchmark": {"peak_memory_bytes": int},
 }
 NUMBERS = (
-    *("perplexity", "increase %", "mean KL", "p99 KL", "same token %", "ROUGE-1", "ROUGE-L"),
+    *("perplexity", "increase %", "mean KL", "p99 KL", "same token %"),
+    *("ROUGE-1", "ROUGE-1 difference", "ROUGE-L", "ROUGE-L difference"),
     *("ms a token", "peak MB", "portable MB", "TensorRT MB", "quantize s", "build s"),
 )
 KINDS = {".safetensors": "portable", ".engine": "tensorrt"}  # of engine files
@@ -27,14 +28,14 @@ def recipe_table(folder: Path, recipes: dict[str, str]) -> str:
     """Quality, speed, memory, engine bytes and build times under `folder`, `results/{model}`; empty what is not there.
 
     `recipes` maps a recipe, or one on a layout, to the folder that its weights come from, relative to `folder`.
-    Increases are over the Hugging Face model's perplexity, with their 95% intervals, and KL divergences (nats) are from
-    its next-token distributions; a token's time and the peak of
-    memory are those of `benchmark.json`; bytes are those of all ranks, and times those of the rules (`logs/*.tsv`),
-    quantization and, all ranks' together, build. Raises `UserError` for results of another model, text or prompt than
-    the Hugging Face model's.
+    Increases are over the Hugging Face model's perplexity, KL divergences (nats) from its next-token distributions, and
+    ROUGE's differences from its scores, with 95% intervals; a token's time and the peak of memory are those of
+    `benchmark.json`; bytes are those of all ranks, and times those of the rules (`logs/*.tsv`), quantization and, all
+    ranks' together, build. Raises `UserError` for results of another model, text or prompt than the Hugging Face
+    model's.
     """
     baseline = _results(folder / "hf")
-    rows = [(_baseline(baseline), "", *_quality(baseline), *[""] * 6)]
+    rows = [(_baseline(baseline), "", *_quality(baseline), *_rouge(baseline, {}), *[""] * 6)]
     for recipe, weights in recipes.items():
         results = _results(folder / recipe)
         for name in ("perplexity", "rouge"):
@@ -44,8 +45,8 @@ def recipe_table(folder: Path, recipes: dict[str, str]) -> str:
             except UserError as error:
                 raise UserError(f"{folder / recipe} and {folder / 'hf'}: {error}") from None
         verdict = results["gate"]["verdict"] if "gate" in results else ""
-        row = recipe, verdict, *_quality(results), *_speed(results.get("benchmark", {}))
-        rows.append((*row, *_engine(folder, recipe, weights)))
+        row = recipe, verdict, *_quality(results), *_rouge(results, baseline)
+        rows.append((*row, *_speed(results.get("benchmark", {})), *_engine(folder, recipe, weights)))
     lines = ["**Rehearsal**: dummy weights, no results.", ""] if "rehearsal" in baseline.get("perplexity", {}) else []
     header = ("recipe", "gate", *NUMBERS), ("---", "---", *["---:"] * len(NUMBERS))
     lines += ["| " + " | ".join(cells) + " |" for cells in (*header, *rows)]
@@ -69,8 +70,22 @@ def _quality(results: dict[str, dict]) -> tuple[str, ...]:
         f"{results['perplexity']['perplexity']:.2f}" if "perplexity" in results else "",
         increase(results["gate"]).replace("%", "") if "gate" in results else "",
         *_divergence(results.get("perplexity", {}).get("divergence")),
-        *(f"{results['rouge'][m]['mean']:.2f}" if "rouge" in results else "" for m in ("rouge1", "rougeL")),
     )
+
+
+def _rouge(results: dict[str, dict], baseline: dict[str, dict]) -> tuple[str, ...]:
+    """ROUGE-1 and its difference from the baseline's, article by article; the same of ROUGE-L."""
+    if "rouge" not in results:
+        return ("",) * 4
+    differences = difference(results["rouge"], baseline["rouge"]) if "rouge" in baseline else None
+    cells: list[str] = []
+    for metric in ("rouge1", "rougeL"):
+        d = differences and differences[metric]
+        cells += [
+            f"{results['rouge'][metric]['mean']:.2f}",
+            f"{d['mean']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]" if d else "",
+        ]
+    return tuple(cells)
 
 
 def _divergence(divergence: dict | None) -> tuple[str, str, str]:
