@@ -1,4 +1,4 @@
-# Results -> one table a model.
+# Results -> one table a model; two models' summaries side by side.
 
 
 rule table:
@@ -23,3 +23,21 @@ rule table:
         "../config/environment.yaml"
     script:
         "../workflow_scripts/table.py"
+
+
+rule side_by_side:
+    input:
+        ours="results/{model}/{recipe}{layout}/summaries.jsonl",
+        our_meta="results/{model}/{recipe}{layout}/summaries.meta.json",
+        theirs="results/{model}/hf/summaries.jsonl",
+        their_meta="results/{model}/hf/summaries.meta.json",
+    output:
+        "results/{model}/{recipe}{layout}/side_by_side.md",
+    log:
+        "results/{model}/{recipe}{layout}/logs/side_by_side.log",
+    resources:
+        **SHORT,
+    conda:
+        "../config/environment.yaml"
+    script:
+        "../workflow_scripts/side_by_side.py"

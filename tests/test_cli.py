@@ -229,9 +229,21 @@ def test_summarize_and_score(made, tmp_path):
         "--baseline",
         tmp_path / "hf.json",
     )
-    engine, baseline = table.splitlines()[1:]
+    engine, baseline, difference = table.splitlines()[1:]
     assert engine.split()[:2] == ["portable", "float32"]
     assert engine.split()[2:] == baseline.split()[2:]
+    assert difference.split() == ["difference", *["+0.00", "[+0.00,", "+0.00]"] * 4]
+    sides = ("score", "--summaries", tmp_path / "e.jsonl", "--baseline", tmp_path / "hf.jsonl")
+    assert invoke(*sides, "--side-by-side", tmp_path / "both.md") == table
+    page, record = (tmp_path / "both.md").read_text(), json.loads((tmp_path / "e.jsonl").read_text().splitlines()[0])
+    assert table.rstrip() in page
+    assert page.count("\n## ") == 2
+    for name, text in (("Reference", "reference"), ("portable float32, ROUGE-1 ", "summary")):
+        quoted = page.split(f"**{name}", 1)[1].partition("\n\n")[2]
+        assert quoted.startswith("\n".join(f"> {line}" for line in record[text].split("\n")) + "\n")
+    refused("--side-by-side shows two models' summaries", *sides[:3], "--side-by-side", tmp_path / "both.md")
+    assert invoke(*sides, "--check-accuracy", "--rouge1-threshold", printed["rouge1"]["mean"]) == table
+    refused(r"e\.jsonl: ROUGE-1 is \d.*, below the 99 allowed", *sides, "--check-accuracy", "--rouge1-threshold", 99)
 
 
 def test_perplexity(made, tmp_path):

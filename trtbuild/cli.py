@@ -69,7 +69,7 @@ ChatTemplate = Annotated[
     str | None,
     typer.Option(help="With --chat: one that trtbuild has, such as qwen, or a .jinja file; default: the tokenizer's."),
 ]
-Samples = Annotated[int, typer.Option(help="How many articles, from the first.")]
+Samples = Annotated[int, typer.Option("--samples", "--max-ite", help="How many articles, from the first.")]
 Dataset = Annotated[str, typer.Option(help="trtbuild-news (shipped), or a data set of the hub with the same columns.")]
 DatasetConfig = Annotated[str | None, typer.Option(help="Configuration of a hub data set, such as 3.0.0.")]
 DatasetRevision = Annotated[str | None, typer.Option(help="Revision of a hub data set.")]
@@ -465,26 +465,51 @@ def score(
     ] = None,
     baseline: Annotated[
         Path | None,
-        typer.Option(help="Another rouge.json of the same model, articles and prompt, for a table of both."),
+        typer.Option(
+            help="Another rouge.json of the same model, articles and prompt, for a table of both; or summaries."
+        ),
     ] = None,
+    side_by_side: Annotated[
+        Path | None,
+        typer.Option(help="Markdown with each article's summaries; --baseline gives the others.", callback=_output),
+    ] = None,
+    check_accuracy: Annotated[
+        bool, typer.Option("--check-accuracy", help="Exit 2 where ROUGE-1 is below --rouge1-threshold.")
+    ] = False,
+    rouge1_threshold: Annotated[float, typer.Option(help="Per cent.")] = 15.0,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
 ) -> None:
     """ROUGE of summaries: mean F1 in per cent and its 95% bootstrap interval.
 
     Example: trtbuild score --summaries summaries.jsonl --output rouge.json
+
+    Beside the original: trtbuild score --summaries int8kv/summaries.jsonl --baseline hf/summaries.jsonl --side-by-side
+    both.md --check-accuracy
     """
     from trtbuild.evaluation.rouge import SHAPE
-    from trtbuild.evaluation.stages import rouge_table, score_summaries
-    from trtbuild.files import read_json, write_json
+    from trtbuild.evaluation.stages import beside, rouge_table, score_summaries
+    from trtbuild.files import atomic, read_json, write_json
 
+    if side_by_side and (baseline is None or baseline.suffix != ".jsonl"):
+        raise UserError("--side-by-side shows two models' summaries; give the others as --baseline SUMMARIES.jsonl")
     result = score_summaries(summaries, seed)
-    table = rouge_table([result, *([read_json(baseline, SHAPE)] if baseline else [])])
+    others = []
+    if baseline:
+        others = [score_summaries(baseline) if baseline.suffix == ".jsonl" else read_json(baseline, SHAPE)]
+    table = rouge_table([result, *others])
     if output:
         write_json(output, result)
-    if output or baseline:
+    if side_by_side and baseline:
+        with atomic(side_by_side) as temporary:
+            temporary.write_text(beside(summaries, baseline), encoding="utf-8")
+    if output or baseline or check_accuracy:
         print(table)
     else:
         print(json.dumps(result, indent=2, allow_nan=False))
+    if check_accuracy and result["rouge1"]["mean"] < rouge1_threshold:
+        raise UserError(
+            f"{summaries}: ROUGE-1 is {result['rouge1']['mean']:.2f}, below the {rouge1_threshold:g} allowed"
+        )
 
 
 @app.command()

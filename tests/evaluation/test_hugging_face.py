@@ -119,7 +119,8 @@ def test_baseline_and_engine_write_the_same_summaries(tiny_checkpoint, tiny_engi
     scores = [score_summaries(tmp_path / f"{name}.jsonl") for name in ("engine", "hf")]
     assert scores[0]["rouge1"] == scores[1]["rouge1"]
     assert scores[0]["samples"] == 2
-    _, first, second = rouge_table(scores).splitlines()
+    _, first, second, difference = rouge_table(scores).splitlines()
+    assert difference.split() == ["difference", *["+0.00", "[+0.00,", "+0.00]"] * 4]
     assert first.startswith("portable float32")
     assert second.startswith("transformers float32")
     assert f"{scores[0]['rouge1']['mean']:.2f}" in first

@@ -108,6 +108,23 @@ def rouge_table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def beside(ours: Path, theirs: Path) -> str:
+    """Two models' summaries of the same articles, one after the other in Markdown, with their scores.
+
+    Raises `UserError` for summaries that are not comparable.
+    """
+    sides = [(*read_summaries(path)[:1], score_summaries(path)) for path in (ours, theirs)]
+    lines = ["# Summaries side by side", "", "```", rouge_table([result for _, result in sides]), "```"]
+    for i, record in enumerate(sides[0][0]):
+        texts = [("Reference", record["reference"])]
+        for records, result in sides:
+            texts.append((f"{label(result)}, ROUGE-1 {result['rouge1']['articles'][i]:.2f}", records[i]["summary"]))
+        lines += ["", f"## {record.get('id', i)}"]
+        for name, text in texts:
+            lines += ["", f"**{name}**", "", *(f"> {line}" for line in text.split("\n"))]
+    return "\n".join(lines) + "\n"
+
+
 def measure_perplexity(
     *,
     checkpoint_dir: Path,
