@@ -202,7 +202,8 @@ def heading(result: dict) -> str:
     origin = result["provenance"]
     parts = f" in {result['parts']} parts" if result["parts"] > 1 else ""
     sizes = f"batch {result['batch_size']}{parts}, {result['input_len']} tokens in, {result['output_len']} out"
-    return f"{origin['model']}, {origin['engine']} engine, {origin['dtype']}, {origin['device']}; {sizes}"
+    name = origin.get("recipe", origin["dtype"])
+    return f"{origin['model']}, {origin['engine']} engine, {name}, {origin['device']}; {sizes}"
 
 
 def table(result: dict) -> str:

@@ -102,7 +102,7 @@ def rouge_table(results: list[dict]) -> str:
         cells = (f"{m['mean']:.2f} [{m['low']:.2f}, {m['high']:.2f}]" for m in (result[metric] for metric in METRICS))
         lines.append(f"{label(result):34}" + "".join(f"{cell:>24}" for cell in cells))
     refuse_different(results)
-    if len(results) == 2 and (differences := difference(*results)):
+    if len(results) == 2 and (differences := difference(results[0], results[1])):
         cells = (f"{d['mean']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]" for d in differences.values())
         lines.append(f"{'difference':34}" + "".join(f"{cell:>24}" for cell in cells))
     return "\n".join(lines)
