@@ -59,7 +59,7 @@ def test_table(results):
     assert lines[0].replace(" ", "") == "|" + names.replace(" ", "|") + "|"
     assert lines[2] == "| Hugging Face, float32 |  | 20.00 |  |  |  |  | 30.00 |  | 20.00 |" + "  |" * 7
     rouge = "29.50 | -0.50 [-0.50, -0.50] | 19.25 | -0.75 [-0.75, -0.75]"
-    others = f"0.0012 | 0.046 | 97.2 | {rouge} | 12.34 | 457 | 2.5 | 3.0"
+    others = f"0.00123 | 0.0456 | 97.2 | {rouge} | 12.34 | 457 | 2.5 | 3.0"
     assert lines[3] == f"| fp16 | passed | 20.10 | +0.50 [+0.37, +0.63] | {others} |  | 9 |"
     assert lines[4] == f"| int8 | undecided | 21.00 | +5.00 [+4.87, +5.13] | {others} | 7 | 9 |"
     assert len({line.count("|") for line in lines}) == 1
@@ -98,7 +98,7 @@ def test_what_is_not_there_is_empty(results):
     for name in ("perplexity", "gate", "rouge", "benchmark"):
         (results / f"fp16/{name}.json").unlink()
     rows = recipe_table(results, {"int8": "checkpoint", "fp16": "checkpoint", "none": "checkpoint"}).splitlines()[-3:]
-    quality = ["int8", "undecided", "21.00", "+5.00 [+4.87, +5.13]", "0.0012", "0.046", "97.2"]
+    quality = ["int8", "undecided", "21.00", "+5.00 [+4.87, +5.13]", "0.00123", "0.0456", "97.2"]
     engine = ["2.5", "3.0", "", "9"]
     assert [row.strip("|").split("|") for row in rows] == [
         [f" {cell} " for cell in cells]

@@ -93,12 +93,14 @@ def _divergence(divergence: dict | None) -> tuple[str, str, str]:
     if divergence is None:
         return "", "", ""
     check_shape(divergence, dict.fromkeys(("mean_kl", "p99_kl", "top1_percent"), float), "a perplexity's divergence")
-    return f"{divergence['mean_kl']:.4f}", f"{divergence['p99_kl']:.3f}", f"{divergence['top1_percent']:.1f}"
+    return f"{divergence['mean_kl']:.3g}", f"{divergence['p99_kl']:.3g}", f"{divergence['top1_percent']:.1f}"
 
 
 def _speed(benchmark: dict) -> tuple[str, str]:
     token, memory = benchmark.get("time_per_output_token_s"), benchmark.get("peak_memory_bytes")
-    return f"{1e3 * token:.2f}" if isinstance(token, float) else "", f"{memory / 1e6:.0f}" if memory else ""
+    return f"{1e3 * token:.2f}" if isinstance(
+        token, float
+    ) else "", f"{(memory + 500_000) // 1_000_000}" if memory else ""
 
 
 def _engine(folder: Path, recipe: str, weights: str) -> tuple[str, ...]:
