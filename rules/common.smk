@@ -226,7 +226,7 @@ def baseline_limits():
     return {"max_input_len": config["build"]["max_input_len"]}
 
 
-# What a rule asks of a machine (trtbuild/resources.py). It is no parameter: nothing is made again because of it.
+# What rules ask of a machine (trtbuild/resources.py). It is no parameter: nothing is made again because of it.
 
 DEVICE = "cpu" if config["evaluation"]["device"] == "cpu" else "cuda"
 
