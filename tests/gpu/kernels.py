@@ -27,6 +27,7 @@ from trtbuild.kernels.swiglu import swiglu
 from trtbuild.linear.int4 import Int4Linear
 from trtbuild.linear.int8 import Int8Linear
 from trtbuild.linear.w8a8 import W8A8Linear
+from trtbuild.network.ops.rotate import Rotate
 from trtbuild.network.step import Step
 from trtbuild.tensors.rounding import quantize
 
@@ -202,29 +203,33 @@ def context(table: Table) -> None:
         ]
 
         def write(qkv, keys, values, cos=cos, sin=sin, where=(positions, starts, slots)):
-            return write_cache(qkv, cos, sin, None, *where, keys, values, None, None, heads)
+            write_cache(qkv, cos, sin, *where, keys, values, None, None, heads)
 
-        def attend(q, keys, values, where=(starts, past, slots)):
-            return context_attention(q, keys, values, None, None, *where, None)
+        def attend(qkv, keys, values, cos=cos, sin=sin, where=(starts, past, slots)):
+            return context_attention(qkv, cos, sin, None, *where, keys, values, None, None, None, heads)[0]
 
-        def plain(q, keys, values, batch=batch):
+        def plain(qkv, keys, values, cos=cos, sin=sin, batch=batch):
+            q, *_ = Rotate(heads, heads, head_dim).reference(qkv, cos, sin)
+            return of_q(q, keys, values, batch)
+
+        def of_q(q, keys, values, batch=batch):
             q = q.unflatten(0, (batch, -1)).transpose(1, 2)
             return (
                 F.scaled_dot_product_attention(q, keys, values, is_causal=True).transpose(1, 2).flatten(0, 1).flatten(1)
             )
 
-        call = [(write(*some), *some[1:]) for some in sets]
+        q = torch.randn(tokens, heads, head_dim, device="cuda").half()
         us = microseconds(write, sets)
-        table.add("write cache", f"{heads} heads, {length}", batch, us, 12 * tokens * heads * head_dim, us, 0.0)
-        wrong = error(attend(*call[0]), plain(*call[0]))
+        table.add("write cache", f"{heads} heads, {length}", batch, us, 8 * tokens * heads * head_dim, us, 0.0)
+        wrong = error(attend(*sets[0]), plain(*sets[0]))
         nbytes = 8 * tokens * heads * head_dim
         table.add(
             "context",
             f"{heads} heads, {length}",
             batch,
-            microseconds(attend, call),
+            microseconds(attend, sets),
             nbytes,
-            microseconds(plain, call),
+            microseconds(of_q, [(q, *caches) for _, *caches in sets]),
             wrong,
         )
 

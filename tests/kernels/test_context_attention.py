@@ -60,18 +60,21 @@ def test_chunks(heads, kv_heads, head_dim, chunks, cache_dtype, position):
         q, k, v = SplitHeads(*sizes).reference(wide[0]) if alibi else Rotate(*sizes).reference(*wide[:3])
         q = q if factors is None else ScaleTokens().reference(q, wide[3])
         held = [c[slots] if scales[0] is not None else c[slots].to(dtype) for c in caches]
-        return q, Attention().reference(q, k, v, positions[:tokens], starts, past, *held, slopes, *scales)
+        return Attention().reference(q, k, v, positions[:tokens], starts, past, *held, slopes, *scales)
 
-    _, (expected, *_) = run(torch.float64)
-    expected_q, (_, *written) = run(torch.float16)
+    expected, *_ = run(torch.float64)
+    _, *written = run(torch.float16)
     actual = [cache.clone() for cache in caches]
-    q = write_cache(qkv, cos, sin, factors, positions, starts, slots, *actual, *scales, heads)
-    assert torch.equal(q[:tokens], expected_q)
+    write_cache(qkv, cos, sin, positions, starts, slots, *actual, *scales, heads)
     for cache, wanted, before in zip(actual, written, caches, strict=True):
         assert torch.equal(cache[0].view(torch.uint8), before[0].view(torch.uint8))
         if cache_dtype == FP8:
             torch.testing.assert_close(cache[slots].float(), wanted.float(), rtol=0.5, atol=0.01, equal_nan=True)
         else:
             assert torch.equal(cache[slots].view(torch.uint8), wanted.view(torch.uint8))
-    output = context_attention(q, *actual, *scales, starts, past, slots, slopes)
+    where = qkv, cos, sin, factors, starts, past, slots, *actual, *scales, slopes, heads
+    output, _ = context_attention(*where)
     assert (output[:tokens].double() - expected).norm() / expected.norm() < TOLERANCE[cache_dtype]
+    narrow, given = context_attention(*where, (torch.int8, torch.full((1,), 0.03)))
+    assert torch.equal(narrow[:tokens], quantize(output[:tokens].float(), torch.tensor(0.03), torch.int8))
+    assert (given[:tokens] == 0.03).all()

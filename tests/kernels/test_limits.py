@@ -57,7 +57,7 @@ def test_grid(monkeypatch):
     starts, one = torch.tensor([0, tokens], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     keys = values = torch.empty(1, 1, 8, 8, dtype=torch.float16)
     qkv = torch.empty(tokens, 24, dtype=torch.float16)
-    q = context_attention.write_cache(qkv, None, None, None, one, starts, one, keys, values, None, None, 1)
-    context_attention.context_attention(q, keys, values, None, None, starts, one, one, None)
+    context_attention.write_cache(qkv, None, None, one, starts, one, keys, values, None, None, 1)
+    context_attention.context_attention(qkv, None, None, None, starts, one, one, keys, values, None, None, None, 1)
     assert len(grids) == 2
     assert all(max(grid[1:], default=1) <= GRID for grid in grids)

@@ -3,7 +3,7 @@
 The kernels of a layer are, for one row and for many,
 
     norm, qkv | rotation, cache write, attention | o_proj, residual | norm, gate and up, SwiGLU | down_proj, residual
-    residual, norm | qkv | rotation, cache write | attention | o_proj | residual, norm | gate, up | SwiGLU | down_proj
+    residual, norm | qkv | keys and values | attention | o_proj | residual, norm | gate, up | SwiGLU | down_proj
 """
 
 from collections.abc import Iterable
@@ -116,14 +116,15 @@ class FusedAttention(Fused):
         if not self.takes(qkv, key_cache):
             return None
         heads, caches = self.split.num_heads, (key_cache, value_cache, key_scale, value_scale)
-        rows = qkv, cos, sin, factors, position_ids
         if step.generates:
-            attended = decode_attention(*rows, *caches, slopes, step.kv_bound, heads)
-        elif step.slots is None:
+            rows = qkv, cos, sin, factors, position_ids
+            return decode_attention(*rows, *caches, slopes, step.kv_bound, heads), key_cache, value_cache
+        if step.slots is None:
             return None
-        else:
-            q = write_cache(*rows, query_starts, step.slots, *caches, heads)
-            attended = context_attention(q, *caches, query_starts, past_lengths, step.slots, slopes)
+        write_cache(qkv, cos, sin, position_ids, query_starts, step.slots, *caches, heads)
+        attended, _ = context_attention(
+            qkv, cos, sin, factors, query_starts, past_lengths, step.slots, *caches, slopes, heads
+        )
         return attended, key_cache, value_cache
 
 

@@ -1,14 +1,15 @@
 """Attention of chunks of prompts: their keys and values into the cache, and causal attention over what that holds.
 
-`write_cache(qkv, cos, sin, ...)` equals, for every row `i` of sequence `b`, with its position `p = position_ids[i]`,
+`write_cache(qkv, cos, sin, ...)` does, for every row `i` of sequence `b`, with its position `p = position_ids[i]`,
 
     q, k, v = Rotate of qkv by cos and sin; SplitHeads without them; then q *= factors
     key_cache[slots[b], :, p], value_cache[slots[b], :, p] = k[i], v[i]         rounded as the caches are
 
-and returns q. `context_attention(q, ...)` then equals, with `g = h // (heads / kv_heads)` and `n = p + 1`,
+`context_attention(qkv, cos, sin, ...)` then equals, with `g = h // (heads / kv_heads)` and `n = p + 1`,
 
     keys, values = key_cache[slots[b], g, :n] * key_scale[g], value_cache[slots[b], g, :n] * value_scale[g]
     output[i, h] = softmax(keys @ q[i, h] * head_dim**-0.5 + slopes[h] * (arange(n) - p)) @ values
+    quantize_rows(output, scale, dtype)                                         without `quantize` the output
 
 All lengths are read on the device, so that a captured graph serves many steps: sequence `b` has the rows
 `query_starts[b] .. query_starts[b + 1]` and `past_lengths[b]` positions of earlier steps, and the rows after
@@ -27,6 +28,7 @@ import triton.language as tl
 from trtbuild.kernels.cache import rotated, scaled, stored, widened
 from trtbuild.kernels.dependent_launch import dependent_launch, trigger, wait
 from trtbuild.kernels.processors import processors
+from trtbuild.kernels.quantize_rows import narrow_rows, rounded
 
 WRITTEN = 4096  # values of a program that writes
 READ = 8192  # values of a tile of keys or values
@@ -37,7 +39,6 @@ def write_cache(
     qkv: torch.Tensor,
     cos: torch.Tensor | None,
     sin: torch.Tensor | None,
-    factors: torch.Tensor | None,
     position_ids: torch.Tensor,
     query_starts: torch.Tensor,
     slots: torch.Tensor,
@@ -46,126 +47,106 @@ def write_cache(
     key_scale: torch.Tensor | None,
     value_scale: torch.Tensor | None,
     heads: int,
-) -> torch.Tensor:
-    """`[tokens, (heads + 2 kv_heads) * head_dim]`, float16 or bfloat16, to q `[tokens, heads, head_dim]`.
+) -> None:
+    """Of `[tokens, (heads + 2 kv_heads) * head_dim]`, float16 or bfloat16, the keys and values.
 
-    `cos` and `sin` `[tokens, head_dim]` as `RotaryEmbedding` makes them, or None; `factors` `[tokens]` of the queries,
-    or None; `position_ids` `[tokens]`, `query_starts` `[batch + 1]` and `slots` `[batch]`, all int32. Caches `[slots,
-    kv_heads, max_length, head_dim]` in float16, bfloat16, or int8 or float8_e4m3fn with scales float32 `[kv_heads]`.
-    `head_dim` a multiple of 8 up to 256.
+    `cos` and `sin` `[tokens, head_dim]` as `RotaryEmbedding` makes them, or None; `position_ids` `[tokens]`,
+    `query_starts` `[batch + 1]` and `slots` `[batch]`, all int32. Caches `[slots, kv_heads, max_length, head_dim]` in
+    float16, bfloat16, or int8 or float8_e4m3fn with scales float32 `[kv_heads]`. `head_dim` a multiple of 8 up to 256.
     """
-    tokens, batch = len(qkv), len(slots)
-    _, kv_heads, _, head_dim = key_cache.shape
-    q = qkv.new_empty(tokens, heads, head_dim)
+    batch, (_, kv_heads, _, head_dim) = len(slots), key_cache.shape
     block_d = triton.next_power_of_2(head_dim)
-    block_h = min(triton.next_power_of_2(heads), max(1, WRITTEN // block_d))
-    of_q, of_kv = triton.cdiv(heads, block_h), triton.cdiv(kv_heads, block_h)
-    _cache_write_kernel[((of_q + 2 * of_kv) * tokens,)](  # other dimensions of a grid end at 65535
-        qkv, cos, sin, factors, position_ids, query_starts, slots, q, key_cache, value_cache, key_scale, value_scale,
+    block_h = min(triton.next_power_of_2(kv_heads), max(1, WRITTEN // block_d))
+    programs = 2 * triton.cdiv(kv_heads, block_h) * len(qkv)  # in one dimension: others of a grid end at 65535
+    _cache_write_kernel[(programs,)](
+        qkv, cos, sin, position_ids, query_starts, slots, key_cache, value_cache, key_scale, value_scale,
         batch, qkv.stride(0), *key_cache.stride()[:2],
         HEADS=heads, KV_HEADS=kv_heads, BLOCK_H=block_h, HALF=head_dim // 2, BLOCK_HALF=block_d // 2,
         BATCH=max(16, triton.next_power_of_2(batch)), num_warps=4, **dependent_launch(qkv.device),
     )  # fmt: skip
-    return q
 
 
 def context_attention(
-    q: torch.Tensor,
+    qkv: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    factors: torch.Tensor | None,
+    query_starts: torch.Tensor,
+    past_lengths: torch.Tensor,
+    slots: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     key_scale: torch.Tensor | None,
     value_scale: torch.Tensor | None,
-    query_starts: torch.Tensor,
-    past_lengths: torch.Tensor,
-    slots: torch.Tensor,
     slopes: torch.Tensor | None,
-) -> torch.Tensor:
-    """`[tokens, heads, head_dim]` to `[tokens, heads * head_dim]`, as `write_cache` has it.
+    heads: int,
+    quantize: tuple[torch.dtype, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What `write_cache` was given, to `[tokens, heads * head_dim]` and, where that is rounded to 8 bits, its scales.
 
-    `past_lengths` int32 `[batch]`; for ALiBi `slopes`, float32 `[heads]`.
+    `factors` `[tokens]` of the queries, or None; `past_lengths` int32 `[batch]`; for ALiBi `slopes`, float32 `[heads]`.
+    `quantize`: int8 or float8_e4m3fn, and the scale, float32 `[1]`; the scales are that one, `[tokens, 1]`.
     """
-    tokens, heads, head_dim = q.shape
+    tokens, batch, (_, kv_heads, _, head_dim) = len(qkv), len(slots), key_cache.shape
+    output, scales, given, limit = narrow_rows(qkv, heads * head_dim, quantize)
     # 8-bit tiles are converted by every program that reads them, so that more rows a program pay; 64 start sooner.
-    rows = 128 if key_cache.dtype.itemsize == 1 and tokens * heads >= 256 * processors(q.device) else 64
-    return _attend(
-        q, key_cache, value_cache, key_scale, value_scale, query_starts, past_lengths, slots, slopes,
-        BLOCK_M=rows, BLOCK_N=min(64, READ // triton.next_power_of_2(head_dim)), num_warps=rows // 16, num_stages=3,
-    )  # fmt: skip
-
-
-def _attend(
-    q, key_cache, value_cache, key_scale, value_scale, query_starts, past_lengths, slots, slopes, BLOCK_M, **options
-):
-    tokens, heads, head_dim = q.shape
-    batch, kv_heads = len(slots), key_cache.shape[1]
-    output = q.new_empty(tokens, heads * head_dim)
-    blocks = (tokens + batch * (BLOCK_M - 1)) // BLOCK_M  # there are no more, however long the sequences are
+    rows = 128 if key_cache.dtype.itemsize == 1 and tokens * heads >= 256 * processors(qkv.device) else 64
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    blocks = (tokens + batch * (rows - 1)) // rows  # there are no more, however long the sequences are
     _context_attention_kernel[heads, blocks](
-        q, key_cache, value_cache, key_scale, value_scale, query_starts, past_lengths, slots, slopes, output,
-        batch, *key_cache.stride()[:2], head_dim**-0.5 * math.log2(math.e),
-        HEADS=heads, GROUP=heads // kv_heads, HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        BATCH=max(16, triton.next_power_of_2(batch)), BLOCK_M=BLOCK_M, **options, **dependent_launch(q.device),
+        qkv, cos, sin, factors, key_cache, value_cache, key_scale, value_scale, query_starts, past_lengths, slots,
+        slopes, output, scales, given,
+        batch, qkv.stride(0), *key_cache.stride()[:2], head_dim**-0.5 * math.log2(math.e),
+        HEADS=heads, GROUP=heads // kv_heads, HALF=head_dim // 2, BLOCK_HALF=block_d // 2, LIMIT=limit,
+        BATCH=max(16, triton.next_power_of_2(batch)), BLOCK_M=rows, BLOCK_N=min(64, READ // block_d),
+        num_warps=rows // 16, num_stages=3, **dependent_launch(qkv.device),
     )  # fmt: skip
-    return output
+    return output, scales
 
 
 @triton.jit
 def _cache_write_kernel(
-    qkv, cos, sin, factors, position_ids, query_starts, slots, q, key_cache, value_cache, key_scale, value_scale,
+    qkv, cos, sin, position_ids, query_starts, slots, key_cache, value_cache, key_scale, value_scale,
     batch, qkv_stride, cache_stride, cache_head_stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_H: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
     BATCH: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Some heads of one token: queries, keys or values."""
+    """Some heads of one token: keys or values."""
     trigger(DEPENDENT)
     wait(DEPENDENT)
-    of_q: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
-    of_kv: tl.constexpr = (KV_HEADS + BLOCK_H - 1) // BLOCK_H
-    blocks: tl.constexpr = of_q + 2 * of_kv
-    block, token = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    blocks: tl.constexpr = (KV_HEADS + BLOCK_H - 1) // BLOCK_H
+    part, token = tl.program_id(0) % (2 * blocks), (tl.program_id(0) // (2 * blocks)).to(tl.int64)
     sequences = tl.arange(0, BATCH)
     ends = tl.load(query_starts + 1 + sequences, mask=sequences < batch, other=0)
     b = tl.sum(((ends <= token) & (sequences < batch)).to(tl.int32), 0)
     if b == batch:
         return
-    member = tl.arange(0, BLOCK_H)
+    head = part % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
     d = tl.arange(0, BLOCK_HALF)
-    qkv += token * qkv_stride
-    if cos is not None:
-        cos += token * 2 * HALF
-        sin += token * 2 * HALF
-    if block < of_q:
-        head = block * BLOCK_H + member
-        first, second = _halves(qkv, cos, sin, head, d, HEADS, HALF)
-        if factors is not None:
-            factor = tl.load(factors + token)
-            first, second = scaled(first, factor), scaled(second, factor)
-        _store(q + token * (HEADS * 2 * HALF), 2 * HALF, None, first, second, head, d, HEADS, HALF)
+    keys = qkv + token * qkv_stride + HEADS * 2 * HALF
+    there = tl.load(slots + b).to(tl.int64) * cache_stride + tl.load(position_ids + token) * 2 * HALF
+    if part < blocks:
+        inside = (head[:, None] < KV_HEADS) & (d[None, :] < HALF)
+        first, second = _rotated(keys + head[:, None] * (2 * HALF), cos, sin, token, d[None, :], inside, HALF)
+        _store(key_cache + there, cache_head_stride, key_scale, first, second, head, d, KV_HEADS, HALF)
     else:
-        there = tl.load(slots + b).to(tl.int64) * cache_stride + tl.load(position_ids + token) * 2 * HALF
-        if block < of_q + of_kv:
-            head = (block - of_q) * BLOCK_H + member
-            first, second = _halves(qkv + HEADS * 2 * HALF, cos, sin, head, d, KV_HEADS, HALF)
-            _store(key_cache + there, cache_head_stride, key_scale, first, second, head, d, KV_HEADS, HALF)
-        else:
-            head = (block - of_q - of_kv) * BLOCK_H + member
-            first, second = _halves(qkv + (HEADS + KV_HEADS) * 2 * HALF, None, None, head, d, KV_HEADS, HALF)
-            _store(value_cache + there, cache_head_stride, value_scale, first, second, head, d, KV_HEADS, HALF)
+        inside = (head[:, None] < KV_HEADS) & (d[None, :] < HALF)
+        values = keys + KV_HEADS * 2 * HALF + head[:, None] * (2 * HALF)
+        first, second = _rotated(values, None, None, token, d[None, :], inside, HALF)
+        _store(value_cache + there, cache_head_stride, value_scale, first, second, head, d, KV_HEADS, HALF)
 
 
 @triton.jit
-def _halves(x, cos, sin, head, d, HEADS: tl.constexpr, HALF: tl.constexpr):
-    """Both halves of some heads, rotated if there are `cos` and `sin`."""
-    at = x + head[:, None] * (2 * HALF) + d[None, :]
-    inside = (head[:, None] < HEADS) & (d[None, :] < HALF)
-    first, second = tl.load(at, mask=inside, other=0.0), tl.load(at + HALF, mask=inside, other=0.0)
+def _rotated(x, cos, sin, token, d, inside, HALF: tl.constexpr):
+    """Both halves of heads that begin at `x`, each of a token; rotated if there are `cos` and `sin`."""
+    first, second = tl.load(x + d, mask=inside, other=0.0), tl.load(x + HALF + d, mask=inside, other=0.0)
     if cos is not None:
-        real = d < HALF
-        c0, s0 = tl.load(cos + d, mask=real, other=0.0)[None, :], tl.load(sin + d, mask=real, other=0.0)[None, :]
-        cos += HALF
-        sin += HALF
-        c1, s1 = tl.load(cos + d, mask=real, other=0.0)[None, :], tl.load(sin + d, mask=real, other=0.0)[None, :]
-        first, second = rotated(first, second, c0, s0), rotated(second, first, c1, s1)
+        at = token * (2 * HALF) + d
+        real = inside & (d < HALF)
+        c, s = tl.load(cos + at, mask=real, other=0.0), tl.load(sin + at, mask=real, other=0.0)
+        at += HALF
+        c2, s2 = tl.load(cos + at, mask=real, other=0.0), tl.load(sin + at, mask=real, other=0.0)
+        first, second = rotated(first, second, c, s), rotated(second, first, c2, s2)
     return first, second
 
 
@@ -182,10 +163,10 @@ def _store(to, head_stride, scale, first, second, head, d, HEADS: tl.constexpr, 
 
 @triton.jit
 def _context_attention_kernel(
-    q, key_cache, value_cache, key_scale, value_scale, query_starts, past_lengths, slots, slopes, output,
-    batch, cache_stride, cache_head_stride, score_scale,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BATCH: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DEPENDENT: tl.constexpr,
+    qkv, cos, sin, factors, key_cache, value_cache, key_scale, value_scale, query_starts, past_lengths, slots,
+    slopes, output, scales, given, batch, qkv_stride, cache_stride, cache_head_stride, score_scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, LIMIT: tl.constexpr,
+    BATCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Scores are in units of log 2, so that `exp2` does for the softmax."""
     trigger(DEPENDENT)
@@ -205,10 +186,15 @@ def _context_attention_kernel(
     first = (block - tl.sum(tl.where(sequences < b, blocks, 0), 0)) * BLOCK_M
 
     row = first + tl.arange(0, BLOCK_M)
-    d = tl.arange(0, BLOCK_D)
-    at = (start + row).to(tl.int64)[:, None] * (HEADS * HEAD_DIM) + head * HEAD_DIM + d[None, :]
-    inside = (row[:, None] < length) & (d[None, :] < HEAD_DIM)
-    queries = tl.load(q + at, mask=inside, other=0.0)
+    token = (start + row).to(tl.int64)
+    d = tl.arange(0, BLOCK_HALF)[None, :]
+    inside = (row[:, None] < length) & (d < HALF)
+    q = qkv + token[:, None] * qkv_stride + head * (2 * HALF)
+    low, high = _rotated(q, cos, sin, token[:, None], d, inside, HALF)
+    if factors is not None:
+        factor = tl.load(factors + token, mask=row < length, other=0.0)[:, None]
+        low, high = scaled(low, factor), scaled(high, factor)
+    queries = tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), (BLOCK_M, 2 * BLOCK_HALF))
     start_of_head = slot * cache_stride + (head // GROUP) * cache_head_stride
     key_cache += start_of_head
     value_cache += start_of_head
@@ -220,44 +206,62 @@ def _context_attention_kernel(
 
     state = (
         tl.full((BLOCK_M,), float("-inf"), tl.float32), tl.zeros((BLOCK_M,), tl.float32),
-        tl.zeros((BLOCK_M, BLOCK_D), tl.float32),
+        tl.zeros((BLOCK_M, 2 * BLOCK_HALF), tl.float32),
     )  # fmt: skip
     position = past + row
     seen_by_all = (past + first + 1) // BLOCK_N * BLOCK_N
     end = past + tl.minimum(first + BLOCK_M, length)
     state = _over(
         state, queries, key_cache, value_cache, position, slope, score_scale, 0, seen_by_all, end,
-        False, HEAD_DIM, BLOCK_D, BLOCK_N,
+        False, HALF, BLOCK_HALF, BLOCK_N,
     )  # fmt: skip
     state = _over(
         state, queries, key_cache, value_cache, position, slope, score_scale, seen_by_all, end, end,
-        True, HEAD_DIM, BLOCK_D, BLOCK_N,
+        True, HALF, BLOCK_HALF, BLOCK_N,
     )  # fmt: skip
     _, weight_sum, total = state
     scale = 1 / weight_sum
     if value_scale is not None:
         scale *= tl.load(value_scale + head // GROUP)
-    tl.store(output + at, (total * scale[:, None]).to(output.dtype.element_ty), mask=inside)
+    attended = (total * scale[:, None]).to(qkv.dtype.element_ty)
+    if given is not None:
+        input_scale = tl.load(given)
+        attended = rounded(attended, input_scale, LIMIT, output.dtype.element_ty)
+        if head == 0:
+            tl.store(scales + token, tl.full((BLOCK_M,), input_scale, tl.float32), mask=row < length)
+    column, real = _columns(HALF, BLOCK_HALF)
+    at = token[:, None] * (HEADS * 2 * HALF) + head * (2 * HALF) + column[None, :]
+    tl.store(output + at, attended, mask=(row[:, None] < length) & real[None, :])
+
+
+@triton.jit
+def _columns(HALF: tl.constexpr, BLOCK_HALF: tl.constexpr):
+    """The channels of a head whose halves lie in blocks of a power of two, and which of them are there."""
+    d = tl.arange(0, 2 * BLOCK_HALF)
+    if HALF == BLOCK_HALF:
+        return d, d < 2 * HALF
+    else:
+        return d // BLOCK_HALF * HALF + d % BLOCK_HALF, d % BLOCK_HALF < HALF
 
 
 @triton.jit
 def _over(
     state, queries, keys, values, position, slope, score_scale, begin, stop, end,
-    MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Attends to the positions from `begin` to `stop`; where masked, none beyond a query's own."""
     highest, weight_sum, total = state
-    d = tl.arange(0, BLOCK_D)
+    column, real = _columns(HALF, BLOCK_HALF)
     for n in range(begin, stop, BLOCK_N):
         at = n + tl.arange(0, BLOCK_N)
-        places = at[:, None] * HEAD_DIM + d[None, :]
+        places = at[:, None] * (2 * HALF) + column[None, :]
         if MASKED:
-            inside = (at[:, None] < end) & (d[None, :] < HEAD_DIM)
+            inside = (at[:, None] < end) & real[None, :]
             k, v = tl.load(keys + places, mask=inside, other=0.0), tl.load(values + places, mask=inside, other=0.0)
-        elif HEAD_DIM == BLOCK_D:
+        elif HALF == BLOCK_HALF:
             k, v = tl.load(keys + places), tl.load(values + places)
         else:
-            inside = d[None, :] < HEAD_DIM
+            inside = real[None, :]
             k, v = tl.load(keys + places, mask=inside, other=0.0), tl.load(values + places, mask=inside, other=0.0)
         scores = tl.dot(queries, widened(k, queries).T)
         if slope is not None:
