@@ -37,7 +37,7 @@ def test_what_is_needed(network):
     """Weights, caches, and of a step's activations what is held at a time: of tiny layers, their widest two tensors."""
     weights = sum(constant.nbytes for constant in network.constants.values())
     caches = 2 * 2 * 8 * 2 * 128 * 16 * 2  # keys and values, layers, sequences, heads, positions, head size, bytes
-    work = needed(network, LIMITS) - weights - caches - OTHERS
+    work = (needed(network, LIMITS) - weights - caches - OTHERS) / 2  # as it is, and captured
     hidden, inner, tokens = 64, 96, 8 * 96
     assert work > tokens * (hidden + 2 * inner + inner) * 2
     assert work < tokens * (4 * hidden + 2 * inner + inner) * 2 + 8 * 2048 * 6

@@ -150,6 +150,16 @@ def test_short_prompts_are_replayed(model, monkeypatch):
     assert not plain._graphs
 
 
+def test_graphs_used_last_are_kept(model, monkeypatch):
+    monkeypatch.setattr(runtime, "MAX_GRAPHS", 2)
+    tested = session(model, torch.float16, "cuda")
+    prompts = [[7] * n for n in (3, 20, 40, 3, 20, 40)]
+    first, again = ([tested.prefill([prompt]).clone() for prompt in prompts] for _ in range(2))
+    assert [key[2] for key in tested._graphs] == [32, 64]
+    for expected, actual in zip(first, again, strict=True):
+        assert torch.equal(actual, expected)
+
+
 def test_a_replayed_prompt_never_waits_for_the_host(model):
     tested = session(model, torch.float16, "cuda")
     for _ in range(2):

@@ -9,8 +9,9 @@ import torch
 from trtbuild.engine.config import BuildLimits
 from trtbuild.errors import UserError
 from trtbuild.network import Network
+from trtbuild.network.step import captured_rows
 
-OTHERS = 512 << 20  # bytes that libraries, kernels and captured graphs take
+OTHERS = 512 << 20  # bytes that libraries, kernels and the nodes of captured graphs take
 WIDENED = {torch.uint8: 4, torch.int8: 2, torch.float8_e4m3fn: 2}  # times that a weight's 16-bit copy is larger
 
 
@@ -50,9 +51,14 @@ def _caches(network: Network, limits: BuildLimits) -> int:
 
 
 def _step(network: Network, limits: BuildLimits) -> int:
-    """What the step holds at a time besides caches, and a weight that is widened for it."""
-    batch = limits.max_batch_size
-    sizes = {"tokens": batch * limits.max_input_len, "batch": batch, "rows": batch, "starts": batch + 1}
+    """What the largest step, and the largest captured one, which has memory of its own, hold at a time."""
+    batch, rows = limits.max_batch_size, limits.max_batch_size * limits.max_input_len
+    return _held(network, batch, rows) + _held(network, batch, min(rows, captured_rows(network))) + OTHERS
+
+
+def _held(network: Network, batch: int, tokens: int) -> int:
+    """What a step holds at a time besides caches, and a weight that is widened for it."""
+    sizes = {"tokens": tokens, "batch": batch, "rows": batch, "starts": batch + 1}
     last_uses, states = network.last_uses(), {*network.states.values()}
     held: dict[str, int] = {}
     most = 0
@@ -65,4 +71,4 @@ def _step(network: Network, limits: BuildLimits) -> int:
             if last_uses[name] == i:
                 held.pop(name, None)
     narrow = (x.nbytes * WIDENED.get(x.dtype, 0) for x in network.constants.values())
-    return most + max(narrow, default=0) + OTHERS
+    return most + max(narrow, default=0)

@@ -17,7 +17,7 @@ from trtbuild.errors import UserError
 from trtbuild.files import atomic
 from trtbuild.linear import linear  # noqa: F401 (makes the weight formats' operations known)
 from trtbuild.network import Network, Node, Op, ops  # noqa: F401 (makes the operations known)
-from trtbuild.network.step import Step
+from trtbuild.network.step import Step, captured_rows
 from trtbuild.tensors.safetensors_stream import open_file, write_file
 from trtbuild.tensors.upload import Upload
 
@@ -82,7 +82,8 @@ class PortableEngine:
         finally:
             constants.close()
         self._values.append(None)  # `ABSENT`
-        self._knows_lengths = kernels.run_on(device) and knows_lengths(self.few, device)
+        knows = kernels.run_on(device) and knows_lengths(self.few, device)
+        self._captured_rows = captured_rows(network) if knows else 0
         self._search: list[Call] = []  # what runs in the place of a plan
 
     def _plan(self, network: Network, constants: "_Constants") -> list[Call]:
@@ -125,9 +126,9 @@ class PortableEngine:
         return values[self._logits]
 
     @property
-    def captures_chunks(self) -> bool:
-        """Whether a step needs of its chunks only what is on the device, so that a captured graph can have it."""
-        return self._knows_lengths and not self._search
+    def captured_rows(self) -> int:
+        """Rows of the longest step of chunks that is worth a captured graph; 0 where the host has to know chunks."""
+        return 0 if self._search else self._captured_rows
 
     @contextmanager
     def checked(self) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """One step of a network: what each sequence brings to it, and what the network reads of it, in one table."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +11,18 @@ import torch
 from trtbuild.network.network import Network, Tensor
 from trtbuild.network.ranks import Ranks
 
+# Rows of captured steps of chunks, up to which they are padded: from 512 on by at most a sixteenth.
+CAPTURED_ROWS = (
+    16,
+    32,
+    64,
+    *range(128, 512, 64),
+    *range(512, 1024, 32),
+    *range(1024, 2048, 64),
+    *range(2048, 4097, 128),
+)
+# Multiplications a layer, which an H100 does in half to all of the time in which a host launches the layer's kernels.
+CAPTURED_WORK = 1 << 38
 ALIGNMENT = 4  # integers: inputs that are copied together begin at multiples of 16 bytes, as kernels like them
 
 
@@ -76,6 +89,18 @@ def _unpad_index(chunks: Sequence[Chunk]) -> list[int]:
     """The padded place of every packed row."""
     longest = _longest(chunks)
     return [b * longest + i for b, chunk in enumerate(chunks) for i in range(len(chunk.tokens))]
+
+
+def captured_rows(network: Network) -> int:
+    """Rows of the longest step of chunks that gains by being captured: more keep a GPU busy while the host launches.
+
+    Formats of weights do not matter, so that all stages of a pipeline say the same: they capture together.
+    """
+    layers = {name: x for name, x in network.constants.items() if name.startswith("model.layers.")}
+    weights = [x for name, x in layers.items() if name.endswith(".weight") and len(x.shape) == 2]
+    numbers = sum(math.prod(x.shape) * (2 if x.dtype == torch.uint8 else 1) for x in weights)
+    rows = CAPTURED_WORK * len(network.states) // 2 // max(1, numbers)
+    return max((size for size in CAPTURED_ROWS if size <= rows), default=0)
 
 
 STEP_INPUTS = {

@@ -54,7 +54,6 @@ class RanksSession(PortableSession):
         super().__init__(engine, ranks)
         self.world, self.mapping = world, mapping
         self._source = mapping.world_size - mapping.tp_size  # of the logits, which all ranks of its stage have
-        self._own = range(self.limits.max_batch_size)  # slots of the whole engine's
         self._parts: dict[range, RanksSession] = {}
         self._asked: list[torch.Tensor] = []  # logits of all parts that are still to come
         own = torch.tensor([self.weight_bytes, self.bytes_per_position, self.vocab_size])
@@ -83,8 +82,7 @@ class RanksSession(PortableSession):
 
     def forget_graphs(self) -> None:
         """Before the ways to other ranks close, which captured steps hold open."""
-        for part in (self, *self._parts.values()):
-            part._graphs.clear()
+        self._graphs.clear()
 
     def obey(self, name: str, slots: range, *arguments: object) -> None:
         """What rank 0 told."""

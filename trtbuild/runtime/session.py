@@ -3,6 +3,7 @@
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -11,13 +12,12 @@ from trtbuild.engine.portable import NotFinite, PortableEngine
 from trtbuild.errors import UserError
 from trtbuild.network import Network
 from trtbuild.network.ranks import Ranks
-from trtbuild.network.step import Chunk, Step, sent, step_tensors, step_values, whole_prompts
+from trtbuild.network.step import CAPTURED_ROWS, Chunk, Step, sent, step_tensors, step_values, whole_prompts
 from trtbuild.runtime.kv_cache import KVCache
 from trtbuild.runtime.sampling import Kind, Sampler, SamplingParams
 
 MIN_KV_STEP = 256
-# Rows of captured steps of chunks. Of more rows the device has work for longer than the host takes to launch it.
-CAPTURED_ROWS = (16, 32, 64, 128, 192, 256, 384, 512)
+MAX_GRAPHS = 64  # captured steps that are kept
 
 
 class Session(ABC):
@@ -214,8 +214,17 @@ class Session(ABC):
         """The same."""
 
 
+class Captured(NamedTuple):
+    """A step as a graph, the logits that it writes, and what it reads, if that is not the session's."""
+
+    graph: torch.cuda.CUDAGraph
+    logits: torch.Tensor | None
+    inputs: torch.Tensor | None
+
+
 class PortableSession(Session):
-    """Runs a portable engine. On CUDA generation steps, and those of short prompts, are replays of captured graphs."""
+    """Runs a portable engine. On CUDA generation steps, and those of chunks that are not long, are replays of captured
+    graphs, of which those used last are kept."""
 
     kind = "portable"
 
@@ -223,15 +232,16 @@ class PortableSession(Session):
         super().__init__(engine.network, engine.limits, engine.device)
         self.engine, self.ranks = engine, ranks
         self._slots = torch.arange(engine.limits.max_batch_size, device=engine.device)
+        self._own = range(engine.limits.max_batch_size)  # slots of the whole engine's
+        self._seen: set[tuple] = set()  # sizes of steps of chunks
+        self._graphs: dict[tuple, Captured] = {}  # all parts', the one used last at the end
         self._begin(self.cache)
 
     def _begin(self, cache: KVCache) -> None:
-        """Knows of no sequence and no captured step yet."""
+        """Knows of no sequence yet."""
         self.cache, self.lengths, self.prompt_lengths = cache, [], []
         self._batches: dict[int, dict[str, torch.Tensor]] = {}
         self._samplers: dict[tuple[int, Kind], Sampler] = {}
-        self._short: dict[tuple, torch.Tensor] = {}  # what short steps of chunks read
-        self._graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, torch.Tensor | None]] = {}
 
     def _step(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:
         batch = len(self.lengths)
@@ -241,28 +251,31 @@ class PortableSession(Session):
             if name in self._decode_state:
                 self._decode_state[name].copy_(values)
         rows = sum(len(chunk.tokens) for chunk in chunks)
-        size = next((size for size in CAPTURED_ROWS if size >= rows), 0)
-        if size and self.engine.captures_chunks and not any(chunk.all_logits for chunk in chunks):
-            return self._short_step(chunks, size)
+        size = next((size for size in CAPTURED_ROWS if rows <= size <= self.engine.captured_rows), 0)
+        if size and not any(chunk.all_logits for chunk in chunks):
+            return self._padded_step(chunks, size)
         inputs = step_tensors(chunks, (*self.engine.network.inputs, "slots"), self.device)
         step = Step.of_chunks(chunks, self.ranks, inputs["slots"])
         return self.engine.run(step, inputs | self.cache.views(batch))
 
-    def _short_step(self, chunks: Sequence[Chunk], size: int) -> torch.Tensor | None:
+    def _padded_step(self, chunks: Sequence[Chunk], size: int) -> torch.Tensor | None:
         """Padded up to `size` rows. A size's first step is no graph: there may be no second one."""
-        key = "chunks", size, len(chunks)
+        key = self._own, "chunks", size, len(chunks)
         values, places = step_values(chunks, (*self.engine.network.inputs, "slots"), size)
-        known = key in self._short
-        if not known:
-            self._short[key] = torch.empty_like(values, device=self.device)
-        there = self._short[key].copy_(sent(values, self.device))
+        there = sent(values, self.device)
+        captured = self._graphs.get(key)
+        if captured and captured.inputs is not None:
+            there = captured.inputs.copy_(there)
         inputs = {name: there[place] for name, place in places.items()}
         inputs |= self.cache.views(self.limits.max_batch_size)
 
         def run() -> torch.Tensor | None:
             return self.engine.run(Step.captured(inputs["slots"], self.ranks), inputs)
 
-        return self._replay(key, run) if known else run()
+        if key in self._seen:
+            return self._replay(key, run, inputs=there)
+        self._seen.add(key)
+        return run()
 
     def _where_not_finite(self, prompts: list[list[int]]) -> str:
         found = self._search(whole_prompts(prompts))
@@ -327,7 +340,7 @@ class PortableSession(Session):
         def run() -> torch.Tensor | None:
             return self.engine.run(Step.generation(slots, bound, exact, self.ranks), state)
 
-        return self._replay(("generation", len(slots), bound, sampler and sampler.kind), run, sampler)
+        return self._replay((self._own, len(slots), bound, sampler and sampler.kind), run, sampler)
 
     def _positions_read(self) -> tuple[int, bool]:
         """How many positions of the cache a generation step reads, and whether all sequences have that many."""
@@ -337,27 +350,37 @@ class PortableSession(Session):
         return longest, min(self.lengths) == longest
 
     def _replay(
-        self, key: tuple, run: Callable[[], torch.Tensor | None], sampler: Sampler | None = None
+        self,
+        key: tuple,
+        run: Callable[[], torch.Tensor | None],
+        sampler: Sampler | None = None,
+        inputs: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """Logits by the graph of what `run` does, which is captured on first use, and which may end with sampling."""
         if self.device.type != "cuda":
             return run()
-        if key not in self._graphs:
-            warm_up = torch.cuda.Stream()
-            warm_up.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(warm_up):
-                run()  # libraries allocate their workspaces; writes the same cache entries as the replay will
-            torch.cuda.current_stream().wait_stream(warm_up)
-            graph = torch.cuda.CUDAGraph()
-            pool = next((g.pool() for g, _ in self._graphs.values()), None)
-            with torch.cuda.graph(graph, pool=pool):
-                logits = run()
-                if sampler:
-                    sampler(_there(logits))
-            self._graphs[key] = graph, logits
-        graph, logits = self._graphs[key]
-        graph.replay()
-        return logits
+        if key not in self._graphs and len(self._graphs) == MAX_GRAPHS:
+            del self._graphs[next(iter(self._graphs))]  # its memory is for the next one
+        captured = self._graphs.pop(key, None) or self._capture(run, sampler, inputs)
+        self._graphs[key] = captured
+        captured.graph.replay()
+        return captured.logits
+
+    def _capture(
+        self, run: Callable[[], torch.Tensor | None], sampler: Sampler | None, inputs: torch.Tensor | None
+    ) -> Captured:
+        warm_up = torch.cuda.Stream()
+        warm_up.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(warm_up):
+            run()  # libraries allocate their workspaces; writes the same cache entries as the replay will
+        torch.cuda.current_stream().wait_stream(warm_up)
+        graph = torch.cuda.CUDAGraph()
+        pool = next((other.graph.pool() for other in self._graphs.values()), None)
+        with torch.cuda.graph(graph, pool=pool):
+            logits = run()
+            if sampler:
+                sampler(_there(logits))
+        return Captured(graph, logits, inputs)
 
 
 def _there(logits: torch.Tensor | None) -> torch.Tensor:

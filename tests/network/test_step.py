@@ -1,0 +1,25 @@
+"""What is known of steps without a session."""
+
+import pytest
+import torch
+
+from trtbuild.checkpoint.dummy import dummy_tensors
+from trtbuild.decoder.decoder import decoder
+from trtbuild.models.families import config_from_hugging_face
+from trtbuild.network.step import CAPTURED_ROWS, captured_rows
+
+LLAMA_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "head_dim": 128,
+}
+
+
+@pytest.mark.parametrize(("sizes", "rows"), [({}, CAPTURED_ROWS[-1]), (LLAMA_7B, 1344)])
+def test_how_long_captured_steps_are(tiny_config, sizes, rows):
+    """Of LLaMA-7B's layers, 202M weights each, 2^38 products are 1,358 rows."""
+    config = config_from_hugging_face(tiny_config | sizes, "test")
+    network = decoder(config, dummy_tensors(config, 0, torch.float16).__getitem__, torch.float16, 128)
+    assert captured_rows(network) == rows
