@@ -6,7 +6,7 @@ The kernels of a layer are, for one row and for many,
     residual, norm | qkv | keys and values | attention | o_proj | residual, norm | gate, up | SwiGLU | down_proj
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -94,7 +94,7 @@ class FusedAttention(Fused):
 
         return cache.takes(qkv, self.split.head_dim, key_cache)
 
-    def kernel(
+    def attend(
         self,
         step: Step,
         qkv: torch.Tensor,
@@ -109,7 +109,9 @@ class FusedAttention(Fused):
         slopes: torch.Tensor | None = None,
         key_scale: torch.Tensor | None = None,
         value_scale: torch.Tensor | None = None,
-    ) -> Result | None:
+        quantize: tuple[torch.dtype, torch.Tensor | None] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """The attended values, of chunks as `context_attention` rounds them; None where kernels do not take them."""
         from trtbuild.kernels.context_attention import context_attention, write_cache
         from trtbuild.kernels.decode_attention import decode_attention
 
@@ -118,14 +120,17 @@ class FusedAttention(Fused):
         heads, caches = self.split.num_heads, (key_cache, value_cache, key_scale, value_scale)
         if step.generates:
             rows = qkv, cos, sin, factors, position_ids
-            return decode_attention(*rows, *caches, slopes, step.kv_bound, heads), key_cache, value_cache
+            return decode_attention(*rows, *caches, slopes, step.kv_bound, heads), None
         if step.slots is None:
             return None
         write_cache(qkv, cos, sin, position_ids, query_starts, step.slots, *caches, heads)
-        attended, _ = context_attention(
-            qkv, cos, sin, factors, query_starts, past_lengths, step.slots, *caches, slopes, heads
+        return context_attention(
+            qkv, cos, sin, factors, query_starts, past_lengths, step.slots, *caches, slopes, heads, quantize
         )
-        return attended, key_cache, value_cache
+
+    def kernel(self, step: Step, *args: Any, **inputs: Any) -> Result | None:
+        found = self.attend(step, **inputs)
+        return None if found is None else (found[0], inputs["key_cache"], inputs["value_cache"])
 
 
 def _eps(nodes: Iterable[Node]) -> float:
@@ -243,7 +248,40 @@ class FusedSwiGluW8A8(FusedW8A8):
         return product_8bit(x, s, weight, scales, bias, gate_up.dtype)
 
 
-ATTENTION = Rule(FusedAttention, (one(Rotate, SplitHeads), maybe(ScaleTokens), one(Attention)))
+@dataclass(frozen=True, eq=False)
+class FusedAttentionW8A8(FusedAttention, FusedW8A8):
+    """By attention of chunks, where one scale is given."""
+
+    @classmethod
+    def kept(cls, node: Node) -> Sequence[str]:
+        return node.outputs[1:] if isinstance(node.op, Attention) else ()
+
+    def kernel(
+        self,
+        step: Step,
+        *,
+        weight: torch.Tensor,
+        scales: torch.Tensor,
+        input_scale: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        **inputs: Any,
+    ) -> Result | None:
+        from trtbuild.kernels.many_rows import product_8bit
+
+        static = input_scale is not None and self.linear.has_kernel(weight)
+        found = self.attend(step, **inputs, quantize=(self.linear.values, input_scale) if static else None)
+        if found is None:
+            return None
+        x, s = found
+        if s is None:
+            y = self.linear.portable(step, x, weight, scales, input_scale, bias)
+        else:
+            y = product_8bit(x, s, weight, scales, bias, inputs["qkv"].dtype)
+        return inputs["key_cache"], inputs["value_cache"], y
+
+
+HEADS = one(Rotate, SplitHeads), maybe(ScaleTokens), one(Attention)
+ATTENTION = Rule(FusedAttention, HEADS)
 SUM = Rule(FusedSum, (one(AllReduce), one(Add), one(RmsNorm)))
 NORM = Rule(FusedNorm, (maybe(Add), one(RmsNorm)))
 SWIGLU = Rule(FusedSwiGlu, (one(SwiGlu),))
@@ -255,6 +293,7 @@ FEW = (
     SWIGLU,
 )
 MANY = (
+    Rule(FusedAttentionW8A8, (*HEADS, one(W8A8Linear))),
     ATTENTION,
     SUM,
     Rule(FusedLinear, (one(SelectRows), maybe(RmsNorm), PRODUCT, maybe(Cast))),  # of a row a sequence

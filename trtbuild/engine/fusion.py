@@ -68,6 +68,11 @@ class Fused(Op):
         """The name here of what one of the chain's nodes calls `parameter`."""
         return self.names.get((type(node.op), parameter), parameter)
 
+    @classmethod
+    def kept(cls, node: Node) -> Sequence[str]:
+        """What a node, not the last of its chain, makes that may be read outside, too."""
+        return node.outputs if type(node.op) in cls.keeps else ()
+
     @property
     def parameters(self) -> tuple[str, ...]:
         return tuple(self.inputs)
@@ -136,12 +141,12 @@ def _applied(rule: Rule, nodes: list[Node], given: set[str]) -> list[Node]:
 
     def kept(chain: list[int]) -> list[str]:
         """What is read outside a chain, too."""
-        return [name for j in chain[:-1] if type(nodes[j].op) in rule.fused.keeps for name in nodes[j].outputs]
+        return [name for j in chain[:-1] for name in rule.fused.kept(nodes[j])]
 
     def may_be_replaced(chain: list[int]) -> bool:
         inner = {name for j in chain[:-1] for name in nodes[j].outputs} - {*kept(chain)}
         hidden = given.isdisjoint(inner) and all(len(readers[x]) == 1 and readers[x][0] in chain for x in inner)
-        later = all(j in chain or j > chain[-1] for name in kept(chain) for j in readers[name])
+        later = all(j in chain or j > chain[-1] for name in kept(chain) for j in readers.get(name, ()))
         return hidden and later and replaced.keys().isdisjoint(chain)
 
     replaced: dict[int, Node | None] = {}

@@ -28,7 +28,7 @@ import triton.language as tl
 from trtbuild.kernels.cache import rotated, scaled, stored, widened
 from trtbuild.kernels.dependent_launch import dependent_launch, trigger, wait
 from trtbuild.kernels.processors import processors
-from trtbuild.kernels.quantize_rows import narrow_rows, rounded
+from trtbuild.kernels.quantize_rows import Quantize, narrow_rows, rounded
 
 WRITTEN = 4096  # values of a program that writes
 READ = 8192  # values of a tile of keys or values
@@ -80,12 +80,12 @@ def context_attention(
     value_scale: torch.Tensor | None,
     slopes: torch.Tensor | None,
     heads: int,
-    quantize: tuple[torch.dtype, torch.Tensor] | None = None,
+    quantize: Quantize = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What `write_cache` was given, to `[tokens, heads * head_dim]` and, where that is rounded to 8 bits, its scales.
 
     `factors` `[tokens]` of the queries, or None; `past_lengths` int32 `[batch]`; for ALiBi `slopes`, float32 `[heads]`.
-    `quantize`: int8 or float8_e4m3fn, and the scale, float32 `[1]`; the scales are that one, `[tokens, 1]`.
+    `quantize`: int8 or float8_e4m3fn, and a scale, float32 `[1]`; the scales are that one, `[tokens, 1]`.
     """
     tokens, batch, (_, kv_heads, _, head_dim) = len(qkv), len(slots), key_cache.shape
     output, scales, given, limit = narrow_rows(qkv, heads * head_dim, quantize)
