@@ -65,9 +65,10 @@ def decoder(
     presents = {}
     for i in mapping.layers(config.num_hidden_layers):
         kv_cache = layer_cache(network, config, i, dtype, max_length, cache)
-        hidden, presents[i] = decoder_layer(config, weights, i, hidden, inputs, kv_cache, mapping)
+        rows = logits_indices if i == config.num_hidden_layers - 1 else None
+        hidden, presents[i] = decoder_layer(config, weights, i, hidden, inputs, kv_cache, mapping, rows)
     if logits_indices:
-        network.mark_output(output(config, weights, ops.select_rows(hidden, logits_indices), mapping), "logits")
+        network.mark_output(output(config, weights, hidden, mapping), "logits")
     else:
         ops.send(hidden, mapping.rank + mapping.tp_size)
     for i, present in presents.items():
@@ -129,10 +130,12 @@ def decoder_layer(
     inputs: LayerInputs,
     cache: dict[str, Tensor] | None = None,
     mapping: Mapping = Mapping(),
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Layer `i`: hidden states `[tokens, hidden]` in and out, and the layer's new caches.
 
-    `cache` is what `layer_cache` gives; without one the tokens of a step see each other alone.
+    `cache` is what `layer_cache` gives; without one the tokens of a step see each other alone. With `rows`, int32
+    `[rows]`, only those tokens go on once all have left their keys and values: what is wanted of the last layer.
     """
     network, dtype = hidden.network, hidden.dtype
     layer = f"model.layers.{i}"
@@ -154,6 +157,8 @@ def decoder_layer(
     sequences = inputs.position_ids, inputs.query_starts, inputs.past_lengths
     attended = ops.attention(q, k, v, *sequences, slopes=inputs.slopes, **(cache or {}))
     x, *present = attended if isinstance(attended, tuple) else (attended,)
+    if rows:
+        x, hidden = (ops.select_rows(all_rows, rows) for all_rows in (x, hidden))
     x = project(x, "self_attn.o_proj", config.attention_out_bias, mapping.stage)
     hidden = ops.add(hidden, ops.all_reduce(x, mapping.stage))
 

@@ -285,10 +285,11 @@ ATTENTION = Rule(FusedAttention, HEADS)
 SUM = Rule(FusedSum, (one(AllReduce), one(Add), one(RmsNorm)))
 NORM = Rule(FusedNorm, (maybe(Add), one(RmsNorm)))
 SWIGLU = Rule(FusedSwiGlu, (one(SwiGlu),))
+LINEAR = maybe(SelectRows), maybe(RmsNorm), PRODUCT, maybe(SwiGlu), maybe(Add), maybe(Cast)
 FEW = (
     ATTENTION,
     SUM,
-    Rule(FusedLinear, (maybe(SelectRows), maybe(RmsNorm), PRODUCT, maybe(SwiGlu), maybe(Add), maybe(Cast))),
+    Rule(FusedLinear, LINEAR),
     NORM,
     SWIGLU,
 )
@@ -296,7 +297,7 @@ MANY = (
     Rule(FusedAttentionW8A8, (*HEADS, one(W8A8Linear))),
     ATTENTION,
     SUM,
-    Rule(FusedLinear, (one(SelectRows), maybe(RmsNorm), PRODUCT, maybe(Cast))),  # of a row a sequence
+    Rule(FusedLinear, LINEAR, rows="rows"),  # what is left of the last layer: a row a sequence
     Rule(FusedNormW8A8, (maybe(Add), one(RmsNorm), one(W8A8Linear))),
     Rule(FusedSwiGluW8A8, (one(SwiGlu), one(W8A8Linear))),
     NORM,

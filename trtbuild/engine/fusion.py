@@ -103,10 +103,14 @@ class Fused(Op):
 
 @dataclass(frozen=True)
 class Rule:
-    """A chain, of which each member reads what one before it writes, and the operation that takes its place."""
+    """A chain, of which each member reads what one before it writes, and the operation that takes its place.
+
+    `rows`: the first dimension of all that the chain makes, if that matters.
+    """
 
     fused: type[Fused]
     chain: tuple[Member, ...]
+    rows: str | None = None
 
 
 def fuse(network: Network, rules: Iterable[Rule]) -> Network:
@@ -116,12 +120,13 @@ def fuse(network: Network, rules: Iterable[Rule]) -> Network:
     """
     nodes = network.nodes
     for rule in rules:
-        nodes = _applied(rule, nodes, {*network.outputs})
+        nodes = _applied(rule, nodes, network)
     return network.with_nodes(nodes)
 
 
-def _applied(rule: Rule, nodes: list[Node], given: set[str]) -> list[Node]:
-    """`nodes` with a rule's chains replaced, each where its last node was; `given` are the network's outputs."""
+def _applied(rule: Rule, nodes: list[Node], network: Network) -> list[Node]:
+    """`nodes`, all of the network's, with a rule's chains replaced, each where its last node was."""
+    given = {*network.outputs}
     readers: dict[str, list[int]] = {}
     for i, node in enumerate(nodes):
         for name in node.inputs.values():
@@ -147,7 +152,9 @@ def _applied(rule: Rule, nodes: list[Node], given: set[str]) -> list[Node]:
         inner = {name for j in chain[:-1] for name in nodes[j].outputs} - {*kept(chain)}
         hidden = given.isdisjoint(inner) and all(len(readers[x]) == 1 and readers[x][0] in chain for x in inner)
         later = all(j in chain or j > chain[-1] for name in kept(chain) for j in readers.get(name, ()))
-        return hidden and later and replaced.keys().isdisjoint(chain)
+        made = [network.tensors[name].shape[0] for j in chain for name in nodes[j].outputs]
+        fits = rule.rows is None or {*made} == {rule.rows}
+        return hidden and later and fits and replaced.keys().isdisjoint(chain)
 
     replaced: dict[int, Node | None] = {}
     for i in range(len(nodes)):

@@ -211,9 +211,9 @@ class Lowering:
         return self.sizes(name, self.inputs[name], 1)
 
     def columns(self, x: Lowered, start: int, size: int) -> Lowered:
-        """`x[:, start : start + size]` of `[tokens, width]`."""
+        """`x[:, start : start + size]` of `[tokens, width]` or `[rows, width]`."""
         layer = self.definition.add_slice(x, (0, start), (0, 0), (1, 1))
-        layer.set_input(2, self.once(("columns", size), lambda: self.shape(self.tokens, size)))
+        layer.set_input(2, self.once(("columns", x.name, size), lambda: self.shape(self.sizes(x.name, x, 0), size)))
         return layer.get_output(0)
 
     # Ranks. A session gives a stage's ranks a communicator of their own. There is no send and receive: what passes
