@@ -170,7 +170,7 @@ class Bench:
         def measure(session: Session) -> None:
             for batch, context in cases:
                 prompts = torch.randint(0, config.vocab_size, (batch, context), generator=draw).tolist()
-                first, step, _ = ours(session, prompts)
+                first, _, step, _ = ours(session, prompts)
                 cached = batch * (context + NEW_TOKENS / 2) * session.bytes_per_position
                 floor = (session.weight_bytes + cached) / self.bandwidth
                 rows.append(Row(name, model, recipe, batch, context, first, step, floor))
