@@ -18,12 +18,18 @@ from trtbuild.kernels.quantize_rows import Quantize, narrow_rows, round_rows, wa
 
 
 def norm_rows(
-    a: torch.Tensor, weight: torch.Tensor, eps: float, *, b: torch.Tensor | None = None, quantize: Quantize = None
+    a: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    b: torch.Tensor | None = None,
+    quantize: Quantize = None,
+    late: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
     """`a` and `b` `[rows, hidden]`, `weight` `[hidden]`, all float16, bfloat16 or float32.
 
     Returns the sum (None without `b`), the norm in their dtype or as `quantize` has it, and its scales, float32
-    `[rows, 1]` (None without `quantize`).
+    `[rows, 1]` (None without `quantize`). The next kernel may start when a norm begins, or `late`, when it ends.
     """
     rows, width = a.shape
     a, b = a.contiguous(), None if b is None else b.contiguous()
@@ -31,8 +37,8 @@ def norm_rows(
     normed, scales, given, limit = narrow_rows(a, width, quantize)
     block = triton.next_power_of_2(width)
     _rms_norm_kernel[(rows,)](
-        a, b, weight, total, normed, scales, given, width, eps, LIMIT=limit, BLOCK=block, num_warps=warps(block),
-        **dependent_launch(a.device),
+        a, b, weight, total, normed, scales, given, width, eps, LIMIT=limit, BLOCK=block, LATE=late,
+        num_warps=warps(block), **dependent_launch(a.device),
     )  # fmt: skip
     return total, normed, scales
 
@@ -40,9 +46,10 @@ def norm_rows(
 @triton.jit
 def _rms_norm_kernel(
     a, b, weight, total, normed, scales, given, width, eps,
-    LIMIT: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
+    LIMIT: tl.constexpr, BLOCK: tl.constexpr, LATE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    trigger(DEPENDENT)
+    if not LATE:
+        trigger(DEPENDENT)
     column = tl.arange(0, BLOCK)
     inside = column < width
     row = tl.program_id(0).to(tl.int64)
@@ -58,4 +65,6 @@ def _rms_norm_kernel(
     y = (bracket.to(tl.float32) * factor).to(x.dtype)
     if scales is not None:
         y = round_rows(y, scales + row, given, LIMIT, normed.dtype.element_ty)
+    if LATE:
+        trigger(DEPENDENT)
     tl.store(normed + at, y, mask=inside)

@@ -80,7 +80,7 @@ def decode_attention(
         parts = max(1, min(programs // grid, triton.cdiv(kv_bound - 1, MIN_PART)))
     return _launch(
         qkv, cos, sin, factors, position_ids, key_cache, value_cache, key_scale, value_scale, slopes, heads, parts,
-        MIN_PART=MIN_PART, PLAIN=group == 1, BLOCK_H=block_h, **options,
+        MIN_PART=MIN_PART, PLAIN=group == 1, BLOCK_H=block_h, LATE=group == 1 and len(qkv) > 1, **options,
     )  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def _decode_attention_kernel(
     qkv_stride, cache_stride, cache_head_stride, score_scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_H: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_G: tl.constexpr, MERGED: tl.constexpr, MIN_PART: tl.constexpr, PLAIN: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
+    STAGES: tl.constexpr, LATE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Scores are in units of log 2, so that `exp2` does for the softmax."""
     part, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -151,7 +151,8 @@ def _decode_attention_kernel(
     slope = None
     if slopes is not None:
         slope = tl.load(slopes + head, mask=member < GROUP, other=0.0) * LOG2_E
-    trigger(DEPENDENT)
+    if not LATE:
+        trigger(DEPENDENT)
     if part >= parts:
         return  # without waiting: others of this launch do
     wait(DEPENDENT)
@@ -217,6 +218,8 @@ def _decode_attention_kernel(
             k, v = _tile(key_cache, at, d, end, HEAD_DIM), _tile(value_cache, at, d, end, HEAD_DIM)
             state = _dots(state, q, k, v, at, past, end, slope, score_scale)
         highest, weight_sum, total = state
+    if LATE:
+        trigger(DEPENDENT)
     higher = tl.maximum(highest, own_score)
     shrink, own_weight = tl.exp2(highest - higher), tl.exp2(own_score - higher)
     weight_sum = weight_sum * shrink + own_weight

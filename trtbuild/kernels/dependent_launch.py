@@ -8,8 +8,12 @@ only earlier steps wrote, since every step begins with an ordinary launch; nothi
     call `trigger(DEPENDENT)` in every program, and `wait(DEPENDENT)` in all but those that have nothing to do, of which
     no launch has only such: else it could end, and the next one go on, before its predecessor has ended.
 
-A `wait` inside of a loop that the compiler pipelines may let loads pass it, so it stands before. To
-trigger at the start was faster than at the end.
+A `wait` inside of a loop that the compiler pipelines may let loads pass it, so it stands before.
+
+Where to trigger is a matter of speed. At the start is best where what follows is made of many short programs, as of one
+row, or of large ones. Small ones that could all run side by side, as products of few rows with INT4 weights have, take
+places wherever some are free while they wait, are then spread unevenly over multiprocessors, and their next ones too:
+what stands before them triggers when it ends (`LATE`).
 """
 
 import os

@@ -83,7 +83,7 @@ def product(
     quantize = None if activations == "16bit" else (weight.dtype, input_scale)
     row_scale = None
     if norm is not None:
-        _, x, row_scale = norm_rows(x, norm, eps, quantize=quantize)
+        _, x, row_scale = norm_rows(x, norm, eps, quantize=quantize, late=weight.dtype == torch.uint8)
     elif quantize:
         x, row_scale = quantize_rows(x, input_scale, weight.dtype)
     (rows, width), out = x.shape, len(weight)
@@ -104,7 +104,7 @@ def product(
         GROUP=group or 0, BLOCK=block or 0, EVEN_K=width % step == 0,
         PER_ROW=row_scale is not None and row_scale.numel() > 1, SWIGLU=swiglu, PARTS=parts,
         BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k, UNROLL=tiles.unroll, SWAP=tiles.swap,
-        SCALE_WEIGHT=tiles.scale_weight, STAGES=tiles.stages,
+        SCALE_WEIGHT=tiles.scale_weight, STAGES=tiles.stages, LATE=weight.itemsize < 2,
         EVICT="evict_first" if row_tiles == 1 else "",
         num_warps=tiles.warps, **dependent_launch(device),
     )  # fmt: skip
@@ -182,7 +182,8 @@ def _few_rows_product_kernel(
     x, row_scale, weight, scales, zeros, bias, residual, sums, counters, output, rows, columns, width, part_steps,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, EVEN_K: tl.constexpr, PER_ROW: tl.constexpr, SWIGLU: tl.constexpr,
     PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UNROLL: tl.constexpr,
-    SWAP: tl.constexpr, SCALE_WEIGHT: tl.constexpr, STAGES: tl.constexpr, EVICT: tl.constexpr, DEPENDENT: tl.constexpr,
+    SWAP: tl.constexpr, SCALE_WEIGHT: tl.constexpr, STAGES: tl.constexpr, EVICT: tl.constexpr, LATE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     INT4: tl.constexpr = GROUP > 0
     out = columns * 2 if SWIGLU else columns
@@ -211,8 +212,9 @@ def _few_rows_product_kernel(
         gate_tile = weight + gate_.to(tl.int64) * stride + k_w
     x_tile = x + m_ * width + k_x
     up_tile = gate_tile + columns.to(tl.int64) * stride
+    if not LATE:
+        trigger(DEPENDENT)
     wait(DEPENDENT)
-    trigger(DEPENDENT)
     if SWAP:
         total = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32)
     else:
@@ -260,6 +262,8 @@ def _few_rows_product_kernel(
                 else:
                     q = tl.load(up_tile + start, mask=start + k_w < width, other=0.0, eviction_policy=EVICT)
                 up = _step(up, a, q, SWAP)
+    if LATE:
+        trigger(DEPENDENT)
     total = total.to(tl.float32)
     up = up.to(tl.float32)
     mask = (m_ < rows) & (n_ < columns)
@@ -300,10 +304,10 @@ def _int4_step(
     total, a, b, c, d, q, scales, zeros, at, inside, SWAP: tl.constexpr, SCALE_WEIGHT: tl.constexpr
 ):  # fmt: skip
     scale = tl.load(scales + at, mask=inside, other=0)
-    e, f, g, h, offset = from_nibbles(q, a)
+    zero = None
     if zeros is not None:
-        offset += tl.load(zeros + at, mask=inside, other=0).to(a.dtype)
-    e, f, g, h = e - offset, f - offset, g - offset, h - offset
+        zero = tl.load(zeros + at, mask=inside, other=0).to(a.dtype)
+    e, f, g, h = from_nibbles(q, zero, a)
     if SCALE_WEIGHT:
         scale = scale.to(a.dtype)
         e, f, g, h = e * scale, f * scale, g * scale, h * scale

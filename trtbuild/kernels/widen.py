@@ -91,18 +91,18 @@ def _widen_int4_kernel(
     inside = (n < out) & (first < width)
     words = weight.to(tl.pointer_type(tl.int16)) + row * tl.multiple_of(width // 4, 8) + (block * QUARTER + i)
     words = tl.load(words, mask=inside, other=0)
-    a, b, c, d, _ = from_nibbles(words, tl.zeros((1,), tl.float16))
     at = first // group * out + n
-    scale, zero = tl.load(scales + at, mask=inside, other=0).to(tl.float32), 1032.0
+    scale, zero = tl.load(scales + at, mask=inside, other=0).to(tl.float32), None
     if zeros is not None:
-        zero += tl.load(zeros + at, mask=inside, other=0)
+        zero = tl.load(zeros + at, mask=inside, other=0).to(tl.float16)
+    a, b, c, d = from_nibbles(words, zero, tl.zeros((1,), tl.float16))
     target = wide + row * width + (first + i)
-    _store_quarter(target, a, scale, zero, inside)
-    _store_quarter(target + QUARTER, b, scale, zero, inside)
-    _store_quarter(target + 2 * QUARTER, c, scale, zero, inside)
-    _store_quarter(target + 3 * QUARTER, d, scale, zero, inside)
+    _store_quarter(target, a, scale, inside)
+    _store_quarter(target + QUARTER, b, scale, inside)
+    _store_quarter(target + 2 * QUARTER, c, scale, inside)
+    _store_quarter(target + 3 * QUARTER, d, scale, inside)
 
 
 @triton.jit
-def _store_quarter(target, nibbles, scale, zero, inside):
-    tl.store(target, ((nibbles.to(tl.float32) - zero) * scale).to(target.dtype.element_ty), mask=inside)
+def _store_quarter(target, values, scale, inside):
+    tl.store(target, (values.to(tl.float32) * scale).to(target.dtype.element_ty), mask=inside)
