@@ -11,7 +11,7 @@ DEMO := results/smollm2-135m
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[workflow,tensorrt-rtx,mpi,test]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[workflow,cluster,tensorrt-rtx,mpi,test]'
 	touch $@
 
 demo: .venv/installed

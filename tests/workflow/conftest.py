@@ -3,29 +3,19 @@
 import importlib.util
 import json
 import os
-import re
-import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-import yaml
 from workflow_config import CONFIG
+from workspace import Workspace
 
 from trtbuild.checkpoint.sources import make_checkpoint
 from trtbuild.quantization.quantize import quantize
-from trtbuild.quantization.recipe import Quantization, Recipe
+from trtbuild.quantization.recipe import Quantization
 from trtbuild.workflow import weights_folder
-
-REPOSITORY = Path(__file__).parents[2]
-# Every job computes in one thread, so that two run at a time and results are equal to the last bit.
-ONE_THREAD = (
-    *("calibration", "quantize", "portable_engine", "benchmark"),
-    *("summarize", "summarize_hf", "perplexity", "perplexity_hf"),
-)
 
 # Python imports `sitecustomize` in every process. This one stops the job that is about to rename its output, or did,
 # until the mark that it has set is removed.
@@ -67,83 +57,6 @@ QUANTIZED_RECIPES = {
     "sq": FLOAT16 | CALIBRATED | W8A8,
     "fp8": FLOAT16 | CALIBRATED | FP8,
 }
-
-
-class Workspace:
-    """A working folder of the workflow: `config`, `models` and `recipes` are written before every run."""
-
-    def __init__(self, folder: Path, config: dict, models: dict, recipes: dict) -> None:
-        self.folder = folder
-        # Copies that share no part among themselves either, so that a test can change one recipe.
-        self.config, self.models, self.recipes = (json.loads(json.dumps(part)) for part in (config, models, recipes))
-
-    @property
-    def results(self) -> Path:
-        return self.folder / "results"
-
-    def recipe(self, name: str) -> Recipe:
-        """A recipe as the Snakefile knows it."""
-        return Recipe.parse(self.recipes[name])
-
-    def copy(self, folder: Path) -> "Workspace":
-        """Results, Snakemake's records and all times included."""
-        shutil.copytree(self.folder, folder, symlinks=True)
-        return Workspace(folder, self.config, self.models, self.recipes)
-
-    def command(self, *arguments: str) -> list[str]:
-        """The command line, after writing the configuration that does not exist yet or that changed."""
-        config = self.folder / "config"
-        config.mkdir(parents=True, exist_ok=True)
-        for name in ("config", "models", "recipes"):
-            value = getattr(self, name)
-            if value is not None:
-                text = value if isinstance(value, str) else yaml.safe_dump(value, sort_keys=False)
-                (config / f"{name}.yaml").write_text(text, encoding="utf-8")
-        program = [sys.executable, "-m", "snakemake", "-s", str(REPOSITORY / "Snakefile")]
-        program += ["--directory", str(self.folder), "--profile", str(REPOSITORY / "profiles" / "default")]
-        return [*program, "--cores", "2", *arguments, "--set-threads", *(f"{rule}=1" for rule in ONE_THREAD)]
-
-    def run(self, *arguments: str) -> subprocess.CompletedProcess:
-        """Runs `snakemake`; `stdout` of the result holds what it wrote to either stream."""
-        return subprocess.run(
-            self.command(*arguments),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=self.folder,
-            timeout=300,
-        )
-
-    def succeed(self, *arguments: str) -> str:
-        """Runs `snakemake`, which has to exit 0, and returns what it wrote."""
-        result = self.run(*arguments)
-        assert result.returncode == 0, result.stdout
-        return result.stdout
-
-    def fail(self, *arguments: str) -> str:
-        """Runs `snakemake`, which has to fail without any traceback, and returns what it wrote."""
-        result = self.run(*arguments)
-        assert result.returncode != 0, result.stdout
-        assert "Traceback" not in result.stdout, result.stdout
-        return result.stdout
-
-    def pending(self, *arguments: str) -> set[str]:
-        """What a run would do, from a dry run: `rule model/recipe` of every job, or `rule model/name` of its output.
-
-        `rule model/recipe rank1` is of a rank but the first. Not among them are tables of a model's recipes.
-        """
-        output = self.succeed("--dry-run", *arguments)
-        jobs = set()
-        for block in re.split(r"^(?=(?:local)?rule \w+:$)", output, flags=re.MULTILINE)[1:]:
-            rule = re.match(r"(?:local)?rule (\w+):", block)[1]
-            if wildcards := re.search(r"^    wildcards: (.*)$", block, re.MULTILINE):
-                values = dict(item.split("=", 1) for item in wildcards[1].split(", "))
-                keys = ("recipe", "run", "quantization", "calibration")
-                names = [values[key] + values.get("layout", "") for key in keys if key in values]
-                rank = f" rank{values['rank']}" if values.get("rank", "0") != "0" else ""
-                jobs.add(" ".join([rule, "/".join([values["model"], *names])]) + rank)
-        assert jobs or "Nothing to be done" in output, output
-        return {job for job in jobs if not job.startswith("table ")}  # they follow whatever else there is
 
 
 @pytest.fixture(scope="session")

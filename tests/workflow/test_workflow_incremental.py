@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from conftest import REPOSITORY
+from workspace import REPOSITORY
 
 pytestmark = pytest.mark.slow
 

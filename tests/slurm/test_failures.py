@@ -1,0 +1,90 @@
+"""Jobs that end badly: Snakemake names the rule, its log and the reason, and a rerun makes what is missing."""
+
+import re
+
+import pytest
+from conftest import Cluster, prepare
+
+from trtbuild.workflow import weights_folder
+
+pytestmark = pytest.mark.slow
+
+RUNS = {"cancelled": "float16", "late": "bfloat16", "lost": "float32"}
+MISTAKEN = {"dtype": "float16", "quant_checkpoint": {"local": {"path": "nothing"}}}
+INT8 = {"dtype": "float16", "weights": {"dtype": "int8"}}
+
+
+def engine(run: str) -> str:
+    return f"results/tiny/{run}/engine/rank0.safetensors"
+
+
+@pytest.fixture(scope="module")
+def failed(slurm, tmp_path_factory) -> Cluster:
+    """A run of which one job failed, one was cancelled, one ran out of time and one lost its node; `said` tells."""
+    workspace = prepare(Cluster, tmp_path_factory.mktemp("failures") / "cluster")
+    workspace.recipes = {run: {"dtype": dtype} for run, dtype in RUNS.items()} | {"mistaken": MISTAKEN}
+    (workspace.folder / "nothing").mkdir()
+    (workspace.folder / "nothing" / "config.json").write_text("{}")
+    workspace.hang(*map(engine, RUNS))
+    with workspace.started(*map(engine, [*RUNS, "mistaken"]), "--keep-going", "--retries", "0") as controller:
+        workspace.wait_for_hanging()
+        jobs = {run: next(job for job in slurm.jobs() if f"_tiny_{run}_" in job.comment) for run in RUNS}
+        slurm.run("scancel", jobs["cancelled"].number)
+        slurm.run("scontrol", "update", f"jobid={jobs['late'].number}", "EndTime=now")  # which is looked at every 30 s
+        slurm.run("scontrol", "update", f"jobid={jobs['lost'].number}", "Requeue=0")
+        workspace.wait(lambda: len(slurm.jobs()) == 1, "more than one job")
+        slurm.run("scontrol", "update", f"nodename={jobs['lost'].node}", "state=down", "reason=test")
+        workspace.wait(lambda: controller.poll() is not None, "it goes on")
+        slurm.run("scontrol", "update", f"nodename={jobs['lost'].node}", "state=resume")
+    return workspace
+
+
+def reported(workspace: Cluster) -> dict[str, tuple[str, str]]:
+    """Of each failed job, by its rule's log: the rule, and its state as Snakemake reports them."""
+    pattern = (
+        r"^Error in rule (\w+):\n    message: SLURM-job .* SLURM status is: '(\w+)'.*\n(?:    .*\n)*?    log: (\S+),"
+    )
+    return {log: (rule, state) for rule, state, log in re.findall(pattern, workspace.said, re.MULTILINE)}
+
+
+def test_the_message_names_rule_log_and_reason(failed):
+    states = {"cancelled": "CANCELLED", "late": "TIMEOUT", "lost": "NODE_FAIL"}
+    logs = {f"results/tiny/{run}/logs/portable_engine.rank0.log": state for run, state in states.items()}
+    (quantize,) = (failed.results / "tiny" / "logs").glob("quantize.*.log")
+    assert reported(failed) == {log: ("portable_engine", state) for log, state in logs.items()} | {
+        str(quantize.relative_to(failed.folder)): ("quantize", "FAILED")
+    }
+    assert f"error: {failed.folder}/nothing/config.json: model_type None is not supported" in failed.said
+    assert "DUE TO TIME LIMIT" in failed.said
+
+
+def test_a_rerun_makes_what_is_missing(failed, slurm):
+    """Memory is short at first; Snakemake asks for more. A node goes down once more; Slurm takes another one."""
+    targets = [*map(engine, RUNS), engine("mistaken")]
+    failed.recipes["mistaken"] = INT8
+    before = {job.number for job in slurm.jobs("all")}
+    weights = weights_folder(failed.recipe("mistaken")).replace("quantized", "quantize tiny")
+    assert failed.pending(*targets) == {weights, *(f"portable_engine tiny/{run}" for run in [*RUNS, "mistaken"])}
+
+    failed.hang(engine("lost"))
+    options = ("--retries", "1", "--set-resources", "quantize:mem_mb=220 * attempt**3")
+    with failed.started(*targets, *options) as controller:
+        failed.wait_for_hanging()
+        (lost,) = (job for job in slurm.jobs() if "_tiny_lost_" in job.comment)
+        slurm.run("scontrol", "update", f"nodename={lost.node}", "state=down", "reason=test")
+        failed.hang()
+        failed.wait(lambda: controller.poll() is not None, "it goes on")
+        slurm.run("scontrol", "update", f"nodename={lost.node}", "state=resume")
+
+    assert controller.returncode == 0, failed.said
+    assert failed.pending(*targets) == set()
+    assert "exceeded memory limit" in failed.said
+    rerun = [job for job in slurm.jobs("all") if job.number not in before]
+    assert sorted((job.comment.split("_wildcards_")[0], job.state) for job in rerun) == [
+        *[("rule_portable_engine", "COMPLETED")] * 4,
+        ("rule_quantize", "COMPLETED"),
+        ("rule_quantize", "FAILED"),
+    ]
+    (again,) = (job for job in rerun if "_tiny_lost_" in job.comment)
+    assert again.number == lost.number
+    assert again.node != lost.node
