@@ -6,11 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
 import yaml
+from journal import Journal
 
 from trtbuild.files import sha256
 from trtbuild.quantization.recipe import Recipe
@@ -27,14 +28,18 @@ class Workspace:
     """A working folder of the workflow: `config`, `models` and `recipes` are written before every run."""
 
     snakemake: tuple[str, ...] = ("-m", "snakemake")
-    environment: Mapping[str, str] = os.environ
-    seconds = 300  # that a run may take
     profile: tuple[str, ...] = ("--profile", str(REPOSITORY / "profiles" / "default"), "--cores", "2")
+    seconds = 300  # that a run may take
+    journal: Journal | None = None
 
     def __init__(self, folder: Path, config: dict, models: dict, recipes: dict) -> None:
         self.folder = folder
         # Copies that share no part among themselves either, so that a test can change one recipe.
         self.config, self.models, self.recipes = (json.loads(json.dumps(part)) for part in (config, models, recipes))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return os.environ | (self.journal.environment if self.journal else {})
 
     @property
     def results(self) -> Path:
@@ -107,9 +112,10 @@ class Workspace:
 
     def artifacts(self) -> dict[str, str]:
         """The sha256 of all that runs made, but for logs, times and what is being written under a temporary name."""
-        names = (path.relative_to(self.folder) for path in self.results.rglob("*") if path.is_file())
-        return {
-            str(name): sha256(self.folder / name)
-            for name in names
-            if "logs" not in name.parts and not any(part.startswith(".") for part in name.parts)
-        }
+        found = {}
+        for path in self.results.rglob("*"):
+            name = path.relative_to(self.folder)
+            if path.is_file() and "logs" not in name.parts and not any(part.startswith(".") for part in name.parts):
+                with suppress(FileNotFoundError):  # replaced by a job that goes on
+                    found[str(name)] = sha256(path)
+        return found

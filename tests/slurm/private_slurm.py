@@ -91,7 +91,7 @@ class Slurm:
 
 
 @contextmanager
-def private_slurm(folder: Path, nodes: int = 2, cpus: int = 8, memory: int = 500000, gpus: int = 4) -> Iterator[Slurm]:
+def private_slurm(folder: Path, nodes: int = 2, cpus: int = 64, memory: int = 500000, gpus: int = 4) -> Iterator[Slurm]:
     """Brings one up in an empty `folder`; `cpus`, `memory` (MB) and `gpus` are a node's, whatever the machine has.
 
     At the end its jobs are cancelled and its daemons have ended.

@@ -2,15 +2,16 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
-from conftest import Cluster, prepare
+from cluster import Cluster, prepare
 from journal import Journal
 from workspace import Workspace
 
 pytestmark = pytest.mark.slow
 
-TARGETS = [f"results/tiny/{run}/engine/config.json" for run in ("fp16", "gptq")]
+TARGETS = [f"results/tiny/{run}/engine/rank0.safetensors" for run in ("fp16", "gptq")]
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +26,10 @@ def undisturbed(tmp_path_factory) -> dict[str, str]:
 def test_a_run_goes_on_after_its_controllers_end(slurm, undisturbed, tmp_path, sent):
     """Jobs go on when it is killed, and are waited for by the next one; it waits for them when it is told to end; an
     interrupt cancels them. Nothing is done twice, but for what was cancelled."""
-    workspace, journal = prepare(Cluster, tmp_path / "cluster"), Journal(tmp_path / "journal")
-    workspace.journal = journal
+    workspace = prepare(Cluster, tmp_path / "cluster")
+    workspace.journal = Journal(tmp_path / "journal")
     gptq = next(name for name in undisturbed if "quantized/" in name).rsplit("/", 1)[0]
-    workspace.hang(gptq, "results/tiny/fp16/engine/rank0.safetensors")
+    workspace.hang(gptq, TARGETS[0])
     with workspace.started(*TARGETS) as first:
         workspace.wait_for_hanging()
         os.kill(first.pid, sent)
@@ -45,5 +46,5 @@ def test_a_run_goes_on_after_its_controllers_end(slurm, undisturbed, tmp_path, s
     assert second.returncode == 0, workspace.said
     assert workspace.pending(*TARGETS) == set()
     assert workspace.artifacts() == undisturbed
-    assert journal.count("overlap") == 0
-    assert journal.count("start", "quantize.log") == (2 if sent == signal.SIGINT else 1)
+    assert workspace.journal.count("overlap") == 0
+    assert workspace.journal.count("start", f"quantize.{Path(gptq).name}.log") == (2 if sent == signal.SIGINT else 1)

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from conftest import Cluster, prepare
+from cluster import Cluster, prepare
 
 from trtbuild.workflow import weights_folder
 
@@ -67,8 +67,8 @@ def test_a_rerun_makes_what_is_missing(failed, slurm):
     assert failed.pending(*targets) == {weights, *(f"portable_engine tiny/{run}" for run in [*RUNS, "mistaken"])}
 
     failed.hang(engine("lost"))
-    options = ("--retries", "1", "--set-resources", "quantize:mem_mb=220 * attempt**3")
-    with failed.started(*targets, *options) as controller:
+    failed.resources += ("quantize:mem_mb=220 * attempt**3",)
+    with failed.started(*targets) as controller:
         failed.wait_for_hanging()
         (lost,) = (job for job in slurm.jobs() if "_tiny_lost_" in job.comment)
         slurm.run("scontrol", "update", f"nodename={lost.node}", "state=down", "reason=test")
@@ -78,7 +78,9 @@ def test_a_rerun_makes_what_is_missing(failed, slurm):
 
     assert controller.returncode == 0, failed.said
     assert failed.pending(*targets) == set()
-    assert "exceeded memory limit" in failed.said
+    (log,) = failed.folder.glob(".snakemake/slurm_logs/rule_quantize/*/*.log")  # a job's that failed
+    assert str(log) in failed.said
+    assert "exceeded memory limit" in log.read_text()
     rerun = [job for job in slurm.jobs("all") if job.number not in before]
     assert sorted((job.comment.split("_wildcards_")[0], job.state) for job in rerun) == [
         *[("rule_portable_engine", "COMPLETED")] * 4,

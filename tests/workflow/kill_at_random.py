@@ -4,8 +4,8 @@
 
 A chain is one folder in which the workflow is run and killed until a run ends by itself. Tiny dummy models are
 calibrated, quantized, built, gated and scored. What has outlived a kill is left to itself: no output may be made by two
-jobs at once (`journal.py`). With `slurm` jobs go to the Slurm of the environment, and controllers alone are killed.
-Prints each kill and the counts; exits with 1 if anything differs.
+jobs at once (`journal.py`). With `slurm` jobs go to a private Slurm, and controllers alone are killed. All ways come as
+often. Prints each kill and the counts; exits with 1 if anything differs.
 """
 
 import os
@@ -15,48 +15,25 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
 from random import Random
 
 sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[1] / "slurm"))
 
-from conftest import CONFIG, QUANTIZED_RECIPES, RECIPES, REPOSITORY, Workspace
+from cluster import Cluster, prepare
+from conftest import QUANTIZED_RECIPES, RECIPES
 from journal import Journal
-from published_models import TINY
-
-from trtbuild.files import sha256
+from private_slurm import private_slurm
+from workspace import Workspace
 
 TARGETS = ("sq/rouge.json", "gptq/gate.json", "awq-int8kv/engine/config.json", "fp32/rouge.json", "hf/rouge.json")
 FEW = ("sq/engine/config.json", "fp32/perplexity.json")  # a job on a cluster takes seconds to begin and to be missed
-SOURCE = {"dummy": {"config": TINY | {"max_position_embeddings": 2048}, "seed": 1}}
-MODELS = {"tiny": {"source": SOURCE, "chat_template": "plain"}}
 # As a terminal, a batch system or a power cut does; the kernel out of memory; somebody who looked up a number.
 ALL, ONE, CONTROLLER = "all processes", "one process", "the controller"
 CONTROLLERS = ((signal.SIGKILL, CONTROLLER), (signal.SIGINT, CONTROLLER), (signal.SIGTERM, CONTROLLER))
 WAYS = ((signal.SIGKILL, ALL), (signal.SIGINT, ALL), (signal.SIGTERM, ALL), (signal.SIGKILL, ONE), *CONTROLLERS)
-
-
-class OnSlurm(Workspace):
-    """A folder whose jobs go to a Slurm."""
-
-    def command(self, *arguments: str) -> list[str]:
-        command = super().command(*arguments)
-        at = command.index("--profile")
-        command[at : at + 2] = ["--workflow-profile", str(REPOSITORY / "profiles" / "slurm"), "--latency-wait", "5"]
-        command += ["--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "2"]
-        return [*command, "--default-resources", "slurm_partition=gpu", "mem_mb=500", "runtime=10"]
-
-
-def artifacts(folder: Path) -> dict[str, str]:
-    """The sha256 of all that a run makes, but for logs, times and what is being written under a temporary name."""
-    found = {}
-    for path in (folder / "results").rglob("*"):
-        name = path.relative_to(folder)
-        if path.is_file() and "logs" not in name.parts and not any(part.startswith(".") for part in name.parts):
-            with suppress(FileNotFoundError):  # replaced by a job that goes on
-                found[str(name)] = sha256(path)
-    return found
 
 
 def session(number: int) -> list[int]:
@@ -73,19 +50,13 @@ def session(number: int) -> list[int]:
 
 
 def disturb(
-    run: Workspace,
-    targets: list[str],
-    seconds: float,
-    way: tuple[signal.Signals, str],
-    random: Random,
-    journal: Journal,
+    run: Workspace, targets: list[str], seconds: float, way: tuple[signal.Signals, str], random: Random
 ) -> int | None:
     """Runs the workflow; the exit code where it ends before `seconds` are over, else None, after killing it."""
     sent, whom = way
     with open(run.folder.with_suffix(".log"), "a") as log:
-        environment = os.environ | journal.environment
         process = subprocess.Popen(
-            run.command(*targets), stdout=log, stderr=log, cwd=run.folder, env=environment, start_new_session=True
+            run.command(*targets), stdout=log, stderr=log, cwd=run.folder, env=run.environment, start_new_session=True
         )
     try:
         return process.wait(seconds)
@@ -100,29 +71,39 @@ def disturb(
 
 def main(kills: int = 40, seed: int = 0, slurm: bool = False) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"
-    random, counts, wrong, chains = Random(seed), Counter(), 0, 0
-    kind, ways = (OnSlurm, CONTROLLERS) if slurm else (Workspace, WAYS)
-    targets = [f"results/tiny/{target}" for target in (FEW if slurm else TARGETS)]
     folder = Path(tempfile.mkdtemp(prefix="trtbuild-kills-"))
+    with ExitStack() as stack:
+        if slurm:
+            (folder / "slurm").mkdir()
+            Cluster.slurm = stack.enter_context(private_slurm(folder / "slurm"))
+        return kill(kills, seed, folder, slurm)
+
+
+def kill(kills: int, seed: int, folder: Path, slurm: bool) -> int:
+    random, counts, wrong, chains = Random(seed), Counter(), 0, 0
+    kind, ways = (Cluster, CONTROLLERS) if slurm else (Workspace, WAYS)
+    targets = [f"results/tiny/{target}" for target in (FEW if slurm else TARGETS)]
     journal = Journal(folder / "journal")
 
     def workspace(name: str) -> Workspace:
-        return kind(folder / name, CONFIG | {"matrix": []}, MODELS, RECIPES | QUANTIZED_RECIPES)
+        run = prepare(kind, folder / name)
+        run.recipes, run.journal = RECIPES | QUANTIZED_RECIPES, journal
+        return run
 
     undisturbed = workspace("undisturbed")
     start = time.monotonic()
     undisturbed.succeed(*targets)
     whole = time.monotonic() - start
-    expected = artifacts(undisturbed.folder)
+    expected = undisturbed.artifacts()
     print(f"undisturbed: {len(expected)} files in {whole:.0f} s; seed {seed}; {folder}", flush=True)
     while counts.total() < kills:
         chains += 1
         chain = workspace(f"chain{chains}")
         code = None
         while code is None:
-            way, seconds = random.choice(ways), random.uniform(0, whole / 2)
-            code = disturb(chain, targets, seconds, way, random, journal)
-            made = artifacts(chain.folder)
+            way, seconds = ways[counts.total() % len(ways)], random.uniform(0, whole / 2)
+            code = disturb(chain, targets, seconds, way, random)
+            made = chain.artifacts()
             differ = sorted(name for name, value in made.items() if expected.get(name) != value)
             if code is None:
                 name = f"{way[0].name} to {way[1]}"
