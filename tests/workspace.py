@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -22,6 +23,11 @@ ONE_THREAD = (
     *("calibration", "quantize", "portable_engine", "benchmark"),
     *("summarize", "summarize_hf", "perplexity", "perplexity_hf"),
 )
+
+
+def interruptible() -> None:
+    """For a child that gets Ctrl-C: a shell's background jobs, as this process may be, ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Workspace:

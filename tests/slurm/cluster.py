@@ -11,7 +11,7 @@ from pathlib import Path
 from private_slurm import Slurm
 from published_models import TINY
 from workflow_config import CONFIG
-from workspace import REPOSITORY, Workspace
+from workspace import REPOSITORY, Workspace, interruptible
 
 HERE = Path(__file__).parent
 FLOAT16 = {"dtype": "float16", "max_perplexity_increase": 1000}  # the perplexity of random weights means nothing
@@ -56,7 +56,13 @@ class Cluster(Workspace):
         command = self.command(*arguments)
         with open(self.folder / "said.txt", "w", encoding="utf-8") as said:
             controller = subprocess.Popen(
-                command, stdout=said, stderr=said, cwd=self.folder, env=self.environment, start_new_session=True
+                command,
+                stdout=said,
+                stderr=said,
+                cwd=self.folder,
+                env=self.environment,
+                start_new_session=True,
+                preexec_fn=interruptible,
             )
         try:
             yield controller

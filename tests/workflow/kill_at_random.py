@@ -26,7 +26,7 @@ from cluster import Cluster, prepare
 from conftest import QUANTIZED_RECIPES, RECIPES
 from journal import Journal
 from private_slurm import private_slurm
-from workspace import Workspace
+from workspace import Workspace, interruptible
 
 TARGETS = ("sq/rouge.json", "gptq/gate.json", "awq-int8kv/engine/config.json", "fp32/rouge.json", "hf/rouge.json")
 FEW = ("sq/engine/config.json", "fp32/perplexity.json")  # a job on a cluster takes seconds to begin and to be missed
@@ -56,7 +56,13 @@ def disturb(
     sent, whom = way
     with open(run.folder.with_suffix(".log"), "a") as log:
         process = subprocess.Popen(
-            run.command(*targets), stdout=log, stderr=log, cwd=run.folder, env=run.environment, start_new_session=True
+            run.command(*targets),
+            stdout=log,
+            stderr=log,
+            cwd=run.folder,
+            env=run.environment,
+            start_new_session=True,
+            preexec_fn=interruptible,
         )
     try:
         return process.wait(seconds)
