@@ -1,9 +1,13 @@
 """KL divergence and top-1 agreement of an engine and the baseline, whose logits are made anew of its hidden states."""
 
+import json
+import math
+
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from trtbuild.checkpoint.canonical import Checkpoint
@@ -99,9 +103,23 @@ def test_another_checkpoint_is_refused(file, tiny_config, tmp_path):
 def test_files_that_are_something_else(tiny_checkpoint, file, tmp_path):
     with pytest.raises(UserError, match=r"model\.safetensors holds no hidden states of a baseline"):
         opened(tiny_checkpoint / "model.safetensors", tiny_checkpoint)
+    others = {"wide": torch.zeros(3, 65), "numbers": torch.zeros(3, 64, dtype=torch.int32), "flat": torch.zeros(64)}
+    for name, states in others.items():
+        save_file({"hidden_states": states}, tmp_path / name, {"provenance": json.dumps(ORIGIN)})
+        with pytest.raises(UserError, match=f"{name} holds no hidden states of a baseline"):
+            opened(tmp_path / name, tiny_checkpoint)
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(UserError, match="truncated"):
         opened(file, tiny_checkpoint)
+
+
+@pytest.mark.parametrize(("value", "message"), [(0.0, "goes on where the text has ended"), (math.nan, "not finite")])
+def test_what_is_no_result(file, tiny_checkpoint, tiny_config, windows, value, message):
+    divergence = opened(file, tiny_checkpoint)
+    rows = sum(map(len, windows)) - (message != "not finite")
+    divergence.add(0, torch.full((rows, tiny_config["vocab_size"]), value))
+    with pytest.raises(UserError, match=message):
+        divergence.result()
 
 
 def test_a_text_that_goes_on_is_refused(file, tiny_checkpoint, tiny_config, windows):

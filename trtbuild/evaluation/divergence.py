@@ -18,7 +18,7 @@ from trtbuild.errors import UserError
 from trtbuild.evaluation.paired import per_token
 from trtbuild.evaluation.provenance import refuse_different
 from trtbuild.files import atomic, parse_json
-from trtbuild.tensors.lazy import from_tensor
+from trtbuild.tensors.lazy import FLOATS, from_tensor
 from trtbuild.tensors.safetensors_stream import open_file, write_file
 
 ROWS = 64  # of logits at a time in float64
@@ -55,7 +55,8 @@ class Divergence:
         tensors, metadata = open_file(path)
         theirs = parse_json(metadata.get("provenance", "null"), f"{path}: provenance")
         states = tensors.get("hidden_states")
-        if states is None or len(states.shape) != 2 or not isinstance(theirs, dict):
+        width = (checkpoint.config.hidden_size,)
+        if states is None or states.shape[1:] != width or states.dtype not in FLOATS or not isinstance(theirs, dict):
             raise UserError(f"{path} holds no hidden states of a baseline; make it with 'trtbuild perplexity'")
         refuse_different([{"provenance": origin}, {"provenance": theirs}])
         self.product = OutputProduct(checkpoint, states.dtype, device)
@@ -82,9 +83,14 @@ class Divergence:
     def result(self) -> dict:
         """Nats, KL(baseline || engine): the mean a token, with its 95% interval over articles, and the 99th percentile.
 
-        And the share of tokens, in per cent, of which both find the same token most likely.
+        And the share of tokens, in per cent, of which both find the same token most likely. Raises `UserError` where
+        the text was not the whole one, and for what is not finite.
         """
+        if len(self._articles) < self.states.shape[0]:
+            raise UserError(f"{self.path} goes on where the text has ended; make it again")
         kl, articles = torch.cat(self._divergences).numpy(), np.array(self._articles)
+        if not np.isfinite(kl).all():
+            raise UserError(f"{self.path}: logits made of it, or the engine's, are not finite; make it again")
         mean = per_token(np.bincount(articles, kl), np.bincount(articles).astype(float))
         low, high = mean.interval if mean.articles > 1 else (None, None)
         return {
