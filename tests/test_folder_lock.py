@@ -15,7 +15,7 @@ import pytest
 from trtbuild import folder_lock
 from trtbuild.errors import UserError
 from trtbuild.folder_lock import RUN, held, local_job, recorded
-from trtbuild.processes import Process, start_of
+from trtbuild.processes import start_of
 
 HOLD = """
 import sys, time
@@ -192,8 +192,8 @@ def test_jobs_that_outlived_their_controller_are_waited_for(records, monkeypatch
     thread.join()
     assert order == ["job", "controller"]
     assert said == [
-        "waiting for 1 jobs that outlived their snakemake: calibration results/m/c.npz (Slurm job 1234). "
-        "What they make is kept; end them to begin at once"
+        "waiting for jobs that outlived their snakemake: calibration results/m/c.npz (Slurm job 1234). "
+        "What they make is kept; to begin at once, end them: scancel 1234"
     ]
 
 
@@ -209,7 +209,7 @@ def test_a_job_of_another_host_lives_as_long_as_slurm_says_so(records, tmp_path,
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", f"{squeue.parent}:{os.environ['PATH']}")
     with held(records, print) as run, recorded("gate", run, "1234"):
-        kept = (records / f"job.{Process.current().host}.{os.getpid()}.json").read_text()
+        (kept,) = (path.read_text() for path in records.glob("job.*"))
     path = records / "job.node17.5.json"
     path.write_text(kept)
     of_elsewhere(path)
@@ -229,7 +229,7 @@ def test_queued_jobs_of_an_ended_run_are_cancelled(records, tmp_path, monkeypatc
     for program in programs.iterdir():
         program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-    assert said_by(records) == ["cancelling 2 queued jobs of the snakemake that ended; they are submitted again"]
+    assert said_by(records) == ["cancelling queued jobs of the snakemake that ended, to submit them again: 7 9"]
     assert Path("cancelled").read_text() == "--state=PENDING 7 9\n"
 
 
@@ -267,9 +267,11 @@ def test_a_local_job_is_interrupted_when_its_controller_is_killed(records, start
     assert list(records.glob("job.*")) == []
 
 
-def test_a_controller_that_was_taken_for_dead_ends(records, monkeypatch):
+def test_a_controller_that_was_taken_for_dead_ends(records, monkeypatch, request):
     monkeypatch.setattr(folder_lock, "BEAT", 0.05)
     said: list[str] = []
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGTERM, before))
     with pytest.raises(KeyboardInterrupt), held(records, said.append):  # noqa: PT012
         (records / "controller.2.json").write_text("")
         time.sleep(10)

@@ -46,17 +46,20 @@ def held(records: Path, say: Say, latency: float = 0, slurm: bool = False) -> It
     run = uuid4().hex[:12]
     try:
         records.mkdir(parents=True, exist_ok=True)
-        mine, ended = _take(records, {"run": run, "slurm": slurm}, say)
+        mine, ended = _take(records, {"run": run, "queues": slurm}, say)
     except OSError as error:
         raise UserError(f"cannot write {error.filename}: {error.strerror}") from error
     try:
         with _beating(mine, lambda: _stop_if_replaced(mine, say)):
-            for path in ended:
-                _cancel_queued(_read(path), say)
-            if _wait_for_jobs(records, say):
-                time.sleep(latency)
-            for path in ended:
-                path.unlink(missing_ok=True)
+            try:
+                for path in ended:
+                    _cancel_queued(_read(path), say)
+                if _wait_for_jobs(records, say):
+                    time.sleep(latency)
+                for path in ended:
+                    path.unlink(missing_ok=True)
+            except KeyboardInterrupt:
+                raise UserError("interrupted") from None
             yield run
     finally:
         if mine.exists():
@@ -100,10 +103,8 @@ def recorded(what: str, run: str, slurm: str | None = None) -> Iterator[dict | N
 
     Raises `UserError` where another controller has the folder.
     """
-    process = Process.current()
-    mine = RECORDS / f"job.{process.host}.{process.pid}.json"
     RECORDS.mkdir(parents=True, exist_ok=True)
-    mine.unlink(missing_ok=True)  # of an earlier process with this number
+    mine = RECORDS / f"job.{uuid4().hex[:12]}.json"
     _create(mine, {"run": run, "what": what, "slurm": slurm})
     try:
         # One that is not yet written is of a controller that will look at this job's.
@@ -224,9 +225,11 @@ def _wait_for_jobs(records: Path, say: Say) -> bool:
         waited = time.monotonic() - start
         if waited > PATIENCE and waited - said > REPEAT:
             said = waited
+            ids = [job["slurm"] for job in jobs.values() if job and job.get("slurm")]
+            cancel = f": scancel {' '.join(ids)}" if ids else ""
             say(
-                f"waiting for {len(jobs)} jobs that outlived their snakemake: "
-                f"{'; '.join(_who(job) for job in jobs.values())}. What they make is kept; end them to begin at once"
+                f"waiting for jobs that outlived their snakemake: {'; '.join(map(_who, jobs.values()))}. "
+                f"What they make is kept; to begin at once, end them{cancel}"
             )
         time.sleep(pause)
         pause = min(BEAT, 1.5 * pause)
@@ -262,15 +265,16 @@ def _who(record: dict | None) -> str:
 
 
 @contextmanager
-def _beating(path: Path, then: Callable[[], object] = bool) -> Iterator[None]:
-    """Gives a record a new time every `BEAT` seconds, and does something else then."""
+def _beating(path: Path, then: Callable[[], bool] = bool) -> Iterator[None]:
+    """Gives a record a new time every `BEAT` seconds, until `then` says that it has ended."""
     stop = threading.Event()
 
     def beat() -> None:
         while not stop.wait(BEAT):
             with suppress(FileNotFoundError):
                 os.utime(path)
-            then()
+            if then():
+                return
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
@@ -281,12 +285,16 @@ def _beating(path: Path, then: Callable[[], object] = bool) -> Iterator[None]:
         thread.join()
 
 
-def _stop_if_replaced(mine: Path, say: Say) -> None:
-    """Interrupts this process, which was taken for dead: its machine slept, or did not reach the folder."""
+def _stop_if_replaced(mine: Path, say: Say) -> bool:
+    """Ends this process, which was taken for dead: its machine slept, or did not reach the folder.
+
+    Snakemake then begins no more jobs. A shell has commands in the background ignore an interrupt.
+    """
     newer = [path for path in _controllers(mine.parent) if _number(path) > _number(mine)]
     if newer:
         say(f"another snakemake has taken this folder, {_who(_read(newer[-1]))}; this one ends")
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+    return bool(newer)
 
 
 def _end_with(process: Process) -> None:
@@ -313,9 +321,9 @@ def _slurm_jobs() -> set[str] | None:
 def _cancel_queued(controller: dict | None, say: Say) -> None:
     """Cancels the jobs of an ended run that have not begun: they would come too late."""
     command = ("squeue", "--noheader", "--user", str(os.getuid()), "--states", "PENDING", "--format", "%A %j")
-    if not controller or not controller.get("slurm"):
+    if not controller or not controller.get("queues"):
         return
     queued = [line.split()[0] for line in (_slurm(*command) or "").splitlines() if controller["run"] in line]
     if queued:
-        say(f"cancelling {len(queued)} queued jobs of the snakemake that ended; they are submitted again")
+        say(f"cancelling queued jobs of the snakemake that ended, to submit them again: {' '.join(queued)}")
         _slurm("scancel", "--state=PENDING", *queued)
