@@ -136,9 +136,9 @@ def one_controller() -> None:
 
     There is no hook before a run looks at what there is to do, so a method is wrapped. Should it go, no run begins.
     """
-    from snakemake.exceptions import WorkflowError
     from snakemake.logging import logger
     from snakemake.workflow import Workflow
+    from snakemake_interface_common.exceptions import ApiError
 
     execute = Workflow.execute
 
@@ -171,7 +171,7 @@ def one_controller() -> None:
             with batch_job(workflow) if workflow.remote_exec else controller(workflow, executor_settings):
                 return execute(workflow, **arguments)
         except UserError as error:
-            raise WorkflowError(str(error)) from None
+            raise ApiError(str(error)) from None  # of which Snakemake prints one line
 
     Workflow.execute = execute_alone
 
