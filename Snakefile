@@ -15,6 +15,11 @@ if Path("config/config.yaml").exists():
 configfile: "config/config.yaml"
 
 
+if "container" in config:
+
+    container: config["container"]
+
+
 include: "rules/common.smk"
 include: "rules/checkpoint.smk"
 include: "rules/calibrate.smk"

@@ -24,6 +24,7 @@ from trtbuild.yaml_reader import read_yaml
 trtbuild_workflow.export_package(workflow.basedir)
 one_controller()
 keep_outputs({"checkpoint", "calibration", "quantize"})
+trtbuild_workflow.say_gpus()
 
 SCHEMAS = trtbuild_workflow.SCHEMAS
 
@@ -113,8 +114,8 @@ def threads_of(wildcards):
 
 
 def threads_of_rank(wildcards, threads):
-    """Cores of each; on several nodes of a cluster `threads` is bounded by what one of them has."""
-    return THREADS if CLUSTER else max(1, threads // ranks_of(wildcards))
+    """Cores of each. (A job on several nodes sees the cores of its first one alone, so it may use fewer than it has.)"""
+    return max(1, threads // ranks_of(wildcards))
 
 
 def launcher_of(wildcards):
@@ -195,10 +196,11 @@ def gate_of_run(wildcards):
     return f"results/{wildcards.model}/{wildcards.run}/gate.json" if wildcards.run != "hf" else []
 
 
-def runs_of_table(wildcards):
-    """A model's runs that have results or are in the matrix, with the names of these results."""
-    matrix, recipes = config_of(wildcards)["matrix"], recipes_of(wildcards)
-    return trtbuild_workflow.runs_of_table(wildcards.model, matrix, recipes, sys.argv[1:])
+def runs_of_matrix(wildcards):
+    """A model's recipes in the matrix, some of them on layouts: the folder of each, and that of its weights."""
+    matrix = config_of(wildcards)["matrix"]
+    runs = [run for entry in matrix if entry["model"] == wildcards.model for run in entry["recipes"]]
+    return {run: trtbuild_workflow.weights_folder(recipes_of(wildcards)[split_run(run)[0]]) for run in runs}
 
 
 def evaluation(*keys, **options):
@@ -243,7 +245,8 @@ def needs(of):
             missing = [file for file in input if not Path(file).exists()]
             if model is None and missing:
                 raise FileNotFoundError(errno.ENOENT, "the model's sizes are not known yet", missing[0])
-            return (of(model, wildcards) if model else needs_of.UNKNOWN).resources(attempt)[name]
+            known = model or not input  # of the rule that makes the checkpoint itself
+            return (of(model, wildcards) if known else needs_of.UNKNOWN).resources(attempt)[name]
 
         return value
 

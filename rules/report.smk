@@ -9,7 +9,7 @@ rule table:
             for name in names
         ],
     output:
-        "results/{model}/recipes.md",
+        report("results/{model}/recipes.md", category="Recipes", labels={"model": "{model}"}),
     log:
         "results/{model}/logs/table.log",
     params:

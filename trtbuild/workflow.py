@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -343,9 +344,15 @@ def export_package(folder: str) -> None:
 
 
 def model_config(name: str, model: dict) -> "ModelConfig | None":
-    """What a model looks like: by its checkpoint, or else as declared; None where nothing says it yet."""
+    """What a model looks like: by its checkpoint, or else as declared.
+
+    None where nothing says it yet, or a file is wrong: the rule that reads it says in what.
+    """
     made = Path(f"results/{name}/checkpoint/config.json")
-    return _config_of_checkpoint(made, made.stat().st_mtime_ns) if made.exists() else _model_config(name, model)
+    try:
+        return _config_of_checkpoint(made, made.stat().st_mtime_ns) if made.exists() else _model_config(name, model)
+    except UserError:
+        return None
 
 
 @functools.cache
@@ -363,6 +370,26 @@ def bytes_of_source(source: dict) -> int:
     path = user_path(options["path"])
     files = path.iterdir() if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def say_gpus() -> None:
+    """Has Snakemake's table of jobs, that of a dry run too, end with how many of them take how many GPUs.
+
+    It has no setting for that, so a method is wrapped that is not documented.
+    """
+    from snakemake.dag import DAG
+
+    stats = DAG.stats
+
+    def stats_with_gpus(dag: Any) -> tuple[str, dict]:
+        message, counts = stats(dag)
+        gpus = Counter(job.resources.get("gpu", 0) for job in {*dag.needrun_jobs(), *dag.finished_jobs})
+        taken = [
+            f"{jobs} {'jobs take' if jobs > 1 else 'job takes'} {each}" for each, jobs in sorted(gpus.items()) if each
+        ]
+        return f"{message}\nGPUs: {', '.join(taken) or 'none'}\n", counts
+
+    DAG.stats = stats_with_gpus
 
 
 @contextmanager

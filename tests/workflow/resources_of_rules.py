@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 REPOSITORY = Path(__file__).parents[2]
-INTERVAL = 0.02  # seconds; the largest resident set is the kernel's, and is read until the process ends
+INTERVAL = 0.1  # seconds; the largest resident set is the kernel's, and is read until the process ends
 SCRIPT = re.compile(rb"[^\0 ]*python[^\0 ]*\0[^\0]*/scripts/tmp[^/]*\.(\w+)\.py\0")
 
 
