@@ -275,6 +275,7 @@ def test_gate(made, tmp_path):
     assert divergence["top1_percent"] > 99
     refused(r"engine\.json: failed: perplexity .* allows -1%", *sides, "--max-increase", -1)
     refused("give one of --recipe and --max-increase", *sides)
+    refused("--max-increase is -100; a perplexity cannot fall", *sides, "--max-increase", -100)
 
 
 def test_benchmark(made, monkeypatch):

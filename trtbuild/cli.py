@@ -589,6 +589,8 @@ def gate(
 
     if (recipe is None) == (max_increase is None):
         raise UserError("give one of --recipe and --max-increase, which say how much higher the perplexity may be")
+    if max_increase is not None and not max_increase > -100:
+        raise UserError(f"--max-increase is {max_increase:g}; a perplexity cannot fall by 100%")
     limits = _recipe(recipe, recipes).gate_limits if recipe else {"max_increase": max_increase, "policy": "fail"}
     result = gate(read_json(perplexity, PERPLEXITY), read_json(baseline, PERPLEXITY), **limits)
     if output:
