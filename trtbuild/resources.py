@@ -86,7 +86,7 @@ def quantization(config: ModelConfig, quantization: Quantization | None, device:
 
 
 def portable_engine(config: ModelConfig, recipe: Recipe, mapping: Mapping, limits: BuildLimits) -> Needs:
-    """The largest of a rank's weights, as it is read and as it is written. SmolLM2-135M 4.1, a rank of 8 of 70B 3.1."""
+    """The largest of a rank's weights, as it is read and as it is written. SmolLM2-135M 4.1, 7B 1.3, 1/8 of 70B 3.1."""
     constants = constants_of_rank(config, recipe, mapping, limits.max_length)
     size = sum(constants.values())
     read = checkpoint_bytes(config, "float32") / mapping.world_size
