@@ -196,11 +196,10 @@ def gate_of_run(wildcards):
     return f"results/{wildcards.model}/{wildcards.run}/gate.json" if wildcards.run != "hf" else []
 
 
-def runs_of_matrix(wildcards):
-    """A model's recipes in the matrix, some of them on layouts: the folder of each, and that of its weights."""
-    matrix = config_of(wildcards)["matrix"]
-    runs = [run for entry in matrix if entry["model"] == wildcards.model for run in entry["recipes"]]
-    return {run: trtbuild_workflow.weights_folder(recipes_of(wildcards)[split_run(run)[0]]) for run in runs}
+def runs_of_table(wildcards):
+    """A model's runs that have results or are in the matrix, with the names of these results."""
+    matrix, recipes = config_of(wildcards)["matrix"], recipes_of(wildcards)
+    return trtbuild_workflow.runs_of_table(wildcards.model, matrix, recipes, sys.argv[1:])
 
 
 def evaluation(*keys, **options):
