@@ -18,8 +18,6 @@ FLOAT16 = {"dtype": "float16", "max_perplexity_increase": 1000}  # the perplexit
 CALIBRATED = FLOAT16 | {"calibration": {"samples": 32, "length": 32}}
 RECIPES = {
     "fp16": FLOAT16,
-    "bf16": FLOAT16 | {"dtype": "bfloat16"},
-    "fp32": FLOAT16 | {"dtype": "float32"},
     "int8kv": CALIBRATED | {"weights": {"dtype": "int8"}, "kv_cache": {"dtype": "int8"}},
     "gptq": CALIBRATED | {"weights": {"dtype": "int4", "method": "gptq", "group_size": 32}},
 }

@@ -1,4 +1,4 @@
-"""A controller that dies while its jobs run, in each of the ways in which controllers die; and one more of them."""
+"""A controller that ends while its jobs run, in each of the ways in which controllers end; and the next one."""
 
 import os
 import signal
@@ -24,8 +24,10 @@ def undisturbed(tmp_path_factory) -> dict[str, str]:
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda sent: sent.name)
 def test_a_run_goes_on_after_its_controllers_end(slurm, undisturbed, tmp_path, sent):
-    """Jobs go on when it is killed, and are waited for by the next one; it waits for them when it is told to end; an
-    interrupt cancels them. Nothing is done twice, but for what was cancelled."""
+    """Jobs go on when it is killed, and the next one waits for them; told to end, it waits itself; Ctrl-C cancels them.
+
+    Nothing is done twice, but for what was cancelled.
+    """
     workspace = prepare(Cluster, tmp_path / "cluster")
     workspace.journal = Journal(tmp_path / "journal")
     gptq = next(name for name in undisturbed if "quantized/" in name).rsplit("/", 1)[0]
@@ -38,6 +40,7 @@ def test_a_run_goes_on_after_its_controllers_end(slurm, undisturbed, tmp_path, s
         workspace.wait(lambda: first.poll() is not None, "the first controller goes on")
     assert len(slurm.jobs("R")) == (2 if sent == signal.SIGKILL else 0)
     if sent == signal.SIGINT:
+        workspace.wait(lambda: not slurm.jobs(), "cancelled jobs go on")
         workspace.hang()
     with workspace.started(*TARGETS) as second:
         workspace.wait(lambda: "waiting for" in workspace.said or second.poll() is not None, "no second controller")
