@@ -29,7 +29,7 @@ def mem_mb(needs: resources.Needs) -> int:
 
 
 def test_memory_that_was_measured():
-    """MB of the largest resident set with LLaMA-7B's shapes, two layers, on a CPU: a tenth more is asked for at least."""
+    """MB of the largest resident set with LLaMA-7B's shapes, two layers, on a CPU; a tenth more is asked for."""
     seven = model("llama-7b", 2)
     for needs, used in {
         resources.calibration(seven, TEXT, "cpu"): 2375,
