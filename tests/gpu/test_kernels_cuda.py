@@ -241,7 +241,7 @@ def test_the_attention_of_chunks(size, kind):
 def test_long_and_large_steps(heads, kv_heads, cache_dtype):
     for chunks in ([(3000, 0)], [(2048, 0)] * 2, [(512, 7680)]):
         case = AttentionCase(torch.bfloat16, heads, kv_heads, 128, chunks, cache_dtype, "rope", reverse=True)
-        case.check(case.context()[1], ATTENTION_TOLERANCE[torch.bfloat16] * (10 if cache_dtype else 1))
+        case.check(case.context(), ATTENTION_TOLERANCE[torch.bfloat16] * (10 if cache_dtype else 1))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(32, 32), (32, 4)])
