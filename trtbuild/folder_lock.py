@@ -136,9 +136,9 @@ def one_controller() -> None:
 
     There is no hook before a run looks at what there is to do, so a method is wrapped. Should it go, no run begins.
     """
+    from snakemake.exceptions import ApiError
     from snakemake.logging import logger
     from snakemake.workflow import Workflow
-    from snakemake_interface_common.exceptions import ApiError
 
     execute = Workflow.execute
 
