@@ -2,7 +2,8 @@
 
 It needs Debian's `slurm-wlm` and `slurm-wlm-basic-plugins`, and neither systemd, cgroups nor munge. Nodes differ by
 their port; GPUs are devices that nobody opens, of which Slurm hands out the numbers (`CUDA_VISIBLE_DEVICES`). Memory is
-sampled once a second; CPUs and GPUs are counted, not enforced.
+sampled once a second; CPUs and GPUs are counted, not enforced. A cancelled job's processes are killed by their group
+(`pgid`), as cgroups would: by their parents (`linuxproc`) one whose parent has ended would be missed.
 """
 
 import getpass
@@ -36,7 +37,7 @@ StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/%n.pid
-ProctrackType=proctrack/linuxproc
+ProctrackType=proctrack/pgid
 MpiDefault=pmi2
 JobAcctGatherType=jobacct_gather/linux
 JobAcctGatherFrequency=1
