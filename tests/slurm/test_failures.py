@@ -71,6 +71,8 @@ def test_a_rerun_makes_what_is_missing(failed, slurm):
         failed.wait_for_hanging()
         (lost,) = (job for job in slurm.jobs() if "_tiny_lost_" in job.comment)
         slurm.run("scontrol", "update", f"nodename={lost.node}", "state=down", "reason=test")
+        for job in slurm.jobs("PD"):  # that were on this node, and would wait for two minutes
+            slurm.run("scontrol", "update", f"jobid={job.number}", "StartTime=now")
         failed.hang()
         failed.wait(lambda: controller.poll() is not None, "it goes on")
         slurm.run("scontrol", "update", f"nodename={lost.node}", "state=resume")
