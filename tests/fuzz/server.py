@@ -134,7 +134,7 @@ def exit_code(program: str, arguments: tuple[str, ...]) -> int:
             from snakemake.iocontainers import Namedlist
 
             parts = {key: Namedlist(fromdict=value) for key, value in json.loads(*arguments).items()}
-            given = type("Snakemake", (), parts | {"threads": 1, "log": ["log"]})
+            given = type("Snakemake", (), parts | {"threads": 1, "log": ["log"], "resources": {}})
             runpy.run_path(f"{REPOSITORY}/workflow_scripts/{program}.py", {"snakemake": given})
     except SystemExit as error:
         if error.code is None or isinstance(error.code, int):
