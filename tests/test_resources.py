@@ -38,6 +38,8 @@ def test_memory_that_was_measured():
         resources.run(seven, RECIPES["fp16"], Mapping(), LIMITS, 1024, 0, "cpu"): 2528,
     }.items():
         assert 1.1 * used < mem_mb(needs) < 2 * used
+    rounded = resources.quantization(model("llama2-70b", 2), RECIPES["int8wo"].quantization, "cpu")
+    assert 1.1 * 9498 < mem_mb(rounded) < 2 * 9498
 
 
 def test_another_attempt_asks_for_more():

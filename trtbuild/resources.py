@@ -68,14 +68,16 @@ def calibration(config: ModelConfig, text: Text, device: Device) -> Needs:
 
 
 def quantization(config: ModelConfig, quantization: Quantization | None, device: Device) -> Needs:
-    """To nearest, one weight at a time. GPTQ and AWQ traverse the model twice, with a Gram matrix a product.
+    """To nearest, files that stay mapped and one weight at a time. GPTQ and AWQ traverse the model twice, with a Gram
+    matrix a product.
 
-    None: published weights, which are linked or rewritten. GPTQ: LLaMA-7B 1.3, SmolLM2-135M 3.0.
+    None: published weights, which are linked or rewritten. To nearest: LLaMA-2 70B 1.2. GPTQ: LLaMA-7B 1.3,
+    SmolLM2-135M 3.0.
     """
     size = checkpoint_bytes(config, "float16")
     files = 2 * size / FILES
     if quantization is None or quantization.weights.method == "round":
-        return Needs(4 * _largest(config), files, size)
+        return Needs(size + 6 * _largest(config), files, size)
     assert quantization.text
     tokens = quantization.text.samples * quantization.text.length
     gram = config.intermediate_size**2 * 4
