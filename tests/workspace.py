@@ -9,7 +9,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Self
+from typing import IO, Self
 
 import yaml
 from journal import Journal
@@ -83,6 +83,18 @@ class Workspace:
             cwd=self.folder,
             env=self.environment,
             timeout=self.seconds,
+        )
+
+    def begin(self, said: IO, *arguments: str, **environment: str) -> subprocess.Popen:
+        """`snakemake` in a session of its own, to be interrupted and killed; `said` gets what it writes."""
+        return subprocess.Popen(
+            self.command(*arguments),
+            stdout=said,
+            stderr=said,
+            cwd=self.folder,
+            env=self.environment | environment,
+            start_new_session=True,
+            preexec_fn=interruptible,
         )
 
     def succeed(self, *arguments: str) -> str:

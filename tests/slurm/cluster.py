@@ -11,7 +11,7 @@ from pathlib import Path
 from private_slurm import Slurm
 from published_models import TINY
 from workflow_config import CONFIG
-from workspace import REPOSITORY, Workspace, interruptible
+from workspace import REPOSITORY, Workspace
 
 HERE = Path(__file__).parent
 FLOAT16 = {"dtype": "float16", "max_perplexity_increase": 1000}  # the perplexity of random weights means nothing
@@ -51,17 +51,8 @@ class Cluster(Workspace):
     @contextmanager
     def started(self, *arguments: str) -> Iterator[subprocess.Popen]:
         """`snakemake`, which runs meanwhile; its words go to `said.txt`."""
-        command = self.command(*arguments)
         with open(self.folder / "said.txt", "w", encoding="utf-8") as said:
-            controller = subprocess.Popen(
-                command,
-                stdout=said,
-                stderr=said,
-                cwd=self.folder,
-                env=self.environment,
-                start_new_session=True,
-                preexec_fn=interruptible,
-            )
+            controller = self.begin(said, *arguments)
         try:
             yield controller
         finally:

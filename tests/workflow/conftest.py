@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -194,20 +193,13 @@ def kill(tmp_path):
         mark.unlink(missing_ok=True)
         (site / "sitecustomize.py").write_text(HANG, encoding="utf-8")
         path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
-        environment = os.environ | {
+        environment = {
             "PYTHONPATH": path,
             f"HANG_{when.upper()}": str(workspace.folder / output),
             "HANG_MARK": str(mark),
         }
         with open(tmp_path / "killed.txt", "w", encoding="utf-8") as log:
-            process = subprocess.Popen(
-                workspace.command(*targets),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=workspace.folder,
-                env=environment,
-                start_new_session=True,
-            )
+            process = workspace.begin(log, *targets, **environment)
         started.append(process)
         deadline = time.monotonic() + 120
         while not mark.exists():

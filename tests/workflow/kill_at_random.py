@@ -26,7 +26,7 @@ from cluster import Cluster, prepare
 from conftest import QUANTIZED_RECIPES, RECIPES
 from journal import Journal
 from private_slurm import private_slurm
-from workspace import Workspace, interruptible
+from workspace import Workspace
 
 TARGETS = ("sq/rouge.json", "gptq/gate.json", "awq-int8kv/engine/config.json", "fp32/rouge.json", "hf/rouge.json")
 FEW = ("sq/engine/config.json", "fp32/perplexity.json")  # a job on a cluster takes seconds to begin and to be missed
@@ -55,15 +55,7 @@ def disturb(
     """Runs the workflow; the exit code where it ends before `seconds` are over, else None, after killing it."""
     sent, whom = way
     with open(run.folder.with_suffix(".log"), "a") as log:
-        process = subprocess.Popen(
-            run.command(*targets),
-            stdout=log,
-            stderr=log,
-            cwd=run.folder,
-            env=run.environment,
-            start_new_session=True,
-            preexec_fn=interruptible,
-        )
+        process = run.begin(log, *targets)
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:

@@ -133,7 +133,7 @@ def start(tmp_path, journal):
     started = []
 
     def run(workspace, *targets: str, output: str | None = None) -> subprocess.Popen:
-        environment = os.environ | journal.environment
+        environment = dict(journal.environment)
         if output:
             site = tmp_path / "site"
             site.mkdir()
@@ -142,10 +142,7 @@ def start(tmp_path, journal):
             environment |= {"PYTHONPATH": path, "HANG_BEFORE": str(workspace.folder / output)}
             environment |= {"HANG_MARK": str(tmp_path / "mark")}
         log = open(tmp_path / f"{len(started)}.txt", "w+", encoding="utf-8")  # noqa: SIM115
-        command = workspace.command(*targets)
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, cwd=workspace.folder, env=environment, start_new_session=True
-        )
+        process = workspace.begin(log, *targets, **environment)
         started.append((process, log))
         deadline = time.monotonic() + 120
         while output and not (tmp_path / "mark").exists():
