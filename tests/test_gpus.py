@@ -76,6 +76,14 @@ def test_a_job_that_takes_all_sees_them_as_before(monkeypatch):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,3"
 
 
+def test_a_job_that_takes_none_asks_for_none(machine):
+    """It still sees them, as TensorRT's builder must."""
+    machine.write_text('#!/bin/sh\ntouch "$0.asked"\n')
+    with gpus.taken(0):
+        assert "CUDA_VISIBLE_DEVICES" not in os.environ
+    assert not machine.with_name("nvidia-smi.asked").exists()
+
+
 def test_no_two_jobs_share_one():
     jobs = [job(count, 60) for count in (2, 1, 1)]
     try:

@@ -40,8 +40,12 @@ def visible() -> list[str]:
 def taken(count: int) -> Iterator[None]:
     """Takes `count` of the visible GPUs, or all where there are fewer, and waits for them if need be.
 
-    This process and its children see no others (CUDA_VISIBLE_DEVICES); CUDA must not have been used before.
+    This process and its children see no others (CUDA_VISIBLE_DEVICES); CUDA must not have been used before. Who takes
+    none is left as it is.
     """
+    if not count:
+        yield
+        return
     names = visible()
     count = min(count, len(names))
     locks = _locks(names, count)
