@@ -62,8 +62,7 @@ def gate(
         divergence = value["divergence"]
         check_shape(divergence, {"mean_kl": float}, "the perplexity's divergence")
         kl, low, high = divergence["mean_kl"], divergence.get("low"), divergence.get("high")
-        known = isinstance(low, float | int) and isinstance(high, float | int)
-        verdicts = {result["verdict"], _verdict(low, high, max_mean_kl) if known else "undecided"}
+        verdicts = {result["verdict"], _verdict(low, high, max_mean_kl) if _known(low, high) else "undecided"}
         result |= {"mean_kl": kl, "mean_kl_low": low, "mean_kl_high": high, "max_mean_kl": max_mean_kl}
         result["verdict"] = next(verdict for verdict in ("failed", "undecided", "passed") if verdict in verdicts)
         result["above_limit"] |= kl > max_mean_kl
@@ -72,6 +71,11 @@ def gate(
 
 def _verdict(low: float, high: float, limit: float) -> str:
     return "passed" if high <= limit else "failed" if low > limit else "undecided"
+
+
+def _known(low: object, high: object) -> bool:
+    """Whether a file's interval has both its ends."""
+    return isinstance(low, float | int) and isinstance(high, float | int)
 
 
 def percent(nats: float) -> float:
@@ -114,6 +118,5 @@ def verdict(result: dict) -> str:
 def increase(result: dict) -> str:
     """The increase of a `gate.json` in per cent, with its interval."""
     low, high = result.get("low"), result.get("high")
-    known = isinstance(low, float | int) and isinstance(high, float | int)
-    interval = f" [{low:+.2f}, {high:+.2f}]" if known else ""
+    interval = f" [{low:+.2f}, {high:+.2f}]" if _known(low, high) else ""
     return f"{result['increase_percent']:+.2f}%{interval}"

@@ -74,14 +74,19 @@ def per_token(sums: np.ndarray, tokens: np.ndarray) -> Difference:
 
 def _articles(result: dict) -> tuple[np.ndarray, np.ndarray]:
     """Negative log-likelihoods and numbers of tokens."""
-    try:
-        nll, tokens = (np.array(result["articles"].get(key), dtype=float) for key in ("nll", "tokens"))
-    except (TypeError, ValueError, OverflowError):
-        nll, tokens = np.array([]), np.array([])
-    numbers = nll.ndim == 1 and nll.shape == tokens.shape and np.isfinite([nll, tokens]).all()
-    if not numbers or tokens.min(initial=0) < 0 or not tokens.any():
+    nll, tokens = (numbers(result["articles"].get(key)) for key in ("nll", "tokens"))
+    if nll.shape != tokens.shape or tokens.min(initial=0) < 0 or not tokens.any():
         raise UserError("a perplexity's articles are not numbers (nll, tokens of each); make it again")
     return nll, tokens
+
+
+def numbers(values: object) -> np.ndarray:
+    """A file's values by article, `[articles]` float64; empty where they are not finite numbers in one row."""
+    try:
+        found = np.array(values, dtype=float)
+    except (TypeError, ValueError, OverflowError):
+        return np.array([])
+    return found if found.ndim == 1 and np.isfinite(found).all() else np.array([])
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import unicodedata
 import numpy as np
 
 from trtbuild.errors import UserError
+from trtbuild.evaluation.paired import numbers
 
 METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 # Of a rouge.json, what is read.
@@ -92,11 +93,8 @@ def difference(ours: dict, theirs: dict, seed: int = 0) -> dict[str, dict[str, f
 
 
 def _articles(scores: object) -> np.ndarray:
-    try:
-        values = np.array(scores, dtype=float)
-    except (TypeError, ValueError, OverflowError):
-        values = np.array(np.nan)
-    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+    values = numbers(scores)
+    if not len(values):
         raise UserError("ROUGE's scores by article are not numbers; make rouge.json again")
     return values
 

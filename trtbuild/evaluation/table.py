@@ -98,9 +98,8 @@ def _divergence(divergence: dict | None) -> tuple[str, str, str]:
 
 def _speed(benchmark: dict) -> tuple[str, str]:
     token, memory = benchmark.get("time_per_output_token_s"), benchmark.get("peak_memory_bytes")
-    return f"{1e3 * token:.2f}" if isinstance(
-        token, float
-    ) else "", f"{(memory + 500_000) // 1_000_000}" if memory else ""
+    milliseconds = f"{1e3 * token:.2f}" if isinstance(token, float) else ""
+    return milliseconds, f"{(memory + 500_000) // 1_000_000}" if memory else ""
 
 
 def _engine(folder: Path, recipe: str, weights: str) -> tuple[str, ...]:
