@@ -493,15 +493,15 @@ def score(
     if side_by_side and (baseline is None or baseline.suffix != ".jsonl"):
         raise UserError("--side-by-side shows two models' summaries; give the others as --baseline SUMMARIES.jsonl")
     result = score_summaries(summaries, seed)
-    others = []
+    results = [result]
     if baseline:
-        others = [score_summaries(baseline) if baseline.suffix == ".jsonl" else read_json(baseline, SHAPE)]
-    table = rouge_table([result, *others])
+        results.append(score_summaries(baseline) if baseline.suffix == ".jsonl" else read_json(baseline, SHAPE))
+    table = rouge_table(results)
     if output:
         write_json(output, result)
     if side_by_side and baseline:
         with atomic(side_by_side) as temporary:
-            temporary.write_text(beside(summaries, baseline), encoding="utf-8")
+            temporary.write_text(beside(summaries, baseline, results), encoding="utf-8")
     if output or baseline or check_accuracy:
         print(table)
     else:

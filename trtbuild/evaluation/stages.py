@@ -108,13 +108,13 @@ def rouge_table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def beside(ours: Path, theirs: Path) -> str:
-    """Two models' summaries of the same articles, one after the other in Markdown, with their scores.
+def beside(ours: Path, theirs: Path, results: list[dict]) -> str:
+    """Two models' summaries of the same articles, one after the other in Markdown, with their scores (`results`).
 
     Raises `UserError` for summaries that are not comparable.
     """
-    sides = [(*read_summaries(path)[:1], score_summaries(path)) for path in (ours, theirs)]
-    lines = ["# Summaries side by side", "", "```", rouge_table([result for _, result in sides]), "```"]
+    sides = [(read_summaries(path)[0], result) for path, result in zip((ours, theirs), results, strict=True)]
+    lines = ["# Summaries side by side", "", "```", rouge_table(results), "```"]
     for i, record in enumerate(sides[0][0]):
         texts = [("Reference", record["reference"])]
         for records, result in sides:
@@ -168,7 +168,8 @@ def measure_perplexity(
 
         def logits_of(ids: list[int]) -> torch.Tensor:
             hidden = baseline.hidden_states(ids)
-            states.append(hidden[:-1].cpu())
+            if hidden_states:
+                states.append(hidden[:-1].cpu())
             return product(hidden)
 
         with torch.inference_mode():
