@@ -241,8 +241,7 @@ def needs(of):
     def resource(name):
         def value(wildcards, input, attempt):
             model = trtbuild_workflow.model_config(wildcards.model, MODELS[wildcards.model])
-            missing = [file for file in input if not Path(file).exists()]
-            if model is None and missing:
+            if model is None and (missing := [file for file in input if not Path(file).exists()]):
                 raise FileNotFoundError(errno.ENOENT, "the model's sizes are not known yet", missing[0])
             known = model or not input  # of the rule that makes the checkpoint itself
             return (of(model, wildcards) if known else needs_of.UNKNOWN).resources(attempt)[name]
