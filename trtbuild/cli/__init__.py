@@ -1,0 +1,50 @@
+"""`trtbuild`: the workflow's work, one command a stage, without Snakemake."""
+
+import os
+import sys
+from contextlib import AbstractContextManager, nullcontext, suppress
+
+import typer
+
+from trtbuild.cli.engines import build, inspect, verify
+from trtbuild.cli.evaluate import benchmark, gate, perplexity, score, summarize
+from trtbuild.cli.run import run
+from trtbuild.cli.weights import calibrate, convert, quantize
+from trtbuild.errors import one_line
+from trtbuild.runtime.world import launched
+
+COMMANDS = (convert, calibrate, quantize, build, run, summarize, score, perplexity, gate, benchmark, verify, inspect)
+
+app = typer.Typer(
+    help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+for command in COMMANDS:
+    app.command()(command)
+
+
+def _led() -> AbstractContextManager:
+    """`together.led`, which needs torch, where a launcher started several processes; else nothing."""
+    if launched() == 1:
+        return nullcontext()
+    from trtbuild.runtime.together import led
+
+    return led()
+
+
+def main() -> None:
+    """Entry point: what lies outside the program is one line on standard error and exit code 2."""
+    try:
+        try:
+            with _led():
+                app()
+        finally:
+            sys.stdout.flush()  # or a full disk would be found out when the interpreter ends, too late to say so
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
+            raise
+        with suppress(OSError):
+            print(f"error: {line}", file=sys.stderr, flush=True)
+        if isinstance(error, OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left for a stream that is full or gone
+        sys.exit(2)
