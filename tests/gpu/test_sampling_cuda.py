@@ -17,9 +17,11 @@ pytestmark = pytest.mark.gpu
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GREEDY, DRAWN = {}, {"temperature": 0.9, "seed": 11}
 OTHERS = {"temperature": 1.3, "top_k": 40, "top_p": 0.7, "repetition_penalty": 1.2, "seed": -3}
+PENALIZED = {"presence_penalty": 0.5, "frequency_penalty": 0.3, "min_output_len": 3, "eos_token_ids": tuple(range(40))}
+PENALIZED |= {"bad_words": (*((i,) for i in range(40, 60)), (60, 61), (62, 63, 64, 65))}
 
 
-@pytest.mark.parametrize("params", [GREEDY, DRAWN, OTHERS], ids=["greedy", "drawn", "filtered"])
+@pytest.mark.parametrize("params", [GREEDY, DRAWN, OTHERS, PENALIZED], ids=["greedy", "drawn", "filtered", "penalized"])
 @pytest.mark.parametrize(("batch", "vocab"), [(1, 32000), (16, 32000), (3, 151936), (256, 8000), (5, 77)])
 def test_tokens_equal_the_cpus(batch, vocab, params):
     """Six steps, each of which must leave what the next one needs; a last bit may decide one draw in some thousands."""
@@ -67,6 +69,22 @@ def test_one_captured_step_for_all_numbers_of_a_kind(session):
         graphs.add(len(session._graphs))
     assert outputs[1] != outputs[2]
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("params", [PENALIZED, PENALIZED | OTHERS], ids=["greedy", "drawn"])
+def test_penalties_within_a_captured_step(session, params):
+    """As a sampler outside of it, from the same logits; the second run takes the first one's graph."""
+    prompts = [[5, 9, 40], [7, 60], list(range(2, 250))]
+    params = SamplingParams(12, **params)
+    for _ in range(2):
+        sampler = session.sampler(params, prompts)
+        apart = Sampler(params.kind, 3, session.vocab_size, CUDA).start(params, prompts)
+        logits = session.prefill(prompts)
+        assert sampler(logits).equal(apart(logits))
+        for _ in range(11):
+            logits = session.generate(sampler)
+            assert sampler.tokens.equal(apart(logits))
+            assert sampler._seen.equal(apart._seen)
 
 
 def test_stop_words_at_every_step(session):

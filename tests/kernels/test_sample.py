@@ -19,7 +19,7 @@ def state(logits, drawn, marked, step):
         "places": places,
         "ring": torch.full((AHEAD, batch), -9, dtype=torch.int32),
         "seeds": torch.randint(-(2**63), 2**63 - 1, (batch,)) if drawn else None,
-        "seen": torch.rand(batch, vocab) < 0.1 if marked else None,
+        "seen": torch.randint(4, (batch, vocab), dtype=torch.int32) if marked else None,
         "position_ids": places - 1 if step else None,
         "sequence_lengths": places.clone() if step else None,
     }

@@ -59,6 +59,37 @@ def test_repetition_penalty_equals_transformers(session, model):
     assert expected != [expected_ids(model, prompt) for prompt in prompts]  # the penalty matters here
 
 
+def test_what_must_not_come_equals_transformers(session, model):
+    """Ends that come later, and words of one to three tokens that a free run says."""
+    prompts = random_prompts([3, 20, 11])
+    runs = [output.output_ids for output in generate(session, prompts, SamplingParams(16))]
+    ends, words = runs[0][2:3], [runs[0][4:5], runs[1][3:6], runs[2][:2]]
+    params = SamplingParams(
+        16, eos_token_ids=tuple(ends), min_output_len=9, bad_words=tuple(map(tuple, words)), repetition_penalty=1.01
+    )
+    options = {"eos_token_id": ends, "min_new_tokens": 9, "bad_words_ids": words, "repetition_penalty": 1.01}
+    outputs = generate(session, prompts, params)
+    for prompt, run, output in zip(prompts, runs, outputs, strict=True):
+        assert output.output_ids == expected_ids(model, prompt, **options)
+        assert output.output_ids != run
+
+
+def test_several_outputs_of_a_prompt(session):
+    """Neighbours, over the bounds of batches of 4, each drawn with the seed of its number."""
+    prompts = random_prompts([3, 20])
+    params = {"temperature": 1.0, "top_k": 50}
+    outputs = generate(session, prompts, SamplingParams(8, seed=7, num_return_sequences=3, **params))
+    for i, output in enumerate(outputs):
+        assert generate(session, [prompts[i // 3]], SamplingParams(8, seed=7 + i, **params)) == [output]
+    assert len({tuple(output.output_ids) for output in outputs}) == len(outputs) == 6
+
+
+@pytest.mark.parametrize("word", [(5, 320), (-1,)], ids=str)
+def test_bad_words_of_another_vocabulary(session, word):
+    with pytest.raises(UserError, match="outside the engine's vocabulary of 320"):
+        generate(session, [[5]], SamplingParams(4, bad_words=((5,), word)))
+
+
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "top_k": 50, "seed": 3}], ids=["greedy", "sampled"])
 def test_more_prompts_than_a_batch_holds(session, sampling):
     """Ten prompts in batches of 4, 4 and 2 give what each gives alone (prompt i alone has the seed + i)."""

@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import (
     LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -19,8 +21,8 @@ VOCAB = 300
 CPU = torch.device("cpu")
 
 
-def random_logits(rows=8):
-    return 3 * torch.randn(rows, VOCAB)
+def random_logits(rows=8, vocab=VOCAB):
+    return 3 * torch.randn(rows, vocab)
 
 
 def sampler(rows, first=0, prompts=None, vocab=VOCAB, **params):
@@ -72,6 +74,118 @@ def test_repetition_penalty_equals_transformers(penalty):
         assert tokens.equal(expected.argmax(-1).int())
         for sequence, token in zip(sequences, tokens.tolist(), strict=True):
             sequence.append(token)
+
+
+def follow(sample, prompts, expected_of, steps=12, vocab=VOCAB):
+    """Draws from fresh logits, each time as `expected_of(sequence, prompt length, logits)` has them."""
+    sequences = [list(prompt) for prompt in prompts]
+    for _ in range(steps):
+        logits = random_logits(len(prompts), vocab)
+        expected = [expected_of(s, len(p), row) for s, p, row in zip(sequences, prompts, logits, strict=True)]
+        before = logits.clone()
+        torch.testing.assert_close(sample.processed(logits), torch.stack(expected), rtol=1e-6, atol=1e-6)
+        tokens = sample(logits)
+        assert logits.equal(before)  # whoever looks at them next must find what the engine gave
+        assert tokens.equal(torch.stack(expected).argmax(-1).int())
+        for sequence, token in zip(sequences, tokens.tolist(), strict=True):
+            sequence.append(token)
+    return sequences
+
+
+def processed_by(process):
+    return lambda sequence, _, logits: process(torch.tensor([sequence]), logits[None])[0]
+
+
+@pytest.mark.parametrize("presence", [0.0, 0.9, -0.4])
+@pytest.mark.parametrize("frequency", [0.0, 1.7])
+def test_presence_and_frequency_penalty_are_openais(presence, frequency):
+    """mu[j] - c[j] * frequency - (c[j] > 0) * presence, c[j] how often j is in the output, a prompt not counted."""
+    prompts = [[4] * 9, [5], list(range(8))]
+
+    def expected(sequence, prompt_length, logits):
+        counts = torch.bincount(torch.tensor(sequence[prompt_length:], dtype=torch.int64), minlength=8)
+        return logits - counts * frequency - (counts > 0).float() * presence
+
+    sample = sampler(3, prompts=prompts, vocab=8, presence_penalty=presence, frequency_penalty=frequency)
+    follow(sample, prompts, expected, vocab=8)
+
+
+@pytest.mark.parametrize("least", [1, 5])
+def test_min_output_len_equals_transformers(least):
+    """As MinNewTokensLength; one of two ends would come each time, and a third is outside the vocabulary."""
+    prompts = [[3], list(range(7))]
+    sample = sampler(2, prompts=prompts, min_output_len=least, eos_token_ids=(2, 9, VOCAB + 5))
+
+    def expected(sequence, prompt_length, logits):
+        logits[9] = 50
+        process = MinNewTokensLengthLogitsProcessor(prompt_length, least, [2, 9])
+        return processed_by(process)(sequence, 0, logits)
+
+    for sequence, prompt in zip(follow(sample, prompts, expected), prompts, strict=True):
+        assert 9 not in sequence[len(prompt) : len(prompt) + least]
+        assert sequence[len(prompt) + least] == 9
+
+
+BAD = ((3,), (1, 1), (1, 1, 4), (0, 5), (4, 0, 6, 2, 7))
+
+
+@pytest.mark.parametrize("words", [BAD[:1], BAD[1:2], BAD, BAD[3:]], ids=str)
+def test_bad_words_equal_transformers(words):
+    """Of so few tokens that words nearly come all the time, some of which the prompt has begun."""
+    prompts = [[1], [7, 0], [4, 0, 6, 2], [5] * 9]
+    process = NoBadWordsLogitsProcessor([list(word) for word in words], eos_token_id=None)
+    sample = sampler(4, prompts=prompts, vocab=8, bad_words=words)
+    for sequence, prompt in zip(follow(sample, prompts, processed_by(process), 60, 8), prompts, strict=True):
+        for end in range(len(prompt) + 1, len(sequence) + 1):
+            assert all(tuple(sequence[max(0, end - len(word)) : end]) != word for word in words)
+
+
+def test_all_at_once_in_the_order_of_transformers():
+    prompts = [[1, 2], list(range(3, 30))]
+    params = {"repetition_penalty": 1.3, "min_output_len": 4, "bad_words": ((7,), (8, 9)), "eos_token_ids": (2,)}
+    sample = sampler(2, prompts=prompts, temperature=0.7, top_k=50, seed=5, **params)
+    sequences = [list(prompt) for prompt in prompts]
+    for _ in range(8):
+        logits = random_logits(2)
+        for row, (sequence, prompt) in enumerate(zip(sequences, prompts, strict=True)):
+            processors = LogitsProcessorList(
+                [
+                    RepetitionPenaltyLogitsProcessor(1.3),
+                    NoBadWordsLogitsProcessor([[7], [8, 9]], 2),
+                    MinNewTokensLengthLogitsProcessor(len(prompt), 4, 2),
+                    TemperatureLogitsWarper(0.7),
+                    TopKLogitsWarper(50),
+                ]
+            )
+            expected = processors(torch.tensor([sequence]), logits[row : row + 1])[0]
+            torch.testing.assert_close(sample.processed(logits)[row], expected, rtol=1e-5, atol=0)
+        for sequence, token in zip(sequences, sample(logits).tolist(), strict=True):
+            sequence.append(token)
+
+
+def test_no_end_to_wait_for():
+    logits = random_logits()
+    assert sampler(8, min_output_len=3).processed(logits).equal(logits)
+
+
+def test_a_sampler_that_starts_again_knows_nothing_of_before():
+    """The same buffers serve the next batch, with other prompts, words and numbers of the same kind."""
+    first, second = ([[1, 2, 3], [4]], [[5], [6, 7]])
+    options = [
+        {"presence_penalty": 1.0, "min_output_len": 2, "eos_token_ids": (5,), "bad_words": ((1,), (2, 3))},
+        {"presence_penalty": 0.5, "min_output_len": 4, "eos_token_ids": (6,), "bad_words": ((9, 8), (4,))},
+    ]
+    used = sampler(2, prompts=first, repetition_penalty=1.1, **options[0])
+    for _ in range(3):
+        used(random_logits(2))
+    params = SamplingParams(repetition_penalty=1.2, **options[1])
+    assert params.kind == used.kind
+    used.start(params, second)
+    fresh = sampler(2, prompts=second, repetition_penalty=1.2, **options[1])
+    for _ in range(6):
+        logits = random_logits(2)
+        assert used.processed(logits).equal(fresh.processed(logits))
+        assert used(logits).equal(fresh(logits))
 
 
 @pytest.mark.parametrize(
@@ -181,6 +295,14 @@ def test_frequencies_follow_the_probabilities(temperature, filters):
         ({"top_p": 1.01}, "top_p is 1.01"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
         ({"stop_words": ("a", "")}, "a stop word is empty"),
+        ({"presence_penalty": float("nan")}, "presence_penalty is nan"),
+        ({"frequency_penalty": float("inf")}, "frequency_penalty is inf"),
+        ({"min_output_len": -1}, "min_output_len is -1"),
+        ({"min_output_len": 5, "max_output_len": 4}, "min_output_len is 5; it must be 0 to max_output_len, 4"),
+        ({"bad_words": ((1,), ())}, "a bad word is empty"),
+        ({"bad_words": ((2,),), "eos_token_ids": (3, 2)}, "a bad word is the end of a sequence"),
+        ({"num_return_sequences": 0}, "num_return_sequences is 0"),
+        ({"num_return_sequences": 2}, "2 greedy outputs of a prompt would be equal"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -36,7 +36,7 @@ def draw(
         places,
         ring,
         seeds,
-        None if seen is None else seen.view(torch.uint8),
+        seen,
         position_ids,
         sequence_lengths,
         best,
@@ -94,7 +94,8 @@ def _draw_kernel(
         tl.store(ring + (place % AHEAD) * tl.num_programs(1) + row, drawn)
         tl.store(places + row, place + 1)
         if seen is not None:
-            tl.store(seen + row.to(tl.int64) * vocab + drawn, 1)
+            count = seen + row.to(tl.int64) * vocab + drawn
+            tl.store(count, tl.load(count) + 2)
         if position_ids is not None:
             tl.store(position_ids + row, place)
         if sequence_lengths is not None:

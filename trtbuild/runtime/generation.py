@@ -14,7 +14,7 @@ END = object()
 
 @dataclass
 class Output:
-    """What one prompt led to. `finish_reason`: `eos`, `stop` (a stop word) or `length`."""
+    """A continuation of a prompt. `finish_reason`: `eos`, `stop` (a stop word) or `length`."""
 
     output_ids: list[int] = field(default_factory=list)
     finish_reason: str = ""
@@ -30,9 +30,10 @@ def generate(
 ) -> list[Output]:
     """Continues every prompt (token ids); more than `max_batch_size` are run in several batches.
 
-    `decode` turns ids into text and is needed for stop words. `on_token(prompt index, token)` is called as tokens
-    come. `output_ids` ends with the end-of-sequence token if there was one. Raises `UserError` for a prompt or an
-    output length that the engine cannot hold, before anything runs, and where numbers are not finite.
+    Each has `num_return_sequences` outputs, one after the other. `decode` turns ids into text and is needed for stop
+    words. `on_token(output's index, token)` is called as tokens come. `output_ids` ends with the end-of-sequence token
+    if there was one. Raises `UserError` for a prompt, an output length or a bad word that is not the engine's, before
+    anything runs, and where numbers are not finite.
     """
     limits = session.limits
     if params.max_output_len > limits.max_output_len:
@@ -44,6 +45,10 @@ def generate(
         raise ValueError("stop words need a tokenizer's decode")
     for i, prompt in enumerate(prompts):
         session.check_prompt(prompt, i)
+    for word in params.bad_words:
+        if not 0 <= min(word) <= max(word) < session.vocab_size:
+            raise UserError(f"the bad word {list(word)} is outside the engine's vocabulary of {session.vocab_size}")
+    prompts = [prompt for prompt in prompts for _ in range(params.num_return_sequences)]
     outputs = [Output() for _ in prompts]
     for first in range(0, len(prompts), limits.max_batch_size):
         end = min(first + limits.max_batch_size, len(prompts))

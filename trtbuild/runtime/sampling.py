@@ -1,8 +1,9 @@
 """From logits to the next token, without the host: a step's tokens are where the next one reads them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import isfinite
 from typing import NamedTuple
 
 import torch
@@ -11,11 +12,16 @@ from trtbuild import kernels
 from trtbuild.errors import UserError
 from trtbuild.runtime.token_ring import TokenRing
 
+ANY = -1  # no token: before a bad word, one that may be any; before a sequence, one that is none
+
 
 class Kind(NamedTuple):
     """What of sampling a captured step has in it; numbers that may change between its replays are on the device."""
 
     penalized: bool
+    counted: bool
+    delayed: bool
+    bad_words: tuple[int, int]  # how many there is room for, and how many tokens each has before its last; (0, 0): none
     drawn: bool
     top_k: int
     nucleus: bool
@@ -27,8 +33,13 @@ class SamplingParams:
 
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 keep everything; top-p is nucleus sampling (arXiv 1904.09751).
     `repetition_penalty` divides positive and multiplies negative logits of tokens seen in the prompt or the output
-    (CTRL, arXiv 1909.05858). The order is that of Hugging Face: penalty, temperature, top-k, top-p. Prompt i is drawn
-    with `seed` + i, and its tokens depend on that, its logits and nothing else.
+    (CTRL, arXiv 1909.05858). `frequency_penalty` is taken off a logit for each time that its token is in the output,
+    `presence_penalty` once (OpenAI's API reference). Tokens of `eos_token_ids` do not come before `min_output_len`
+    others have, nor does the last token of one of `bad_words`, sequences of token ids, after the others of it, in the
+    prompt or the output. The order is that of Hugging Face: penalties, what must not come, temperature, top-k, top-p.
+
+    Each prompt is continued `num_return_sequences` times, in neighbouring outputs. Output i is drawn with `seed` + i,
+    and its tokens depend on that, its logits and nothing else. Raises `UserError` for what cannot be.
     """
 
     max_output_len: int = 100
@@ -39,6 +50,11 @@ class SamplingParams:
     seed: int = 0
     stop_words: tuple[str, ...] = ()
     eos_token_ids: tuple[int, ...] = field(default=())
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    min_output_len: int = 0
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    num_return_sequences: int = 1
 
     def __post_init__(self) -> None:
         for valid, message in (
@@ -48,14 +64,41 @@ class SamplingParams:
             (0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be above 0 and at most 1"),
             (self.repetition_penalty > 0, f"repetition_penalty is {self.repetition_penalty}; it must be above 0"),
             (all(self.stop_words), "a stop word is empty; leave it out"),
+            (isfinite(self.presence_penalty), f"presence_penalty is {self.presence_penalty}; it must be a number"),
+            (isfinite(self.frequency_penalty), f"frequency_penalty is {self.frequency_penalty}; it must be a number"),
+            (
+                0 <= self.min_output_len <= self.max_output_len,
+                f"min_output_len is {self.min_output_len}; it must be 0 to max_output_len, {self.max_output_len}",
+            ),
+            (all(self.bad_words), "a bad word is empty; leave it out"),
+            (
+                all((end,) not in self.bad_words for end in self.eos_token_ids),
+                "a bad word is the end of a sequence; ask for a min_output_len instead",
+            ),
+            (
+                self.num_return_sequences >= 1,
+                f"num_return_sequences is {self.num_return_sequences}; it must be at least 1",
+            ),
+            (
+                self.num_return_sequences == 1 or self.temperature > 0,
+                f"{self.num_return_sequences} greedy outputs of a prompt would be equal; give a temperature above 0",
+            ),
         ):
             if not valid:
                 raise UserError(message)
 
     @property
     def kind(self) -> Kind:
-        drawn = self.temperature > 0
-        return Kind(self.repetition_penalty != 1, drawn, self.top_k if drawn else 0, drawn and self.top_p < 1)
+        drawn, longest = self.temperature > 0, max(map(len, self.bad_words), default=0)
+        return Kind(
+            penalized=self.repetition_penalty != 1,
+            counted=self.presence_penalty != 0 or self.frequency_penalty != 0,
+            delayed=self.min_output_len > 0,
+            bad_words=(_room(len(self.bad_words)), _room(longest - 1)) if self.bad_words else (0, 0),
+            drawn=drawn,
+            top_k=self.top_k if drawn else 0,
+            nucleus=drawn and self.top_p < 1,
+        )
 
 
 class Sampler:
@@ -81,8 +124,14 @@ class Sampler:
         self.ring = TokenRing(batch, device)
         self._places = torch.zeros_like(self.tokens)  # in its sequence, of the token that is drawn next
         self._seeds = torch.zeros(batch, dtype=torch.int64, device=device)
-        self._numbers = torch.ones(3, device=device)  # temperature, repetition penalty, top-p
-        self._seen = torch.zeros(batch, vocab, dtype=torch.bool, device=device) if kind.penalized else None
+        self._numbers = torch.ones(5, device=device)  # temperature, top-p; penalties: repetition, presence, frequency
+        # 2 for each time that a token is in the output, and 1 if it is in the prompt
+        self._seen = self._seeds.new_zeros(batch, vocab, dtype=torch.int32) if kind.penalized or kind.counted else None
+        self._ends = torch.zeros(vocab, dtype=torch.bool, device=device)
+        self._earliest = torch.zeros_like(self.tokens)  # places at which they may come
+        words, width = kind.bad_words
+        self._words = torch.zeros(words, width + 1, dtype=torch.int32, device=device)
+        self._recent = torch.zeros(batch, width, dtype=torch.int32, device=device)  # last tokens of each sequence
         self._step = position_ids, sequence_lengths
         self._draw: Callable[..., None] = draw
         if kernels.run_on(device):
@@ -97,12 +146,21 @@ class Sampler:
         lengths = [len(prompt) for prompt in prompts]
         self._seeds.copy_(torch.tensor(seeds))
         self._places.copy_(torch.tensor(lengths))
-        self._numbers.copy_(torch.tensor([params.temperature or 1, params.repetition_penalty, params.top_p]))
+        penalties = [params.repetition_penalty, params.presence_penalty, params.frequency_penalty]
+        self._numbers.copy_(torch.tensor([params.temperature or 1, params.top_p, *penalties]))
         self.ring.start(lengths)
+        if self.kind.delayed:
+            self._ends.zero_()[[end for end in params.eos_token_ids if end < len(self._ends)]] = True
+            self._earliest.copy_(self._places + params.min_output_len)
+        if params.bad_words:
+            room, width = self._words.shape
+            words = (params.bad_words * room)[:room]  # where there is more room, again
+            self._words.copy_(torch.tensor([_last(word, width) for word in words]))
+            self._recent.copy_(torch.tensor([_last(prompt, width - 1) for prompt in prompts]))
         if self._seen is not None:
             self._seen.zero_()
             for row, prompt in zip(self._seen, prompts, strict=True):
-                row[torch.tensor(prompt, device=self.device)] = True
+                row[torch.tensor(prompt, device=self.device)] = 1
         return self
 
     @torch.inference_mode()
@@ -110,13 +168,26 @@ class Sampler:
         """`[batch, vocab]` float32 logits to `tokens`, without waiting for the device."""
         seeds = self._seeds if self.kind.drawn else None
         self._draw(self.processed(logits), self.tokens, self._places, self.ring.buffer, seeds, self._seen, *self._step)
+        if self.kind.bad_words[0]:
+            self._recent.copy_(torch.cat((self._recent[:, 1:], self.tokens[:, None]), 1))
         return self.tokens
 
     def processed(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits after penalty, temperature and filters, of which greedy sampling takes the first alone."""
-        temperature, penalty, top_p = self._numbers
-        if self._seen is not None:
-            logits = torch.where(self._seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+        """Logits after penalties, what must not come, temperature and filters; greedy sampling has the first two."""
+        temperature, top_p, repetition, presence, frequency = self._numbers
+        if self._seen is not None and self.kind.penalized:
+            scaled = torch.where(logits > 0, logits / repetition, logits * repetition)
+            logits = torch.where(self._seen > 0, scaled, logits)
+        if self._seen is not None and self.kind.counted:
+            counts = self._seen >> 1
+            logits = logits - (frequency * counts + presence * (counts > 0))
+        if self.kind.delayed:
+            early = self._places < self._earliest
+            logits = logits.masked_fill(early[:, None] & self._ends, float("-inf"))
+        if self.kind.bad_words[0]:
+            before, last = self._words[:, :-1], self._words[:, -1].long()
+            complete = ((before == ANY) | (before == self._recent[:, None])).all(-1)
+            logits = logits.scatter_add(1, last.expand(len(logits), -1), torch.where(complete, float("-inf"), 0.0))
         if self.kind.drawn:
             logits = filter_logits(logits / temperature, self.kind.top_k, top_p if self.kind.nucleus else None)
         return logits
@@ -135,7 +206,7 @@ def draw(
     """The tokens with the highest logits `[batch, vocab]`, or with `seeds`, int64 `[batch]`, a draw from their softmax.
 
     They go to `tokens`, int32 `[batch]`, to the row of `ring`, int32 `[ahead, batch]`, that a token's place in its
-    sequence, int32 `places`, has modulo `ahead`, and are marked in `seen`, bool `[batch, vocab]`. The place becomes the
+    sequence, int32 `places`, has modulo `ahead`, and count 2 in `seen`, int32 `[batch, vocab]`. The place becomes the
     token's position, with a length of one more, and counts on.
     """
     if seeds is not None:  # the argmax of logits + Gumbel noise is a draw from their softmax
@@ -143,7 +214,7 @@ def draw(
     tokens.copy_(logits.argmax(-1))
     ring[places % len(ring), torch.arange(len(tokens))] = tokens.to(ring.device)
     if seen is not None:
-        seen.scatter_(1, tokens[:, None].long(), True)
+        seen[torch.arange(len(tokens)), tokens] += 2
     if position_ids is not None:
         position_ids.copy_(places)
     places += 1
@@ -190,3 +261,13 @@ def filter_logits(logits: torch.Tensor, top_k: int = 0, top_p: torch.Tensor | fl
 def _signed(seed: int) -> int:
     """A seed's last 64 bits, as a signed integer."""
     return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def _room(count: int) -> int:
+    """The next power of two, so that few kinds are."""
+    return 1 << max(0, count - 1).bit_length()
+
+
+def _last(ids: Sequence[int], count: int) -> list[int]:
+    """The last ones, behind as many `ANY` as are missing."""
+    return [*[ANY] * (count - len(ids)), *ids[-count:]]
