@@ -68,5 +68,5 @@ def test_the_chain_in_an_empty_folder(scripts, tiny_config, tmp_path):
     (tmp_path / "config").mkdir()
     (tmp_path / "config/recipes.yaml").write_text("mine: {dtype: bfloat16}\nfp16: {dtype: float32}\n")
     for recipe, dtype in (("mine", "bfloat16"), ("fp16", "float32"), ("bf16", "bfloat16")):
-        trtbuild("build", *original, "--recipe", recipe, "--engine-dir", recipe, *SIZES)
+        trtbuild("build", *original, "--recipe", recipe, "--output-dir", recipe, *SIZES)
         assert json.loads((tmp_path / recipe / "config.json").read_text())["recipe"] == {"dtype": dtype}

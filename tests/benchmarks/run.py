@@ -125,7 +125,7 @@ def memory(checkpoint_dir: Path, gguf: Path | None) -> None:
     print("| --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
         trtbuild = [sys.executable, "-m", "trtbuild"]
-        build = [*trtbuild, "build", "--checkpoint-dir", str(checkpoint_dir), "--engine-dir", f"{folder}/engine"]
+        build = [*trtbuild, "build", "--checkpoint-dir", str(checkpoint_dir), "--output-dir", f"{folder}/engine"]
         commands = {
             "imports alone": [sys.executable, "-c", "import torch, transformers, trtbuild.engine.build"],
             "build portable, float16": build,

@@ -67,7 +67,7 @@ def made(tiny_config, tmp_path_factory):
     (folder / "config.json").write_text(json.dumps(tiny_config))
     paths = SimpleNamespace(folder=folder, checkpoint=folder / "checkpoint", engine=folder / "engine")
     invoke("convert", "--dummy", folder / "config.json", "--seed", 1, "--output-dir", paths.checkpoint)
-    invoke("build", "--checkpoint-dir", paths.checkpoint, "--engine-dir", paths.engine, "--dtype", "float32", *SIZES)
+    invoke("build", "--checkpoint-dir", paths.checkpoint, "--output-dir", paths.engine, "--dtype", "float32", *SIZES)
     paths.run = ["run", "--engine-dir", paths.engine, "--tokenizer-dir", paths.checkpoint, "--max-output-len", 8]
     return paths
 
@@ -86,7 +86,7 @@ def quantized(made):
         recipe = ["--recipes", paths.recipes, "--recipe", name, *ranges]
         paths.weights[name], paths.engines[name] = folder / name, folder / f"{name}-engine"
         invoke("quantize", "--checkpoint-dir", made.checkpoint, "--output-dir", paths.weights[name], *recipe)
-        folders = ["--checkpoint-dir", paths.weights[name], "--engine-dir", paths.engines[name]]
+        folders = ["--checkpoint-dir", paths.weights[name], "--output-dir", paths.engines[name]]
         invoke("build", *folders, *recipe, *SIZES)
     return paths
 
@@ -359,14 +359,14 @@ def test_calibrate_and_quantize_write_the_same_again(made, quantized, tmp_path):
 def test_build_a_quantized_cache_for_plain_weights(made, quantized, tmp_path):
     """A recipe without weights needs no `quantize`."""
     recipe = ["--recipes", quantized.recipes, "--recipe", "fp32-int8kv", "--calibration", quantized.ranges]
-    invoke("build", "--checkpoint-dir", made.checkpoint, "--engine-dir", tmp_path / "engine", *recipe, *SIZES)
+    invoke("build", "--checkpoint-dir", made.checkpoint, "--output-dir", tmp_path / "engine", *recipe, *SIZES)
     folders = ["--engine-dir", tmp_path / "engine", "--checkpoint-dir", made.checkpoint]
     text = invoke("verify", *folders, "--input-text", "Wind", "--runtime", "portable")
     assert text.splitlines()[1].split()[-1] == "agrees"
 
 
 def test_a_calibration_file_is_an_input_only_where_it_is_read(made, quantized, tmp_path):
-    folders = ["--checkpoint-dir", made.checkpoint, "--engine-dir", tmp_path / "engine"]
+    folders = ["--checkpoint-dir", made.checkpoint, "--output-dir", tmp_path / "engine"]
     invoke("build", *folders, "--calibration", quantized.ranges, *SIZES)
     config = json.loads((tmp_path / "engine" / "config.json").read_text())
     assert config["inputs"].keys() == {"config.json", "model.safetensors"}
@@ -398,8 +398,8 @@ def declared(made, quantized):
 def test_build_without_weights(declared, tmp_path, recipe, operation):
     """Every kind of recipe: its weights are quantized on the way, and nothing but the engine is left."""
     engine = tmp_path / "new" / "engine"
-    model = ["--model-config", "deep", "--dummy", "--num-layers", 2, *declared.models]
-    invoke("build", *model, *declared.recipes, recipe, "--engine-dir", engine, *SIZES)
+    model = ["--dummy", "deep", "--num-layers", 2, *declared.models]
+    invoke("build", *model, *declared.recipes, recipe, "--output-dir", engine, *SIZES)
     assert [path.name for path in engine.parent.iterdir()] == ["engine"]
     config = json.loads((engine / "config.json").read_text())
     assert config["model"] == "dummy/deep"
@@ -413,8 +413,8 @@ def test_build_without_weights(declared, tmp_path, recipe, operation):
 
 def test_build_in_the_shape_of_a_file(made, tmp_path):
     """All layers where no number is given; the model is called after the file's folder."""
-    model = ["--model-config", made.folder / "config.json", "--dummy", "--dtype", "float32"]
-    invoke("build", *model, "--engine-dir", tmp_path / "engine", *SIZES)
+    model = ["--dummy", made.folder / "config.json", "--dtype", "float32"]
+    invoke("build", *model, "--output-dir", tmp_path / "engine", *SIZES)
     config = json.loads((tmp_path / "engine" / "config.json").read_text())
     assert config["model"] == f"dummy/{made.folder.name}"
     assert config["model_config"]["num_hidden_layers"] == 2
@@ -502,7 +502,7 @@ def test_check(made, tmp_path):
 
 def test_process_without_tensorrt(made, tmp_path):
     """Said before any work is done, and nothing is left."""
-    arguments = ["--checkpoint-dir", made.checkpoint, "--engine-dir", tmp_path / "x", "--engine", "tensorrt"]
+    arguments = ["--checkpoint-dir", made.checkpoint, "--output-dir", tmp_path / "x", "--engine", "tensorrt"]
     result = process("build", *arguments, TRTBUILD_TENSORRT="nonexistent_module")
     one_line(result, "TRTBUILD_TENSORRT names 'nonexistent_module', which cannot be imported")
     assert list(tmp_path.iterdir()) == []
@@ -563,7 +563,7 @@ def test_run_refuses(made, arguments, message):
 
 def test_build_all_ranks(made, tmp_path):
     layout = ["--tp-size", 2, "--pp-size", 2, "--no-use-parallel-embedding"]
-    invoke("build", "--checkpoint-dir", made.checkpoint, "--engine-dir", tmp_path / "engine", *layout, *SIZES)
+    invoke("build", "--checkpoint-dir", made.checkpoint, "--output-dir", tmp_path / "engine", *layout, *SIZES)
     config = read_config(tmp_path / "engine")
     assert list(config["outputs"]) == [f"rank{rank}.safetensors" for rank in range(4)]
     assert config["mapping"] == {"tp_size": 2, "pp_size": 2, "use_parallel_embedding": False}
@@ -584,43 +584,37 @@ def test_build_all_ranks(made, tmp_path):
 def test_build_refuses(made, tmp_path, arguments, message):
     if "tensorrt" in arguments:
         pytest.importorskip("tensorrt_rtx")
-    refused(message, "build", "--checkpoint-dir", made.checkpoint, "--engine-dir", tmp_path / "x", *arguments)
+    refused(message, "build", "--checkpoint-dir", made.checkpoint, "--output-dir", tmp_path / "x", *arguments)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give --checkpoint-dir, or --model-config and --dummy for random weights"),
-        (["--dummy"], "--dummy needs --model-config, a name from config/models.yaml or a config.json"),
-        (["--model-config", "deep"], "--model-config has no weights; add --dummy to build with random ones"),
-        (["--checkpoint-dir", "x", "--model-config", "deep", "--dummy"], "--checkpoint-dir has weights, .*; give one"),
-        (["--checkpoint-dir", "x", "--dummy"], "--checkpoint-dir has weights, .*; give one"),
+        ([], "give --checkpoint-dir, or --dummy MODEL for random weights"),
+        (["--checkpoint-dir", "x", "--dummy", "deep"], "--checkpoint-dir has weights, .*; give one"),
         (["--checkpoint-dir", "x", "--num-layers", 2], "--num-layers is for --dummy; "),
-        (["--model-config", "deep", "--dummy", "--calibration", "x"], "--calibration is of a real model; "),
-        (["--model-config", "dep", "--dummy"], "unknown model 'dep'; closest: deep; known models: bare, deep; or give"),
-        (["--model-config", "bare", "--dummy"], r"models.yaml has no 'config' for bare; add its published config.json"),
-        (["--model-config", "none.json", "--dummy"], "none.json does not exist"),
+        (["--dummy", "deep", "--calibration", "x"], "--calibration is of a real model; "),
+        (["--dummy", "dep"], "unknown model 'dep'; closest: deep; known models: bare, deep; or give"),
+        (["--dummy", "bare"], r"models.yaml has no 'config' for bare; add its published config.json"),
+        (["--dummy", "none.json"], "none.json does not exist"),
+        (["--dummy", "deep", "--models", "x/y.yaml"], "x/y.yaml does not exist, which would declare 'deep'"),
+        (["--dummy", "deep", "--max-input-len", 999], "999 and .* are more than the 256 positions"),
+        (["--dummy", "deep", "--num-layers", 9], "num_layers is 9; the model has 3"),
+        (["--dummy", "deep", "--pp-size", 4], "pp_size 4 is more than the model's 3 layers"),
         (
-            ["--model-config", "deep", "--dummy", "--models", "x/y.yaml"],
-            "x/y.yaml does not exist, which would declare 'deep'",
-        ),
-        (["--model-config", "deep", "--dummy", "--max-input-len", 999], "999 and .* are more than the 256 positions"),
-        (["--model-config", "deep", "--dummy", "--num-layers", 9], "num_layers is 9; the model has 3"),
-        (["--model-config", "deep", "--dummy", "--pp-size", 4], "pp_size 4 is more than the model's 3 layers"),
-        (
-            ["--model-config", "deep", "--dummy", "--recipe", "gptq", "--tp-size", 2],
+            ["--dummy", "deep", "--recipe", "gptq", "--tp-size", 2],
             "mlp.down_proj: 96 input channels in groups of 32 do not divide by tp_size 2; use one of 1",
         ),
-        (["--model-config", "deep", "--dummy", "--recipe", "wide"], "group_size 64 does not divide the 96 input"),
-        (["--model-config", "deep", "--dummy", "--recipe", "published"], "takes published weights .* has no dummy"),
+        (["--dummy", "deep", "--recipe", "wide"], "group_size 64 does not divide the 96 input"),
+        (["--dummy", "deep", "--recipe", "published"], "takes published weights .* has no dummy"),
     ],
     ids=str,
 )
 def test_build_refuses_random_weights(declared, tmp_path, arguments, message):
     """In one line, and nothing is left: no engine, no weights."""
     recipes = [] if "--recipe" not in arguments else declared.recipes[:2]
-    refused(message, "build", "--engine-dir", tmp_path / "x", *declared.models, *recipes, *SIZES, *arguments)
+    refused(message, "build", "--output-dir", tmp_path / "x", *declared.models, *recipes, *SIZES, *arguments)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -628,9 +622,9 @@ def test_process_build_keeps_files_that_it_did_not_make(declared, made, tmp_path
     """Said before any weights are made."""
     (tmp_path / "engine").mkdir()
     (tmp_path / "engine" / "thesis.txt").write_text("mine")
-    model = ["--model-config", made.folder / "config.json", "--dummy"]
+    model = ["--dummy", made.folder / "config.json"]
     one_line(
-        process("build", *model, *SIZES, "--engine-dir", tmp_path / "engine"), "holds files that trtbuild did not make"
+        process("build", *model, *SIZES, "--output-dir", tmp_path / "engine"), "holds files that trtbuild did not make"
     )
     assert [path.name for path in tmp_path.rglob("*")] == ["engine", "thesis.txt"]
 
@@ -691,7 +685,7 @@ def test_quantize_refuses(made, quantized, tmp_path, recipe, arguments, message)
 )
 def test_build_refuses_a_recipe(made, quantized, tmp_path, recipe, weights, arguments, message):
     checkpoint = quantized.weights[weights] if weights else made.checkpoint
-    folders = ["--checkpoint-dir", checkpoint, "--engine-dir", tmp_path / "x", "--recipes", quantized.recipes]
+    folders = ["--checkpoint-dir", checkpoint, "--output-dir", tmp_path / "x", "--recipes", quantized.recipes]
     refused(message, "build", *folders, "--recipe", recipe, *arguments)
     assert list(tmp_path.iterdir()) == []
 
@@ -703,7 +697,7 @@ def test_calibration_of_another_model(made, tiny_config, quantized, tmp_path):
     recipe = ["--recipes", quantized.recipes, "--calibration", quantized.ranges, "--recipe"]
     message = "ranges.npz was measured on another model .*'num_hidden_layers': 2.* 'num_hidden_layers': 1"
     refused(message, "quantize", "--checkpoint-dir", other, "--output-dir", tmp_path / "x", *recipe, "sq-int8kv")
-    refused(message, "build", "--checkpoint-dir", other, "--engine-dir", tmp_path / "x", *recipe, "fp32-int8kv")
+    refused(message, "build", "--checkpoint-dir", other, "--output-dir", tmp_path / "x", *recipe, "fp32-int8kv")
     assert not (tmp_path / "x").exists()
 
 
@@ -744,7 +738,7 @@ def test_process_does_not_replace_its_own_input(made, quantized):
     before = sorted(path.name for path in made.checkpoint.iterdir())
     for command in (
         ("convert", "--local", made.checkpoint, "--output-dir", made.checkpoint),
-        ("build", "--checkpoint-dir", made.checkpoint, "--engine-dir", made.checkpoint),
+        ("build", "--checkpoint-dir", made.checkpoint, "--output-dir", made.checkpoint),
     ):
         one_line(process(*command), "would replace its own input")
     message, recipe = "would replace its own input", ["--recipes", quantized.recipes, "--recipe", "gptq"]
@@ -762,7 +756,7 @@ def test_an_output_is_refused_before_work(made, tmp_path):
     for command, option in (
         ("calibrate", "--output"),
         ("quantize", "--output-dir"),
-        ("build", "--engine-dir"),
+        ("build", "--output-dir"),
         ("summarize", "--output"),
         ("perplexity", "--output"),
         ("convert", "--output-dir"),

@@ -3,11 +3,14 @@
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Annotated
 
 import typer
 
+from trtbuild import __version__
 from trtbuild.cli.engines import build, inspect, verify
 from trtbuild.cli.evaluate import benchmark, gate, perplexity, score, summarize
+from trtbuild.cli.names import Commands, with_hyphens
 from trtbuild.cli.run import run
 from trtbuild.cli.weights import calibrate, convert, quantize
 from trtbuild.errors import one_line
@@ -16,10 +19,29 @@ from trtbuild.runtime.world import launched
 COMMANDS = (convert, calibrate, quantize, build, run, summarize, score, perplexity, gate, benchmark, verify, inspect)
 
 app = typer.Typer(
-    help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"token_normalize_func": with_hyphens},
 )
 for command in COMMANDS:
     app.command()(command)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"trtbuild {__version__}")
+        raise typer.Exit
+
+
+@app.callback(help=__doc__)
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 def _led() -> AbstractContextManager:

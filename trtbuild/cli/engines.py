@@ -7,10 +7,13 @@ from typing import Annotated
 import typer
 
 from trtbuild.cli.options import (
+    MODELS,
+    RECIPE,
     Calibration,
     Check,
     CheckpointDir,
     Dtype,
+    Dummy,
     Engine,
     EngineDir,
     Models,
@@ -26,28 +29,22 @@ from trtbuild.engine.config import BuildLimits
 from trtbuild.errors import UserError
 from trtbuild.quantization.recipe import Recipe
 
-NO_WEIGHTS = "give --checkpoint-dir, or --model-config and --dummy for random weights"
+NO_WEIGHTS = "give --checkpoint-dir, or --dummy MODEL for random weights"
 
 
 def build(
-    engine_dir: Annotated[Path, typer.Option(help="Where the engine folder goes.", callback=writable)],
+    output_dir: Annotated[Path, typer.Option(help="Where the engine folder goes.", callback=writable)],
     checkpoint_dir: Annotated[
         Path | None, typer.Option(help="Canonical checkpoint, or for a recipe with weights what 'quantize' made of it.")
     ] = None,
-    model_config: Annotated[
-        str | None,
-        typer.Option(help="Instead, with --dummy: a name from --models, or a config.json; nothing is downloaded."),
-    ] = None,
-    dummy: Annotated[
-        bool, typer.Option("--dummy", help="Random weights in the shape of --model-config, quantized by the recipe.")
-    ] = False,
+    dummy: Dummy = None,
     num_layers: NumLayers = None,
     model_version: ModelVersion = None,
-    models: Models = Path("config/models.yaml"),
+    models: Models = MODELS,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Dtype of what is not quantized; default: the recipe's, or float16.")
     ] = None,
-    recipe: Annotated[str | None, typer.Option(help="Name of a recipe; its weights come from 'quantize'.")] = None,
+    recipe: Annotated[str | None, RECIPE] = None,
     recipes: Recipes = None,
     calibration: Calibration = None,
     engine: Annotated[
@@ -76,12 +73,12 @@ def build(
 ) -> None:
     """Build an engine folder: one file per rank and config.json.
 
-    Example: trtbuild build --checkpoint-dir checkpoint --engine-dir engine --engine portable --engine tensorrt
+    Example: trtbuild build --checkpoint-dir checkpoint --output-dir engine --engine portable --engine tensorrt
 
-    On two GPUs: trtbuild build --checkpoint-dir checkpoint --engine-dir engine --tp-size 2
+    On two GPUs: trtbuild build --checkpoint-dir checkpoint --output-dir engine --tp-size 2
 
-    Without weights, as large as the real one: trtbuild build --model-config llama2-70b --dummy --num-layers 2
-    --recipe int8kv --engine-dir engine
+    Without weights, as large as the real one: trtbuild build --dummy llama2-70b --num-layers 2 --recipe int8kv
+    --output-dir engine
     """
     from trtbuild.checkpoint.canonical import Checkpoint
     from trtbuild.checkpoint.sources import dummy_model
@@ -94,7 +91,7 @@ def build(
 
     if recipe and dtype:
         raise UserError("--dtype and --recipe contradict each other; the recipe has a dtype")
-    _check_weights_options(checkpoint_dir, model_config, dummy, num_layers, calibration, model)
+    _check_weights_options(checkpoint_dir, dummy, num_layers, calibration, model)
     content = recipe_of(recipe, recipes) if recipe else Recipe.parse({"dtype": dtype or Dtype.float16.value})
     limits = BuildLimits(max_batch_size, max_input_len, max_output_len)
     mapping = Mapping(tp_size, pp_size, use_parallel_embedding=use_parallel_embedding)
@@ -104,8 +101,8 @@ def build(
         api()  # a missing distribution is better said before the work than after
     with ExitStack() as stack:
         source: Path | Checkpoint
-        if model_config:
-            name, shape = dummy_of(model_config, models, model_version)
+        if dummy:
+            name, shape = dummy_of(dummy, models, model_version)
             model = model or f"dummy/{name}"
             # Random weights need no text of their own.
             settings = {key: value for key, value in content.settings.items() if key != "calibration"}
@@ -113,7 +110,7 @@ def build(
             if not extrapolate_positions:
                 check_positions(dummy_model(**shape)[1].config, limits)
             check_mapping(dummy_model(**shape | {"num_layers": num_layers})[1].config, mapping, content.group_size)
-            weights = dummy_weights(shape | {"num_layers": num_layers}, content, engine_dir)
+            weights = dummy_weights(shape | {"num_layers": num_layers}, content, output_dir)
             source, calibration = stack.enter_context(weights)
         elif checkpoint_dir:
             source = checkpoint_dir
@@ -126,7 +123,7 @@ def build(
             cache = cache_of(content, source, calibration)
         build_engine_dir(
             source,
-            engine_dir,
+            output_dir,
             model=model,
             recipe=content.engine_settings,
             recipe_name=recipe,
@@ -143,21 +140,14 @@ def build(
 
 def _check_weights_options(
     checkpoint_dir: Path | None,
-    model_config: str | None,
-    dummy: bool,
+    dummy: str | None,
     num_layers: int | None,
     calibration: Path | None,
     model: str | None,
 ) -> None:
     """Raises `UserError` unless `build` knows from one place which weights to take."""
-    if checkpoint_dir and (model_config or dummy):
-        raise UserError("--checkpoint-dir has weights, --model-config and --dummy stand for a model without; give one")
-    if dummy and not model_config:
-        raise UserError("--dummy needs --model-config, a name from config/models.yaml or a config.json")
-    if model_config and not dummy:
-        raise UserError(
-            "--model-config has no weights; add --dummy to build with random ones, or give --checkpoint-dir"
-        )
+    if checkpoint_dir and dummy:
+        raise UserError("--checkpoint-dir has weights, --dummy stands for a model without; give one")
     if not (checkpoint_dir or dummy):
         raise UserError(NO_WEIGHTS)
     if dummy and model:

@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from trtbuild.cli.options import (
+    RECIPE,
+    BaselineDtype,
     BaselineEngineDir,
     ChatTemplate,
     Check,
@@ -37,7 +39,7 @@ def summarize(
         Path, typer.Option(help="JSON lines to write; provenance goes beside it as .meta.json.", callback=writable)
     ],
     engine_dir: BaselineEngineDir = None,
-    dtype: Annotated[Dtype, typer.Option(help="Dtype of the Hugging Face model.")] = Dtype.float32,
+    baseline_dtype: BaselineDtype = Dtype.float32,
     dataset: Dataset = "trtbuild-news",
     dataset_config: DatasetConfig = None,
     dataset_revision: DatasetRevision = None,
@@ -67,7 +69,7 @@ def summarize(
         output=output,
         engine_dir=engine_dir,
         checkpoint_dir=checkpoint_dir,
-        baseline_dtype=dtype.value,
+        baseline_dtype=baseline_dtype.value,
         dataset=dataset_of(dataset, dataset_config, dataset_revision, split, samples),
         prompt=prompt,
         chat=chat,
@@ -137,7 +139,7 @@ def score(
 def perplexity(
     checkpoint_dir: CheckpointDir,
     engine_dir: BaselineEngineDir = None,
-    dtype: Annotated[Dtype, typer.Option(help="Dtype of the Hugging Face model.")] = Dtype.float32,
+    baseline_dtype: BaselineDtype = Dtype.float32,
     dataset: Dataset = "trtbuild-news",
     dataset_config: DatasetConfig = None,
     dataset_revision: DatasetRevision = None,
@@ -179,7 +181,7 @@ def perplexity(
     result = measure_perplexity(
         engine_dir=engine_dir,
         checkpoint_dir=checkpoint_dir,
-        baseline_dtype=dtype.value,
+        baseline_dtype=baseline_dtype.value,
         dataset=dataset_of(dataset, dataset_config, dataset_revision, split, samples),
         max_input_len=max_input_len,
         runtime=runtime.value,
@@ -193,7 +195,7 @@ def perplexity(
 def gate(
     perplexity: Annotated[Path, typer.Option(help="An engine's perplexity.json, written by 'perplexity'.")],
     baseline: Annotated[Path, typer.Option(help="The Hugging Face model's, of the same articles.")],
-    recipe: Annotated[str | None, typer.Option(help="Name of the recipe whose limit holds.")] = None,
+    recipe: Annotated[str | None, RECIPE] = None,
     recipes: Recipes = None,
     max_increase: Annotated[
         float | None, typer.Option(help="Instead of a recipe's: how much higher the perplexity may be, in per cent.")

@@ -1,5 +1,6 @@
 """Options that commands share: one name means one thing in all of them."""
 
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -39,6 +40,25 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+MODELS, RECIPES = Path("config/models.yaml"), Path("config/recipes.yaml")  # where a project has them
+
+
+def _names(incomplete: str, *files: Path) -> list[str]:
+    """What a shell completes a model's or a recipe's name to."""
+    from trtbuild.yaml_reader import read_yaml
+
+    with suppress(UserError):
+        names = [name for file in files if file.exists() for name in read_yaml(file) or ()]
+        return [name for name in dict.fromkeys(names) if name.startswith(incomplete)]
+    return []
+
+
+def recipe_names(incomplete: str) -> list[str]:
+    from trtbuild.workflow import SHIPPED_RECIPES
+
+    return _names(incomplete, SHIPPED_RECIPES, RECIPES)
+
+
 def writable(path: Path | None) -> Path | None:
     return output_path(path) if path else None
 
@@ -50,6 +70,7 @@ DeviceOption = Annotated[Device, typer.Option(help="Where the portable engine ru
 Check = Annotated[
     bool, typer.Option("--check", help="Compare every byte of the engine's files with what was built, by sha256.")
 ]
+BaselineDtype = Annotated[Dtype, typer.Option(help="Dtype of the Hugging Face model.")]
 BaselineEngineDir = Annotated[Path | None, typer.Option(help="Engine folder; without it, the Hugging Face model runs.")]
 TokenizerDir = Annotated[Path, typer.Option(help="Folder with tokenizer.json; the checkpoint's will do.")]
 ChatTemplate = Annotated[
@@ -66,7 +87,15 @@ Models = Annotated[Path, typer.Option(help="File that declares the models.")]
 ModelVersion = Annotated[
     str | None, typer.Option(help="Which version it is, where config.json does not tell, such as v2_13b.")
 ]
+Dummy = Annotated[
+    str | None,
+    typer.Option(
+        help="Random weights in the shape of a model: a name from --models, or a config.json.",
+        autocompletion=lambda incomplete: _names(incomplete, MODELS),
+    ),
+]
 NumLayers = Annotated[int | None, typer.Option(help="Layers of the dummy model; default: as many as the real one has.")]
+RECIPE = typer.Option(help="A recipe's name: a shipped one, or one of --recipes.", autocompletion=recipe_names)
 Recipes = Annotated[
     Path | None,
     typer.Option(help="File of recipes beside the shipped ones; default: config/recipes.yaml, where there is one."),
@@ -104,8 +133,8 @@ def recipe_of(name: str, path: Path | None) -> Recipe:
     """A recipe of the project, or else a shipped one."""
     from trtbuild.workflow import RECIPES_SCHEMA, load_recipes, load_table
 
-    if path is None and Path("config/recipes.yaml").exists():
-        path = Path("config/recipes.yaml")
+    if path is None and RECIPES.exists():
+        path = RECIPES
     recipes = load_recipes(path)
     if name not in recipes:
         shipped = ", ".join(sorted(load_recipes(None)))

