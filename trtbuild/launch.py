@@ -49,7 +49,7 @@ def launch(ranks: int, stage: Callable, *, mpi: str = "", threads: int = 1, **ar
         }
         write_json(folder / CALL, call)
         program = [sys.executable, "-m", "trtbuild.launch", str(folder)]
-        code, said = _run([*_launcher(mpi, threads), "-n", str(ranks), *program])
+        code, said = _run([*launcher(mpi, threads), "-n", str(ranks), *program])
         if code:
             raise UserError(said or f"its {ranks} processes ended with exit code {code}")
         return read_json(folder / RESULT)["value"]
@@ -84,7 +84,7 @@ def _run(program: list[str]) -> tuple[int, str]:
     return run.returncode, said
 
 
-def _launcher(command: str, threads: int) -> list[str]:
+def launcher(command: str, threads: int) -> list[str]:
     """A command line's words; `mpiexec` is the one that was installed with this Python, or else the system's."""
     program, *options = shlex.split(command.replace("{threads}", str(threads))) or ["mpiexec"]
     found = shutil.which(program, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))

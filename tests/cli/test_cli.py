@@ -24,7 +24,7 @@ from trtbuild.files import sha256
 
 COMMANDS = (
     *("convert", "calibrate", "quantize", "build", "run", "summarize", "score", "perplexity", "gate", "benchmark"),
-    *("verify", "inspect"),
+    *("verify", "inspect", "doctor"),
 )
 SIZES = ("--max-batch-size", 4, "--max-input-len", 32, "--max-output-len", 16)
 RECIPES = """
@@ -93,7 +93,7 @@ def quantized(made):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example(command):
-    assert f"Example: trtbuild {command} --" in invoke(command, "--help")
+    assert f"Example: trtbuild {command}" in invoke(command, "--help")
 
 
 def test_help_lists_every_command():

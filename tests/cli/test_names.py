@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import get_args, get_origin
@@ -89,14 +88,14 @@ def test_version():
     assert (result.stdout, result.stderr) == (f"trtbuild {version('trtbuild')}\n", "")
 
 
-def test_help_is_there_at_once():
-    """0.12 s alone on a machine; importing torch alone takes more than a second."""
-    seconds = []
-    for _ in range(3):
-        start = time.monotonic()
-        assert process("build", "--help").returncode == 0
-        seconds.append(time.monotonic() - start)
-    assert min(seconds) < 1
+def test_help_imports_nothing_large():
+    """So that it is there in 0.12 s; torch alone takes more than a second."""
+    code = (
+        "import sys; from typer.testing import CliRunner; from trtbuild.cli import app\n"
+        f"for command in {[*COMMANDS]}: assert not CliRunner().invoke(app, [command, '--help']).exit_code\n"
+        "assert not {'torch', 'transformers', 'numpy', 'jsonschema'} & {*sys.modules}, sys.modules"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
 def test_completion():

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from trtbuild import __version__
+from trtbuild.cli.doctor import doctor
 from trtbuild.cli.engines import build, inspect, verify
 from trtbuild.cli.evaluate import benchmark, gate, perplexity, score, summarize
 from trtbuild.cli.names import Commands, with_hyphens
@@ -16,7 +17,10 @@ from trtbuild.cli.weights import calibrate, convert, quantize
 from trtbuild.errors import one_line
 from trtbuild.runtime.world import launched
 
-COMMANDS = (convert, calibrate, quantize, build, run, summarize, score, perplexity, gate, benchmark, verify, inspect)
+COMMANDS = (
+    *(convert, calibrate, quantize, build, run, summarize, score, perplexity, gate, benchmark, verify, inspect),
+    *(doctor,),
+)
 
 app = typer.Typer(
     cls=Commands,
