@@ -177,7 +177,7 @@ def attention(table: Table) -> None:
                     x.double() * (s[:, None, None] if dtype else 1) for x, s in zip(caches[0], scales, strict=True)
                 )
                 expected = F.scaled_dot_product_attention(q.double()[:, :, None], keys, values, enable_gqa=True)
-                wrong = error(decode_attention(*call[0]), expected.flatten(1))
+                wrong = error(decode_attention(*call[0])[0], expected.flatten(1))
                 us = microseconds(decode_attention, call)
                 nbytes = 2 * keys.numel() * caches[0][0].element_size() + 2 * q.nbytes
                 table.add(kernel, f"{heads}/{kv_heads} heads, {length}", batch, us, nbytes, fp16, wrong)
@@ -232,6 +232,89 @@ def context(table: Table) -> None:
             microseconds(of_q, [(q, *caches) for _, *caches in sets]),
             wrong,
         )
+
+
+def pages(table: Table) -> None:
+    """Steps of as many sequences as a GPU's memory holds, over dense caches and over pages at random places.
+
+    Of LLaMA-7B's heads and of a rank's of two of LLaMA-2 70B; the last column compares with dense caches. Some
+    sequences are checked against float64.
+    """
+    head_dim, heads = 128, 32
+    for kv_heads, batch, length in ((32, 16, 2048), (32, 48, 3072), (32, 112, 1152), (32, 768, 192), (4, 256, 1024)):
+        positions = torch.full((batch,), length - 1, dtype=torch.int32, device="cuda")
+        qkv = torch.randn(batch, (heads + 2 * kv_heads) * head_dim, device="cuda").half()
+        random = [torch.randn(batch * kv_heads * length * head_dim, device="cuda", dtype=torch.half) for _ in range(2)]
+        for name, dtype in (("fp16", None), ("int8", torch.int8), ("fp8", FP8)):
+            scales, held = (None, None), random
+            if dtype:
+                scales = tuple(torch.rand(2, kv_heads, device="cuda") * 0.02 + 0.01)
+                held = [(x * 50).clamp_(-128, 127).to(dtype) for x in random]
+            dense_us = math.nan
+            for size in (length, 32, 64, 128, 256):
+                count = batch * length // size
+                where = None
+                if size < length:
+                    if length % size:
+                        continue
+                    where = torch.randperm(count, device="cuda").int().view(batch, -1)
+                caches = [x.view(count, kv_heads, size, head_dim) for x in held]
+                call = (qkv, None, None, None, positions, *caches, *scales, None, length, heads, None, where)
+                output, _ = decode_attention(*call)
+                wrong = 0.0
+                for b in {0, batch // 3, batch - 1}:
+                    own = b if where is None else where[b].long()
+                    both = [
+                        x[own].view(-1, kv_heads, size, head_dim).transpose(0, 1).flatten(1, 2).double()
+                        * (s[:, None, None] if dtype else 1)
+                        for x, s in zip(caches, scales, strict=True)
+                    ]
+                    q = qkv[b, : heads * head_dim].double().view(kv_heads, -1, head_dim)
+                    wrong = max(wrong, error(output[b], F.scaled_dot_product_attention(q, *both).flatten()))
+                us = microseconds(decode_attention, [call])
+                dense_us = us if where is None else dense_us
+                kind = "dense" if where is None else f"pages {size}"
+                nbytes = sum(x.nbytes for x in caches) + qkv.nbytes + output.nbytes
+                table.add(f"{kind} {name}", f"{heads}/{kv_heads} heads, {length}", batch, us, nbytes, dense_us, wrong)
+
+
+def chunks(table: Table) -> None:
+    """Prompts, and a part of a long one, in an FP8 cache: writing it and attention, dense and in pages of 64."""
+    heads, head_dim = 32, 128
+    scales = tuple(torch.rand(2, heads, device="cuda") * 0.02 + 0.01)
+    for batch, length, past in ((1, 2048, 0), (16, 128, 0), (4, 2048, 0), (1, 512, 3584)):
+        tokens, end = batch * length, past + length
+        integers = {"dtype": torch.int32, "device": "cuda"}
+        slots, pasts = torch.arange(batch, **integers), torch.full((batch,), past, **integers)
+        starts = torch.arange(batch + 1, **integers) * length
+        positions = torch.arange(past, end, **integers).repeat(batch)
+        cos, sin = torch.randn(2, tokens, head_dim, device="cuda").half()
+        qkv = torch.randn(tokens, 3 * heads * head_dim, device="cuda").half()
+        held = [torch.randn(batch * heads * end * head_dim, device="cuda").mul_(50).to(FP8) for _ in range(2)]
+        dense, expected = math.nan, None
+        for size in (end, 64, 256):
+            if size > end:
+                continue
+            where = None if size == end else torch.randperm(batch * end // size, device="cuda").int().view(batch, -1)
+            caches = [x.clone().view(-1, heads, size, head_dim) for x in held]
+            if where is not None and expected is not None:  # what the dense caches hold, in pages
+                for pool, x in zip(caches, held, strict=True):
+                    parts = x.view(batch, heads, -1, size, head_dim).transpose(1, 2).reshape(-1, heads, size, head_dim)
+                    pool[where.flatten().long()] = parts
+
+            held_at = slots, *caches, *scales
+            written = qkv, cos, sin, positions, starts, *held_at, heads, where
+            attended = qkv, cos, sin, None, starts, pasts, *held_at, None, heads, None, where
+            write_cache(*written)
+            output, _ = context_attention(*attended)
+            expected = output if where is None else expected
+            shape = f"{length} after {past}, {'dense' if where is None else size}"
+            us = microseconds(write_cache, [written])
+            table.add("write fp8", shape, batch, us, tokens * heads * head_dim * 6, us, 0.0)
+            us = microseconds(context_attention, [attended])
+            dense = us if where is None else dense
+            wrong = error(output, expected)
+            table.add("context fp8", shape, batch, us, tokens * heads * head_dim * 6, dense, wrong)
 
 
 def quantization(table: Table) -> None:
@@ -298,6 +381,10 @@ def main() -> None:
         attention(table)
     if only in "context":
         context(table)
+    if only in "pages":
+        pages(table)
+    if only in "chunks":
+        chunks(table)
     if only in "quantization":
         quantization(table)
     if only in "fusion":

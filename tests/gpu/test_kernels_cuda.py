@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from paged_caches import from_pages, in_pages
 
 from trtbuild.linear.int4 import Int4Linear, dequantize, pack
 from trtbuild.linear.int8 import Int8Linear
@@ -158,7 +159,7 @@ class AttentionCase:
             for cache in caches:
                 for slot, (n, past) in zip(self.slots.tolist(), chunks, strict=True):
                     cache[slot, :, past + n :] = float("nan")
-        self.before, self.caches = [cache.clone() for cache in caches], caches
+        self.before, self.caches, self.pages = [cache.clone() for cache in caches], caches, None
 
     def run(self, dtype):
         """The attended values and the caches in order of sequences, all of it computed in `dtype`."""
@@ -183,7 +184,7 @@ class AttentionCase:
         from trtbuild.kernels.decode_attention import decode_attention
 
         step = self.cos, self.sin, self.factors, self.positions, *self.caches, *self.scales, self.slopes
-        return decode_attention(self.qkv, *step, self.bound, self.heads)
+        return decode_attention(self.qkv, *step, self.bound, self.heads, None, self.pages)[0]
 
     def context(self):
         """The attended values, with some rows of padding."""
@@ -194,8 +195,8 @@ class AttentionCase:
             for x in (self.qkv, self.cos, self.sin, self.factors)
         )
         caches, positions = (*self.caches, *self.scales), F.pad(self.positions, (0, 5))
-        write_cache(qkv, cos, sin, positions, self.starts, self.slots, *caches, self.heads)
-        where = self.starts, self.past, self.slots, *caches, self.slopes, self.heads
+        write_cache(qkv, cos, sin, positions, self.starts, self.slots, *caches, self.heads, self.pages)
+        where = self.starts, self.past, self.slots, *caches, self.slopes, self.heads, None, self.pages
         return context_attention(qkv, cos, sin, factors, *where)[0][: len(self.qkv)]
 
 
@@ -235,6 +236,52 @@ def test_the_attention_of_chunks(size, kind):
     for chunks in ([(1, 0)], [(300, 0)], [(128, 0)] * 4, *ragged):
         case = AttentionCase(dtype, *size, chunks, cache_dtype, position, reverse=True)
         case.check(case.context(), ATTENTION_TOLERANCE[dtype] * (10 if cache_dtype else 1))
+
+
+@attentions
+@pytest.mark.parametrize("page_size", [32, 48, 64, 256])
+def test_pages(page_size, size, kind):
+    """The bits of dense caches; other pages are poisoned."""
+    dtype, cache_dtype, position = kind
+    generated = [(1, past) for past in (5, 0, 700, 1023)], [(1, past) for past in range(3, 1603, 16)]
+    for name, chunks in (*(("decode", c) for c in generated), ("context", [(1, 200), (130, 0), (0, 0), (64, 64)])):
+        case = AttentionCase(dtype, *size, chunks, cache_dtype, position, reverse=name == "context")
+        expected, dense = getattr(case, name)(), case.caches
+        by_slot = [chunks[b] for b in case.slots.tolist()]
+        lengths = [n + past for n, past in by_slot]
+        case.caches, case.pages = in_pages(case.before, lengths, [past for _, past in by_slot], page_size)
+        assert torch.equal(getattr(case, name)(), expected)
+        for pool, cache in zip(case.caches, dense, strict=True):
+            for b, length in enumerate(lengths):
+                mine = from_pages(pool, case.pages, b, length)
+                assert torch.equal(mine.view(torch.uint8), cache[b, :, :length].view(torch.uint8))
+
+
+def test_a_pool_of_more_elements_than_32_bits_count():
+    """Pages on both sides of 2^31 elements of a cache."""
+    pools = [torch.zeros(9100, 32, 64, 128, dtype=FP8, device="cuda") for _ in range(2)]
+    for name, chunks in (("decode", [(1, 700), (1, 1023)]), ("context", [(60, 700), (70, 953)])):
+        case = AttentionCase(torch.float16, 32, 32, 128, chunks, FP8, "rope")
+        small, table = in_pages(case.before, [n + past for n, past in chunks], [past for _, past in chunks], 64)
+        expected = getattr(case, name)()
+        for pool, pages in zip(pools, small, strict=True):
+            pool[torch.arange(len(pages), device="cuda") * 300] = pages
+        case.caches, case.pages = pools, table * 300
+        assert torch.equal(getattr(case, name)(), expected)
+
+
+def test_rounded_by_attention():
+    from trtbuild.kernels.decode_attention import decode_attention
+
+    scale = torch.full((1,), 0.01, device="cuda")
+    for size, pasts in (((32, 32, 128), [5, 700]), ((64, 8, 128), [2000]), ((32, 32, 128), [*range(300)])):
+        case = AttentionCase(torch.float16, *size, [(1, past) for past in pasts], FP8, "rope")
+        given = case.cos, case.sin, None, case.positions, *case.caches, *case.scales, None, case.bound, case.heads
+        for dtype in (FP8, torch.int8):
+            narrow, scales = decode_attention(case.qkv, *given, (dtype, scale))
+            wanted = quantize(decode_attention(case.qkv, *given)[0].cpu().float(), scale.cpu(), dtype)
+            assert torch.equal(narrow.cpu().view(torch.uint8), wanted.view(torch.uint8))
+            assert torch.equal(scales, scale.expand(len(pasts), 1))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "cache_dtype"), [(32, 32, None), (32, 4, FP8)], ids=str)

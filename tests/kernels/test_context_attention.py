@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from paged_caches import from_pages, in_pages
 
 from trtbuild.models.alibi import alibi_slopes
 from trtbuild.network.ops.attention import Attention
@@ -78,3 +79,46 @@ def test_chunks(heads, kv_heads, head_dim, chunks, cache_dtype, position):
     narrow, given = context_attention(*where, (torch.int8, torch.full((1,), 0.03)))
     assert torch.equal(narrow[:tokens], quantize(output[:tokens].float(), torch.tensor(0.03), torch.int8))
     assert (given[:tokens] == 0.03).all()
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "chunks", "cache_dtype", "page_size", "shared"),
+    [
+        (1, 1, 128, [(66, 0), (3, 100)], torch.float16, 64, 0),  # a page a tile
+        (4, 1, 16, [(1, 129), (0, 0), (6, 0), (5, 64)], torch.int8, 32, 0),  # two pages a tile
+        (2, 2, 16, [(70, 64), (2, 70)], FP8, 128, 0),
+        (2, 1, 40, [(30, 48), (4, 62)], torch.float16, 48, 1),  # neither divides the other
+    ],
+)
+def test_pages(heads, kv_heads, head_dim, chunks, cache_dtype, page_size, shared):
+    """The bits of dense caches, and nothing of other pages, read or written; sequences have rows in another order."""
+    tokens, batch = sum(n for n, _ in chunks), len(chunks)
+    lengths, past = [n + p for n, p in chunks], [p for _, p in chunks]
+    qkv = torch.randn(tokens + PADDING, (heads + 2 * kv_heads) * head_dim).half()
+    cos, sin = torch.randn(2, tokens + PADDING, head_dim).half()
+    starts = torch.tensor([0, *(n for n, _ in chunks)]).cumsum(0).int()
+    positions = torch.cat([*(torch.arange(p, p + n) for n, p in chunks), torch.full((PADDING,), 9999)]).int()
+    slots = torch.arange(batch).flip(0).int()
+    caches, scales = [*torch.randn(2, batch, kv_heads, max(lengths), head_dim).half()], (None, None)
+    if cache_dtype.itemsize == 1:
+        scales = tuple(torch.rand(2, kv_heads) * 0.02 + 0.01)
+        caches = [quantize(c.float(), s[:, None, None], cache_dtype) for c, s in zip(caches, scales, strict=True)]
+    for cache in caches:
+        cache[:, :, : shared * page_size] = cache[0, :, : shared * page_size]
+    slopes = alibi_slopes(heads) if page_size == 32 else None
+    by_slot = [caches, [lengths[b] for b in slots], [past[b] for b in slots]]
+    pools, pages = in_pages(*by_slot, page_size, shared)
+    before = [pool.clone() for pool in pools]
+    outputs = []
+    for held, table in ((caches, None), (pools, pages)):
+        write_cache(qkv, cos, sin, positions, starts, slots, *held, *scales, heads, table)
+        where = starts, torch.tensor(past).int(), slots, *held, *scales, slopes, heads, None, table
+        outputs.append(context_attention(qkv, cos, sin, None, *where)[0][:tokens])
+    assert torch.equal(*outputs)
+    for pool, old, cache in zip(pools, before, caches, strict=True):
+        for b, (n, p) in zip(slots.tolist(), chunks, strict=True):
+            mine = from_pages(pool, pages, b, p + n)
+            assert torch.equal(mine.view(torch.uint8), cache[b, :, : p + n].view(torch.uint8))
+            for i in range(p, p + n):
+                old[pages[b, i // page_size], :, i % page_size] = mine[:, i]
+        assert torch.equal(pool.view(torch.uint8), old.view(torch.uint8))  # nothing else was written

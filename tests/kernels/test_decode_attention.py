@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from paged_caches import from_pages, in_pages
 
 from trtbuild.models.alibi import alibi_slopes
 from trtbuild.network.ops.attention import Attention
@@ -67,7 +68,7 @@ def case(
 
 def check(arguments, expected, written) -> None:
     """Of FP8 with large tolerances: the interpreter rounds to it in its own way. Rounding is tested on a GPU."""
-    actual = decode_attention(*arguments)
+    actual, _ = decode_attention(*arguments)
     # Keys are rounded before they are quantized, which may take them to the other side of a tie.
     tolerance = {torch.float16: 2e-3, torch.int8: 2e-2, FP8: 0.2}[arguments[5].dtype]
     assert (actual.double() - expected).norm() / expected.norm() < tolerance
@@ -101,6 +102,62 @@ def test_nan_is_seen():
     for kv_heads in (2, 1):
         arguments, _, _ = case(2, kv_heads, 16, [140, 3], 200, torch.float16)
         arguments[0][0] = float("nan")
-        output = decode_attention(*arguments)
+        output, _ = decode_attention(*arguments)
         assert output[0].isnan().all()
         assert output[1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "positions", "cache_dtype", "page_size", "shared"),
+    [
+        (1, 1, 128, [150, 0], torch.float16, 64, 0),  # one page a tile, and one that only begins
+        (2, 2, 64, [300, 127, 256], FP8, 32, 3),  # four pages a tile, and parts
+        (2, 2, 16, [530, 128], torch.int8, 128, 1),
+        (4, 2, 40, [260, 90], torch.float16, 48, 1),  # neither divides the other
+        (8, 1, 128, [70, 65, 64], FP8, 64, 1),
+        (4, 1, 16, [200, 33], torch.int8, 16, 2),
+    ],
+)
+def test_pages(heads, kv_heads, head_dim, positions, cache_dtype, page_size, shared):
+    """The bits of dense caches, wherever pages are and who else reads them, and nothing of other pages."""
+    bound = max(positions) + 9
+    arguments, *_ = case(
+        heads, kv_heads, head_dim, positions, bound, cache_dtype, alibi=kv_heads == 2, log_n=page_size == 64
+    )
+    for cache in arguments[5:7]:
+        cache[:, :, : shared * page_size] = cache[0, :, : shared * page_size]
+    pools, pages = in_pages(arguments[5:7], [p + 1 for p in positions], positions, page_size, shared)
+    before = [pool.clone() for pool in pools]
+    expected, _ = decode_attention(*arguments)
+    actual, scales = decode_attention(*arguments[:5], *pools, *arguments[7:], pages=pages)
+    assert torch.equal(actual, expected)
+    assert scales is None
+    for pool, old, cache in zip(pools, before, arguments[5:7], strict=True):
+        for b, position in enumerate(positions):
+            mine = from_pages(pool, pages, b, position + 1)
+            assert torch.equal(mine.view(torch.uint8), cache[b, :, : position + 1].view(torch.uint8))
+            old[pages[b, position // page_size], :, position % page_size] = mine[:, -1]
+        assert torch.equal(pool.view(torch.uint8), old.view(torch.uint8))  # nothing else was written
+
+
+def test_rows_without_a_sequence_write_page_0_alone():
+    arguments, expected, _ = case(2, 2, 64, [70, 0, 0], 140, torch.float16)
+    pools, pages = in_pages(arguments[5:7], [71, 0, 0], [70, 0, 0], 64)
+    before = [pool.clone() for pool in pools]
+    actual, _ = decode_attention(*arguments[:5], *pools, *arguments[7:], pages=pages)
+    assert (actual.double() - expected).norm() / expected.norm() < 2e-3
+    for pool, old in zip(pools, before, strict=True):
+        assert pool[0, :, 0].isfinite().all()
+        old[0, :, 0] = pool[0, :, 0]
+        old[pages[0, 1], :, 6] = pool[pages[0, 1], :, 6]
+        assert torch.equal(pool.view(torch.uint8), old.view(torch.uint8))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "positions"), [(2, 2, [0, 530]), (8, 1, [63])])
+def test_rounded_to_8_bits(heads, kv_heads, positions):
+    arguments, *_ = case(heads, kv_heads, 16, positions, 540, torch.float16)
+    expected, _ = decode_attention(*arguments)
+    scale = torch.full((1,), 0.03)
+    actual, scales = decode_attention(*arguments, (torch.int8, scale))
+    assert torch.equal(actual, quantize(expected.float(), scale, torch.int8))
+    assert torch.equal(scales, scale.expand(len(positions), 1))

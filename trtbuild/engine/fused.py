@@ -111,7 +111,7 @@ class FusedAttention(Fused):
         value_scale: torch.Tensor | None = None,
         quantize: tuple[torch.dtype, torch.Tensor | None] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """The attended values, of chunks as `context_attention` rounds them; None where kernels do not take them."""
+        """The attended values, rounded to 8 bits if `quantize` says how; None where kernels do not take them."""
         from trtbuild.kernels.context_attention import context_attention, write_cache
         from trtbuild.kernels.decode_attention import decode_attention
 
@@ -120,13 +120,12 @@ class FusedAttention(Fused):
         heads, caches = self.split.num_heads, (key_cache, value_cache, key_scale, value_scale)
         if step.generates:
             rows = qkv, cos, sin, factors, position_ids
-            return decode_attention(*rows, *caches, slopes, step.kv_bound, heads), None
+            return decode_attention(*rows, *caches, slopes, step.kv_bound, heads, quantize)
         if step.slots is None:
             return None
         write_cache(qkv, cos, sin, position_ids, query_starts, step.slots, *caches, heads)
-        return context_attention(
-            qkv, cos, sin, factors, query_starts, past_lengths, step.slots, *caches, slopes, heads, quantize
-        )
+        where = query_starts, past_lengths, step.slots, *caches, slopes, heads
+        return context_attention(qkv, cos, sin, factors, *where, quantize)
 
     def kernel(self, step: Step, *args: Any, **inputs: Any) -> Result | None:
         found = self.attend(step, **inputs)
@@ -250,7 +249,7 @@ class FusedSwiGluW8A8(FusedW8A8):
 
 @dataclass(frozen=True, eq=False)
 class FusedAttentionW8A8(FusedAttention, FusedW8A8):
-    """By attention of chunks, where one scale is given."""
+    """By attention, where one scale is given."""
 
     @classmethod
     def kept(cls, node: Node) -> Sequence[str]:

@@ -2,6 +2,10 @@
 
 All of it gives the bits that `Rotate`, `ScaleTokens` and `Attention` give in 16 bits: products of two 16-bit numbers
 are exact in float32, so that it does not matter how a compiler joins them with the sum that follows.
+
+**Pages.** A cache is `[pages, kv_heads, page_size, head_dim]`, and of a table, int32 `[sequences, pages_per_sequence]`,
+entry `j` of a row is the page of its positions from `j * page_size` on. Without a table a sequence is one page, its
+slot. Page 0 is nobody's: entries that are not given are 0, and what rows without a sequence write goes there.
 """
 
 import torch
@@ -16,6 +20,38 @@ def takes(x: torch.Tensor, head_dim: int, cache: torch.Tensor) -> bool:
     """Whether these kernels take activations like `x` over such a cache; where not, there are the operations."""
     known = x.dtype in (torch.float16, torch.bfloat16) and has_type(x.device, cache.dtype)
     return known and head_dim % 8 == 0 and head_dim <= 256
+
+
+def table(pages: torch.Tensor | None, cache: torch.Tensor) -> tuple[torch.Tensor | None, int, int]:
+    """What kernels take of it: itself, entries from row to row, and positions of a page."""
+    return (None, 0, 0) if pages is None else (pages, pages.stride(0), cache.shape[2])
+
+
+@triton.jit
+def page_of(pages, start, end, PAGE: tl.constexpr, BLOCK: tl.constexpr):
+    """The page of a tile, positions `start` to `start + BLOCK`; where tiles do not divide pages, of each of these.
+
+    `pages` is the sequence's row; nothing is looked up from `end` on. Looked up a tile ahead nobody waits for it.
+    """
+    if pages is None:
+        return start
+    elif PAGE % BLOCK == 0:
+        return tl.load(pages + start // PAGE, mask=start < end, other=0)
+    else:
+        at = start + tl.arange(0, BLOCK)
+        return tl.load(pages + at // PAGE, mask=at < end, other=0)
+
+
+@triton.jit
+def origin(pages, page, start, stride, PAGE: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Where position 0 would be, from the cache's first page on, if all were where a tile's positions are."""
+    if pages is None:
+        return 0
+    elif PAGE % BLOCK == 0:
+        return page.to(tl.int64) * stride - start // PAGE * (PAGE * HEAD_DIM)
+    else:
+        at = start + tl.arange(0, BLOCK)
+        return (page.to(tl.int64) * stride - at // PAGE * (PAGE * HEAD_DIM))[:, None]
 
 
 @triton.jit

@@ -11,6 +11,8 @@
     output[i, h] = softmax(keys @ q[i, h] * head_dim**-0.5 + slopes[h] * (arange(n) - p)) @ values
     quantize_rows(output, scale, dtype)                                         without `quantize` the output
 
+With a table `pages` (`trtbuild.kernels.cache`) sequence `b` has its row `slots[b]`.
+
 All lengths are read on the device, so that a captured graph serves many steps: sequence `b` has the rows
 `query_starts[b] .. query_starts[b + 1]` and `past_lengths[b]` positions of earlier steps, and the rows after
 `query_starts[batch]` are padding, for which nothing is read or written. Any mix of sequences is one launch of each.
@@ -25,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-from trtbuild.kernels.cache import rotated, scaled, stored, widened
+from trtbuild.kernels.cache import origin, page_of, rotated, scaled, stored, table, widened
 from trtbuild.kernels.dependent_launch import dependent_launch, trigger, wait
 from trtbuild.kernels.processors import processors
 from trtbuild.kernels.quantize_rows import Quantize, narrow_rows, rounded
@@ -47,20 +49,23 @@ def write_cache(
     key_scale: torch.Tensor | None,
     value_scale: torch.Tensor | None,
     heads: int,
+    pages: torch.Tensor | None = None,
 ) -> None:
     """Of `[tokens, (heads + 2 kv_heads) * head_dim]`, float16 or bfloat16, the keys and values.
 
     `cos` and `sin` `[tokens, head_dim]` as `RotaryEmbedding` makes them, or None; `position_ids` `[tokens]`,
     `query_starts` `[batch + 1]` and `slots` `[batch]`, all int32. Caches `[slots, kv_heads, max_length, head_dim]` in
     float16, bfloat16, or int8 or float8_e4m3fn with scales float32 `[kv_heads]`. `head_dim` a multiple of 8 up to 256.
+    `pages` of caches `[pages, kv_heads, page_size, head_dim]`.
     """
     batch, (_, kv_heads, _, head_dim) = len(slots), key_cache.shape
     block_d = triton.next_power_of_2(head_dim)
     block_h = min(triton.next_power_of_2(kv_heads), max(1, WRITTEN // block_d))
     programs = 2 * triton.cdiv(kv_heads, block_h) * len(qkv)  # in one dimension: others of a grid end at 65535
+    pages, pages_stride, page_size = table(pages, key_cache)
     _cache_write_kernel[(programs,)](
-        qkv, cos, sin, position_ids, query_starts, slots, key_cache, value_cache, key_scale, value_scale,
-        batch, qkv.stride(0), *key_cache.stride()[:2],
+        qkv, cos, sin, position_ids, query_starts, slots, key_cache, value_cache, key_scale, value_scale, pages,
+        batch, qkv.stride(0), *key_cache.stride()[:2], pages_stride, PAGE=page_size,
         HEADS=heads, KV_HEADS=kv_heads, BLOCK_H=block_h, HALF=head_dim // 2, BLOCK_HALF=block_d // 2,
         BATCH=max(16, triton.next_power_of_2(batch)), num_warps=4, **dependent_launch(qkv.device),
     )  # fmt: skip
@@ -81,6 +86,7 @@ def context_attention(
     slopes: torch.Tensor | None,
     heads: int,
     quantize: Quantize = None,
+    pages: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What `write_cache` was given, to `[tokens, heads * head_dim]` and, where that is rounded to 8 bits, its scales.
 
@@ -93,10 +99,11 @@ def context_attention(
     rows = 128 if key_cache.dtype.itemsize == 1 and tokens * heads >= 256 * processors(qkv.device) else 64
     block_d = max(16, triton.next_power_of_2(head_dim))
     blocks = (tokens + batch * (rows - 1)) // rows  # there are no more, however long the sequences are
+    pages, pages_stride, page_size = table(pages, key_cache)
     _context_attention_kernel[heads, blocks](
         qkv, cos, sin, factors, key_cache, value_cache, key_scale, value_scale, query_starts, past_lengths, slots,
-        slopes, output, scales, given,
-        batch, qkv.stride(0), *key_cache.stride()[:2], head_dim**-0.5 * math.log2(math.e),
+        slopes, pages, output, scales, given,
+        batch, qkv.stride(0), *key_cache.stride()[:2], pages_stride, head_dim**-0.5 * math.log2(math.e), PAGE=page_size,
         HEADS=heads, GROUP=heads // kv_heads, HALF=head_dim // 2, BLOCK_HALF=block_d // 2, LIMIT=limit,
         BATCH=max(16, triton.next_power_of_2(batch)), BLOCK_M=rows, BLOCK_N=min(64, READ // block_d),
         num_warps=rows // 16, num_stages=3, **dependent_launch(qkv.device),
@@ -106,10 +113,10 @@ def context_attention(
 
 @triton.jit
 def _cache_write_kernel(
-    qkv, cos, sin, position_ids, query_starts, slots, key_cache, value_cache, key_scale, value_scale,
-    batch, qkv_stride, cache_stride, cache_head_stride,
+    qkv, cos, sin, position_ids, query_starts, slots, key_cache, value_cache, key_scale, value_scale, pages,
+    batch, qkv_stride, cache_stride, cache_head_stride, pages_stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_H: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
-    BATCH: tl.constexpr, DEPENDENT: tl.constexpr,
+    BATCH: tl.constexpr, PAGE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Some heads of one token: keys or values."""
     trigger(DEPENDENT)
@@ -124,7 +131,11 @@ def _cache_write_kernel(
     head = part % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
     d = tl.arange(0, BLOCK_HALF)
     keys = qkv + token * qkv_stride + HEADS * 2 * HALF
-    there = tl.load(slots + b).to(tl.int64) * cache_stride + tl.load(position_ids + token) * 2 * HALF
+    there, position = tl.load(slots + b).to(tl.int64), tl.load(position_ids + token)
+    if pages is not None:
+        there = tl.load(pages + there * pages_stride + position // PAGE).to(tl.int64)
+        position %= PAGE
+    there = there * cache_stride + position * 2 * HALF
     if part < blocks:
         inside = (head[:, None] < KV_HEADS) & (d[None, :] < HALF)
         first, second = _rotated(keys + head[:, None] * (2 * HALF), cos, sin, token, d[None, :], inside, HALF)
@@ -164,9 +175,10 @@ def _store(to, head_stride, scale, first, second, head, d, HEADS: tl.constexpr, 
 @triton.jit
 def _context_attention_kernel(
     qkv, cos, sin, factors, key_cache, value_cache, key_scale, value_scale, query_starts, past_lengths, slots,
-    slopes, output, scales, given, batch, qkv_stride, cache_stride, cache_head_stride, score_scale,
+    slopes, pages, output, scales, given,
+    batch, qkv_stride, cache_stride, cache_head_stride, pages_stride, score_scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, LIMIT: tl.constexpr,
-    BATCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DEPENDENT: tl.constexpr,
+    BATCH: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Scores are in units of log 2, so that `exp2` does for the softmax."""
     trigger(DEPENDENT)
@@ -195,7 +207,11 @@ def _context_attention_kernel(
         factor = tl.load(factors + token, mask=row < length, other=0.0)[:, None]
         low, high = scaled(low, factor), scaled(high, factor)
     queries = tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), (BLOCK_M, 2 * BLOCK_HALF))
-    start_of_head = slot * cache_stride + (head // GROUP) * cache_head_stride
+    start_of_head = (head // GROUP) * cache_head_stride
+    if pages is None:
+        start_of_head = slot * cache_stride + start_of_head
+    else:
+        pages += slot * pages_stride
     key_cache += start_of_head
     value_cache += start_of_head
     if key_scale is not None:
@@ -212,12 +228,12 @@ def _context_attention_kernel(
     seen_by_all = (past + first + 1) // BLOCK_N * BLOCK_N
     end = past + tl.minimum(first + BLOCK_M, length)
     state = _over(
-        state, queries, key_cache, value_cache, position, slope, score_scale, 0, seen_by_all, end,
-        False, HALF, BLOCK_HALF, BLOCK_N,
+        state, queries, key_cache, value_cache, pages, cache_stride, position, slope, score_scale,
+        0, seen_by_all, end, False, PAGE, HALF, BLOCK_HALF, BLOCK_N,
     )  # fmt: skip
     state = _over(
-        state, queries, key_cache, value_cache, position, slope, score_scale, seen_by_all, end, end,
-        True, HALF, BLOCK_HALF, BLOCK_N,
+        state, queries, key_cache, value_cache, pages, cache_stride, position, slope, score_scale,
+        seen_by_all, end, end, True, PAGE, HALF, BLOCK_HALF, BLOCK_N,
     )  # fmt: skip
     _, weight_sum, total = state
     scale = 1 / weight_sum
@@ -246,23 +262,28 @@ def _columns(HALF: tl.constexpr, BLOCK_HALF: tl.constexpr):
 
 @triton.jit
 def _over(
-    state, queries, keys, values, position, slope, score_scale, begin, stop, end,
-    MASKED: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_N: tl.constexpr,
+    state, queries, keys, values, pages, cache_stride, position, slope, score_scale, begin, stop, end,
+    MASKED: tl.constexpr, PAGE: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Attends to the positions from `begin` to `stop`; where masked, none beyond a query's own."""
     highest, weight_sum, total = state
     column, real = _columns(HALF, BLOCK_HALF)
+    page = page_of(pages, begin, end, PAGE, BLOCK_N)
     for n in range(begin, stop, BLOCK_N):
         at = n + tl.arange(0, BLOCK_N)
         places = at[:, None] * (2 * HALF) + column[None, :]
+        held = origin(pages, page, n, cache_stride, PAGE, BLOCK_N, 2 * HALF)
+        page = page_of(pages, n + BLOCK_N, end, PAGE, BLOCK_N)
         if MASKED:
             inside = (at[:, None] < end) & real[None, :]
-            k, v = tl.load(keys + places, mask=inside, other=0.0), tl.load(values + places, mask=inside, other=0.0)
+            k = tl.load(keys + held + places, mask=inside, other=0.0)
+            v = tl.load(values + held + places, mask=inside, other=0.0)
         elif HALF == BLOCK_HALF:
-            k, v = tl.load(keys + places), tl.load(values + places)
+            k, v = tl.load(keys + held + places), tl.load(values + held + places)
         else:
             inside = real[None, :]
-            k, v = tl.load(keys + places, mask=inside, other=0.0), tl.load(values + places, mask=inside, other=0.0)
+            k = tl.load(keys + held + places, mask=inside, other=0.0)
+            v = tl.load(values + held + places, mask=inside, other=0.0)
         scores = tl.dot(queries, widened(k, queries).T)
         if slope is not None:
             scores = scores * score_scale + slope * (at[None, :] - position[:, None])

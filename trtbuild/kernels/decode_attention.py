@@ -7,6 +7,9 @@ and its KV head `g = h // (heads / kv_heads)`, with `p = position_ids[b]` and `n
     key_cache[b, g, p], value_cache[b, g, p] = k[b, g], v[b, g]                 rounded as the caches are
     keys, values = key_cache[b, g, :n] * key_scale[g], value_cache[b, g, :n] * value_scale[g]
     output[b, h] = softmax(keys @ q[b, h] * head_dim**-0.5 + slopes[h] * (arange(n) - p)) @ values
+    quantize_rows(output, scale, dtype)                                         without `quantize` the output
+
+With a table `pages` (`trtbuild.kernels.cache`) sequence `b` has its row `b`.
 
 A step reads the cache and little else, and one sequence has fewer KV heads than a GPU has multiprocessors. So the cache
 is split along its length: a program attends over one part for all query heads of a KV head, and the program that ends
@@ -28,9 +31,10 @@ import torch
 import triton
 import triton.language as tl
 
-from trtbuild.kernels.cache import rotated, scaled, stored, widened
+from trtbuild.kernels.cache import origin, page_of, rotated, scaled, stored, table, widened
 from trtbuild.kernels.dependent_launch import dependent_launch, trigger, wait
 from trtbuild.kernels.processors import processors
+from trtbuild.kernels.quantize_rows import Quantize, narrow_rows, rounded
 
 MIN_PART = 128  # positions; a shorter part costs more in merging than it gains
 READ = 8192  # values of a tile of keys or values
@@ -53,13 +57,18 @@ def decode_attention(
     slopes: torch.Tensor | None,
     kv_bound: int,
     heads: int,
-) -> torch.Tensor:
-    """`[batch, (heads + 2 kv_heads) * head_dim]`, float16 or bfloat16, to `[batch, heads * head_dim]`; caches in place.
+    quantize: Quantize = None,
+    pages: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`[batch, (heads + 2 kv_heads) * head_dim]`, float16 or bfloat16, to `[batch, heads * head_dim]` and, where that
+    is rounded to 8 bits, its scales; caches in place.
 
     `cos` and `sin` `[batch, head_dim]` as `RotaryEmbedding` makes them, or None; `factors` `[batch]` of the queries, or
     None; `position_ids` int32 `[batch]`, all below `kv_bound`. Caches `[slots, kv_heads, max_length, head_dim]`, of
     which sequence `b` has slot `b`, in float16, bfloat16, or int8 or float8_e4m3fn with scales float32 `[kv_heads]`;
     for ALiBi `slopes`, float32 `[heads]`. `head_dim` a multiple of 8 up to 256.
+    `quantize`: int8 or float8_e4m3fn, and a scale, float32 `[1]`; the scales are that one, `[batch, 1]`.
+    `pages` of caches `[pages, kv_heads, page_size, head_dim]`.
     """
     _, kv_heads, _, head_dim = key_cache.shape
     group, grid, block_d = heads // kv_heads, len(qkv) * kv_heads, max(16, triton.next_power_of_2(head_dim))
@@ -80,17 +89,19 @@ def decode_attention(
         parts = max(1, min(programs // grid, triton.cdiv(kv_bound - 1, MIN_PART)))
     return _launch(
         qkv, cos, sin, factors, position_ids, key_cache, value_cache, key_scale, value_scale, slopes, heads, parts,
-        MIN_PART=MIN_PART, PLAIN=group == 1, BLOCK_H=block_h, LATE=group == 1 and len(qkv) > 1, **options,
+        quantize, pages, MIN_PART=MIN_PART, PLAIN=group == 1, BLOCK_H=block_h, LATE=group == 1 and len(qkv) > 1,
+        **options,
     )  # fmt: skip
 
 
 def _launch(
     qkv, cos, sin, factors, position_ids, key_cache, value_cache, key_scale, value_scale, slopes, heads, parts,
-    BLOCK_H, **options,
+    quantize, pages, BLOCK_H, **options,
 ):  # fmt: skip
     _, kv_heads, _, head_dim = key_cache.shape
     batch, group = len(qkv), heads // kv_heads
-    output = qkv.new_empty(batch, heads * head_dim)
+    output, scales, given, limit = narrow_rows(qkv, heads * head_dim, quantize)
+    pages, pages_stride, page_size = table(pages, key_cache)
     partial = sums = counters = None  # one part is the result
     if parts > 1:
         partial = qkv.new_empty(batch, heads, parts, head_dim, dtype=torch.float32)
@@ -99,13 +110,13 @@ def _launch(
     block_d, block_g = max(16, triton.next_power_of_2(head_dim)), triton.next_power_of_2(group)
     _decode_attention_kernel[parts, kv_heads, batch](
         qkv, cos, sin, factors, position_ids, key_cache, value_cache, key_scale, value_scale, slopes,
-        output, partial, sums, counters,
-        qkv.stride(0), *key_cache.stride()[:2], head_dim**-0.5 * math.log2(math.e),
-        KV_HEADS=kv_heads, GROUP=group, BLOCK_H=BLOCK_H, HEAD_DIM=head_dim, BLOCK_D=block_d,
-        BLOCK_G=block_g, MERGED=max(1, min(16, MERGED // (block_g * block_d))),
+        pages, output, scales, given, partial, sums, counters,
+        qkv.stride(0), *key_cache.stride()[:2], pages_stride, head_dim**-0.5 * math.log2(math.e),
+        PAGE=page_size, LIMIT=limit, KV_HEADS=kv_heads, GROUP=group, BLOCK_H=BLOCK_H, HEAD_DIM=head_dim,
+        BLOCK_D=block_d, BLOCK_G=block_g, MERGED=max(1, min(16, MERGED // (block_g * block_d))),
         **options, **dependent_launch(qkv.device),
     )  # fmt: skip
-    return output
+    return output, scales
 
 
 @functools.cache
@@ -117,8 +128,9 @@ def _counters(device: torch.device) -> torch.Tensor:
 @triton.jit
 def _decode_attention_kernel(
     qkv, cos, sin, factors, position_ids, key_cache, value_cache, key_scale, value_scale, slopes,
-    output, partial, sums, counters,
-    qkv_stride, cache_stride, cache_head_stride, score_scale,
+    pages, output, scales, given, partial, sums, counters,
+    qkv_stride, cache_stride, cache_head_stride, pages_stride, score_scale,
+    PAGE: tl.constexpr, LIMIT: tl.constexpr,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_H: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_G: tl.constexpr, MERGED: tl.constexpr, MIN_PART: tl.constexpr, PLAIN: tl.constexpr, BLOCK: tl.constexpr,
     STAGES: tl.constexpr, LATE: tl.constexpr, DEPENDENT: tl.constexpr,
@@ -140,10 +152,19 @@ def _decode_attention_kernel(
     newest = part == parts - 1
 
     at = begin + tl.arange(0, BLOCK)
-    start_of_head = b * cache_stride + kv_head * cache_head_stride
+    start_of_head = kv_head * cache_head_stride
+    own = past * HEAD_DIM  # from the head's start on, where the new position is
+    if pages is None:
+        start_of_head = b * cache_stride + start_of_head
+    else:
+        pages += b * pages_stride
+        own = tl.load(pages + past // PAGE).to(tl.int64) * cache_stride + past % PAGE * HEAD_DIM
     key_cache += start_of_head
     value_cache += start_of_head
-    k, v = _tile(key_cache, at, d, end, HEAD_DIM), _tile(value_cache, at, d, end, HEAD_DIM)
+    page = page_of(pages, begin, end, PAGE, BLOCK)
+    held = origin(pages, page, begin, cache_stride, PAGE, BLOCK, HEAD_DIM)
+    k, v = _tile(key_cache + held, at, d, end, HEAD_DIM), _tile(value_cache + held, at, d, end, HEAD_DIM)
+    page = page_of(pages, begin + BLOCK, end, PAGE, BLOCK)  # the next tile's
     k_factor, v_factor = None, None
     if key_scale is not None:
         k_factor, v_factor = tl.load(key_scale + kv_head), tl.load(value_scale + kv_head)
@@ -175,8 +196,8 @@ def _decode_attention_kernel(
     own_v = tl.load(new_k + KV_HEADS * HEAD_DIM + d, mask=in_head & newest, other=0.0)
     own_k = stored(own_k, k_factor, key_cache.dtype.element_ty)
     own_v = stored(own_v, v_factor, value_cache.dtype.element_ty)
-    tl.store(key_cache + past * HEAD_DIM + d, own_k, mask=in_head & newest)
-    tl.store(value_cache + past * HEAD_DIM + d, own_v, mask=in_head & newest)
+    tl.store(key_cache + own + d, own_k, mask=in_head & newest)
+    tl.store(value_cache + own + d, own_v, mask=in_head & newest)
     # Read as the cache is: ptxas 12.8 lost every fourth value of FP8's own conversion of what was just rounded.
     own_k, own_v = widened(own_k, q).to(tl.float32), widened(own_v, q).to(tl.float32)
     own_score = tl.sum(q.to(tl.float32) * own_k, len(q.shape) - 1) * score_scale
@@ -193,15 +214,19 @@ def _decode_attention_kernel(
         if STAGES == 1:
             for start in tl.range(begin, end, BLOCK, num_stages=1):  # the next tile comes into registers meanwhile
                 at = start + tl.arange(0, BLOCK)
-                next_k = _tile(key_cache, at + BLOCK, d, end, HEAD_DIM)
-                next_v = _tile(value_cache, at + BLOCK, d, end, HEAD_DIM)
+                held = origin(pages, page, start + BLOCK, cache_stride, PAGE, BLOCK, HEAD_DIM)
+                page = page_of(pages, start + 2 * BLOCK, end, PAGE, BLOCK)
+                next_k = _tile(key_cache + held, at + BLOCK, d, end, HEAD_DIM)
+                next_v = _tile(value_cache + held, at + BLOCK, d, end, HEAD_DIM)
                 rows = _plain(rows, wide_q, k, v, at, past, end, slope, q)
                 k, v = next_k, next_v
         else:
             rows = _plain(rows, wide_q, k, v, at, past, end, slope, q)
             for start in tl.range(begin + BLOCK, end, BLOCK, num_stages=STAGES):
                 at = start + tl.arange(0, BLOCK)
-                k, v = _tile(key_cache, at, d, end, HEAD_DIM), _tile(value_cache, at, d, end, HEAD_DIM)
+                held = origin(pages, page, start, cache_stride, PAGE, BLOCK, HEAD_DIM)
+                page = page_of(pages, start + BLOCK, end, PAGE, BLOCK)
+                k, v = _tile(key_cache + held, at, d, end, HEAD_DIM), _tile(value_cache + held, at, d, end, HEAD_DIM)
                 rows = _plain(rows, wide_q, k, v, at, past, end, slope, q)
         highest = tl.full((1,), tl.max(rows[0], 0), tl.float32)
         weights = tl.exp2(rows[0] - highest)
@@ -215,7 +240,9 @@ def _decode_attention_kernel(
         state = _dots(state, q, k, v, at, past, end, slope, score_scale)
         for start in tl.range(begin + BLOCK, end, BLOCK, num_stages=STAGES):
             at = start + tl.arange(0, BLOCK)
-            k, v = _tile(key_cache, at, d, end, HEAD_DIM), _tile(value_cache, at, d, end, HEAD_DIM)
+            held = origin(pages, page, start, cache_stride, PAGE, BLOCK, HEAD_DIM)
+            page = page_of(pages, start + BLOCK, end, PAGE, BLOCK)
+            k, v = _tile(key_cache + held, at, d, end, HEAD_DIM), _tile(value_cache + held, at, d, end, HEAD_DIM)
             state = _dots(state, q, k, v, at, past, end, slope, score_scale)
         highest, weight_sum, total = state
     if LATE:
@@ -230,7 +257,8 @@ def _decode_attention_kernel(
     output += b * KV_HEADS * GROUP * HEAD_DIM
     if partial is None or parts == 1:
         result = output + head[:, None] * HEAD_DIM + d[None, :]
-        tl.store(result, (total / weight_sum[:, None]).to(output.dtype.element_ty), mask=real)
+        attended = (total / weight_sum[:, None]).to(qkv.dtype.element_ty)
+        _store(result, attended, scales, given, b, kv_head, real, LIMIT)
     else:
         row = (b * KV_HEADS + kv_head) * GROUP * tl.num_programs(0)  # the group's first
         weight_sums = sums + tl.num_programs(2) * KV_HEADS * GROUP * tl.num_programs(0)
@@ -244,7 +272,9 @@ def _decode_attention_kernel(
             tl.debug_barrier()
             tl.store(counters + b * KV_HEADS + kv_head, 0)
             output += kv_head * GROUP * HEAD_DIM
-            _merge(sums, weight_sums, partial, output, row, parts, d, GROUP, HEAD_DIM, BLOCK_G, MERGED)
+            merged, there = _merge(sums, weight_sums, partial, row, parts, d, GROUP, HEAD_DIM, BLOCK_G, MERGED)
+            to = output + tl.arange(0, BLOCK_G)[:, None] * HEAD_DIM + d[None, :]
+            _store(to, merged.to(qkv.dtype.element_ty), scales, given, b, kv_head, there, LIMIT)
 
 
 @triton.jit
@@ -259,10 +289,11 @@ def _head(x, at, partner, cos, sin, inside):
 
 @triton.jit
 def _merge(
-    sums, weight_sums, partial, output, row, parts, d,
+    sums, weight_sums, partial, row, parts, d,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_G: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
-    """A group's output, of parts that begin at `row`; other programs wrote them, so they are read past the L1 cache."""
+    """A group's output and which of it is there, of parts that begin at `row`; other programs wrote them, so they are
+    read past the L1 cache."""
     member = tl.arange(0, BLOCK_G)
     highest = tl.full((BLOCK_G,), LOWEST, tl.float32)
     weight_sum = tl.zeros((BLOCK_G,), tl.float32)
@@ -283,8 +314,18 @@ def _merge(
         total = total * shrink[:, None] + tl.sum(values * weights[:, :, None], 0)
         highest = higher
     real = (member[:, None] < GROUP) & (d[None, :] < HEAD_DIM)
-    merged = total / tl.where(member < GROUP, weight_sum, 1.0)[:, None]
-    tl.store(output + member[:, None] * HEAD_DIM + d[None, :], merged.to(output.dtype.element_ty), mask=real)
+    return total / tl.where(member < GROUP, weight_sum, 1.0)[:, None], real
+
+
+@triton.jit
+def _store(to, attended, scales, given, b, kv_head, inside, LIMIT: tl.constexpr):
+    """What a group has attended to, rounded to 8 bits if a scale is given."""
+    if given is not None:
+        scale = tl.load(given)
+        attended = rounded(attended, scale, LIMIT, to.dtype.element_ty)
+        if kv_head == 0:
+            tl.store(scales + b, scale)
+    tl.store(to, attended, mask=inside)
 
 
 @triton.jit
