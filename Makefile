@@ -4,12 +4,16 @@
 # Linux wheels of torch on PyPI hold CUDA; for the small CPU build: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 PYTHON ?= python3
 BIN := .venv/bin
+OLDEST := $(shell sed -n 's/^requires-python = ">=\(.*\)"/\1/p' pyproject.toml)
 DEMO := results/smollm2-135m
 
 .PHONY: demo test test-fast fuzz lint clean
 
+# The environment begins anew where another Python made it.
 .venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -c "import sys; v = (*map(int, '$(OLDEST)'.split('.')),); sys.version_info >= v or sys.exit('error: \
+	$(PYTHON) is Python %d.%d, too old; call make with $(OLDEST) or later: make PYTHON=python3.12' % sys.version_info[:2])"
+	$(PYTHON) -m venv $$(test "$$($(BIN)/python -V 2>&1)" = "$$($(PYTHON) -V)" || echo --clear) .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[workflow,cluster,tensorrt-rtx,mpi,test]'
 	touch $@
