@@ -89,10 +89,12 @@ def interpreted(monkeypatch):
 
 
 def logits(tested: PortableSession) -> torch.Tensor:
-    """Of a step of many rows, padded, a generation step, one of few rows that go on in another slot, and one row's."""
+    """Of a step of many rows, padded, a generation step, one of few rows that go on in another slot, one row's, and
+    generation steps of many rows."""
     rows = [tested.prefill([[3, 1], [4]]), tested.decode(torch.tensor([7, 8]).int())]
     rows.append(tested.step([Chunk([5, 9], 2, past=2, slot=1)]))
     rows += [tested.prefill([[2]]), tested.decode(torch.tensor([6]).int())]
+    rows += [tested.prefill([[2], [5], [1]]), tested.decode(torch.tensor([6, 1, 7]).int())]
     return torch.cat([x.clone() for x in rows])
 
 
