@@ -107,10 +107,11 @@ def logits(session: Session) -> torch.Tensor:
 
 
 def tokens(session: Session) -> list[list[int]]:
-    """Greedy and drawn ones; more prompts than a batch holds."""
+    """Greedy, drawn and beams' ones; more prompts than a batch holds."""
     prompts = [[10 * i + j for j in range(1 + i)] for i in range(6)]
     drawn = SamplingParams(8, temperature=0.8, top_p=0.9, repetition_penalty=1.1, seed=3)
-    results = [generate(session, prompts, params) for params in (SamplingParams(8), drawn)]
+    beams = SamplingParams(8, num_beams=2, num_return_sequences=2, eos_token_ids=tuple(range(0, 320, 10)))
+    results = [generate(session, prompts, params) for params in (SamplingParams(8), drawn, beams)]
     return [output.output_ids for outputs in results for output in outputs]
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from trtbuild.errors import UserError
+from trtbuild.runtime.beams import beam_search
 from trtbuild.runtime.sampling import SamplingParams
 from trtbuild.runtime.session import Session
 
@@ -14,10 +15,11 @@ END = object()
 
 @dataclass
 class Output:
-    """A continuation of a prompt. `finish_reason`: `eos`, `stop` (a stop word) or `length`."""
+    """A continuation of a prompt. `finish_reason`: `eos`, `stop` (a stop word) or `length`. `score`: beam search's."""
 
     output_ids: list[int] = field(default_factory=list)
     finish_reason: str = ""
+    score: float | None = None
 
 
 @torch.inference_mode()
@@ -31,9 +33,9 @@ def generate(
     """Continues every prompt (token ids); more than `max_batch_size` are run in several batches.
 
     Each has `num_return_sequences` outputs, one after the other. `decode` turns ids into text and is needed for stop
-    words. `on_token(output's index, token)` is called as tokens come. `output_ids` ends with the end-of-sequence token
-    if there was one. Raises `UserError` for a prompt, an output length or a bad word that is not the engine's, before
-    anything runs, and where numbers are not finite.
+    words. `on_token(output's index, token)` is called as tokens come, which beams do not. `output_ids` ends with the
+    end-of-sequence token if there was one. Raises `UserError` for a prompt, an output length or a bad word that is not
+    the engine's, before anything runs, and where numbers are not finite.
     """
     limits = session.limits
     if params.max_output_len > limits.max_output_len:
@@ -48,6 +50,8 @@ def generate(
     for word in params.bad_words:
         if not 0 <= min(word) <= max(word) < session.vocab_size:
             raise UserError(f"the bad word {list(word)} is outside the engine's vocabulary of {session.vocab_size}")
+    if params.num_beams > 1:
+        return _search(session, prompts, params)
     prompts = [prompt for prompt in prompts for _ in range(params.num_return_sequences)]
     outputs = [Output() for _ in prompts]
     for first in range(0, len(prompts), limits.max_batch_size):
@@ -59,6 +63,14 @@ def generate(
             first = batch.stop
         while going:
             going = [one for one in going if next(one, END) is not END]
+    return outputs
+
+
+def _search(session: Session, prompts: list[list[int]], params: SamplingParams) -> list[Output]:
+    size, outputs = max(1, session.limits.max_batch_size // params.num_beams), []
+    for first in range(0, len(prompts), size):
+        for found in beam_search(session, prompts[first : first + size], params):
+            outputs += [Output(ids, _finish_reason(ids, params, None), score) for ids, score in found]
     return outputs
 
 

@@ -31,6 +31,13 @@ class KVCache:
         part.buffers = self.views(len(slots), slots.start)
         return part
 
+    def copy_slots(self, sources: torch.Tensor, first: int, end: int) -> None:
+        """Slot i becomes what slot `sources[i]` is, an integer tensor's, at the positions from `first` to `end`."""
+        for buffer in self.buffers.values():
+            held = buffer.view(torch.int8) if buffer.dtype.itemsize == 1 else buffer  # torch does not index all of FP8
+            held = held[:, :, first:end]
+            held[: len(sources)] = held[sources]
+
     def sum_of_keys(self, batch_size: int, length: int) -> torch.Tensor:
         """Float32 sum of the first `length` keys in float16, of which any that is not finite makes it so.
 

@@ -106,6 +106,12 @@ class RanksSession(PortableSession):
         self._started = [self._start("decode", len(tokens), self.lengths)]
         return None
 
+    def multiply(self, count: int) -> None:
+        self._all("multiply", count)
+
+    def rearrange(self, sources: torch.Tensor, first: int = 0) -> None:
+        self._all("rearrange", sources.tolist(), first)
+
     def _sum_of_keys(self, batch_size: int, length: int) -> torch.Tensor:
         self._receive()
         return self._all("sum_of_keys", batch_size, length)
@@ -176,6 +182,12 @@ class RanksSession(PortableSession):
         if self.mapping.is_first:
             tokens = self.ranks.broadcast(tokens, self.mapping.tp_size)
         return self._back(super()._decode(tokens))
+
+    def _all_multiply(self, count: int) -> None:
+        super().multiply(count)
+
+    def _all_rearrange(self, sources: list[int], first: int) -> None:
+        super().rearrange(torch.tensor(sources, device=self.device), first)
 
     def _all_sum_of_keys(self, batch_size: int, length: int) -> torch.Tensor | None:
         sums = self.world.gather(self.cache.sum_of_keys(batch_size, length).item())

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import isfinite
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -12,6 +12,7 @@ from trtbuild import kernels
 from trtbuild.errors import UserError
 from trtbuild.runtime.token_ring import TokenRing
 
+MAX_BEAMS = 8
 ANY = -1  # no token: before a bad word, one that may be any; before a sequence, one that is none
 
 
@@ -39,7 +40,9 @@ class SamplingParams:
     prompt or the output. The order is that of Hugging Face: penalties, what must not come, temperature, top-k, top-p.
 
     Each prompt is continued `num_return_sequences` times, in neighbouring outputs. Output i is drawn with `seed` + i,
-    and its tokens depend on that, its logits and nothing else. Raises `UserError` for what cannot be.
+    and its tokens depend on that, its logits and nothing else. With more than one of `num_beams` they are the best that
+    beam search finds; `length_penalty` and `early_stopping` are Hugging Face's (`runtime/beams.py`). Raises `UserError`
+    for what cannot be.
     """
 
     max_output_len: int = 100
@@ -55,6 +58,9 @@ class SamplingParams:
     min_output_len: int = 0
     bad_words: tuple[tuple[int, ...], ...] = ()
     num_return_sequences: int = 1
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
 
     def __post_init__(self) -> None:
         for valid, message in (
@@ -79,9 +85,27 @@ class SamplingParams:
                 self.num_return_sequences >= 1,
                 f"num_return_sequences is {self.num_return_sequences}; it must be at least 1",
             ),
+            (1 <= self.num_beams <= MAX_BEAMS, f"num_beams is {self.num_beams}; it must be 1 to {MAX_BEAMS}"),
             (
-                self.num_return_sequences == 1 or self.temperature > 0,
-                f"{self.num_return_sequences} greedy outputs of a prompt would be equal; give a temperature above 0",
+                self.num_beams == 1 or self.temperature == 0,
+                f"temperature {self.temperature} draws tokens and beam search does not; give one of them",
+            ),
+            (
+                self.num_beams == 1 or not self.stop_words,
+                "stop words do not end a beam; leave them out, or num_beams",
+            ),
+            (
+                self.num_beams == 1 or self.num_return_sequences <= self.num_beams,
+                f"num_return_sequences {self.num_return_sequences} is more than the {self.num_beams} beams",
+            ),
+            (isfinite(self.length_penalty), f"length_penalty is {self.length_penalty}; it must be a number"),
+            (
+                self.early_stopping in (False, True, "never"),
+                f"early_stopping is {self.early_stopping!r}; it must be True, False or 'never'",
+            ),
+            (
+                self.num_return_sequences == 1 or self.temperature > 0 or self.num_beams > 1,
+                f"{self.num_return_sequences} greedy outputs of a prompt would be equal; give a temperature, or beams",
             ),
         ):
             if not valid:
@@ -171,6 +195,16 @@ class Sampler:
         if self.kind.bad_words[0]:
             self._recent.copy_(torch.cat((self._recent[:, 1:], self.tokens[:, None]), 1))
         return self.tokens
+
+    @torch.inference_mode()
+    def follow(self, rows: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Row i goes on as row `rows[i]` (int64 `[batch]`) with a token that something else chose (int32 `[batch]`)."""
+        self._places += 1
+        if self._seen is not None:
+            self._seen.copy_(self._seen[rows])
+            self._seen[torch.arange(len(rows)), tokens] += 2
+        if self.kind.bad_words[0]:
+            self._recent.copy_(torch.cat((self._recent[rows, 1:], tokens[:, None]), 1))
 
     def processed(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits after penalties, what must not come, temperature and filters; greedy sampling has the first two."""

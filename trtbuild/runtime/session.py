@@ -243,13 +243,34 @@ class PortableSession(Session):
         self._batches: dict[int, dict[str, torch.Tensor]] = {}
         self._samplers: dict[tuple[int, Kind], Sampler] = {}
 
-    def _step(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:
-        batch = len(self.lengths)
-        self._decode_state = self._state(batch)
+    @torch.inference_mode()
+    def multiply(self, count: int) -> None:
+        """Each sequence is there `count` times, in neighbouring slots."""
+        sources = torch.arange(len(self.lengths), device=self.device).repeat_interleave(count)
+        self.cache.copy_slots(sources, 0, max(self.lengths))
+        self.lengths, self.prompt_lengths = (
+            [length for length in lengths for _ in range(count)] for lengths in (self.lengths, self.prompt_lengths)
+        )
+        self._begin_generation()
+
+    @torch.inference_mode()
+    def rearrange(self, sources: torch.Tensor, first: int = 0) -> None:
+        """Slot i goes on with the sequence of slot `sources[i]`, int64 `[slots]` on the session's device, which is as
+        long as its own and has the same prompt and the same `first` positions.
+        """
+        self.cache.copy_slots(sources, first, max(self.lengths))
+
+    def _begin_generation(self) -> None:
+        """Hands the lengths to the generation steps that follow."""
+        self._decode_state = self._state(len(self.lengths))
         ends = sent(torch.tensor([self.lengths, self.prompt_lengths], dtype=torch.int32), self.device)
         for name, values in zip(("position_ids", "prompt_lengths"), ends, strict=True):
             if name in self._decode_state:
                 self._decode_state[name].copy_(values)
+
+    def _step(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:
+        self._begin_generation()
+        batch = len(self.lengths)
         rows = sum(len(chunk.tokens) for chunk in chunks)
         size = next((size for size in CAPTURED_ROWS if rows <= size <= self.engine.captured_rows), 0)
         if size and not any(chunk.all_logits for chunk in chunks):
