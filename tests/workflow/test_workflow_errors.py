@@ -184,8 +184,8 @@ def test_no_chat_template_in_what_is_fetched(empty):
     """Nobody knows before; then it is said by the rule that fetches it, long before anything is summarized."""
     del empty.models["tiny"]["chat_template"]
     line = (
-        "error: config/models.yaml: tiny: evaluation.chat is true, but there is no chat_template, nor has the tokenizer "
-        "in dummy weights one; add it, such as tiny.chat_template: plain"
+        "error: config/models.yaml: tiny: evaluation.chat is true, but there is no chat_template, nor has the "
+        "tokenizer in dummy weights one; add it, such as tiny.chat_template: plain"
     )
     failing_rule(empty, "results/tiny/fp32/rouge.json", "tiny/logs/checkpoint.log", line)
     empty.config["evaluation"]["chat"] = False
