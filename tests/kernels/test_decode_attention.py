@@ -23,6 +23,7 @@ CASES = [  # heads, kv_heads, head_dim, positions, max_length, cache
     (3, 3, 40, [128, 129], 140, torch.float16),
     (4, 2, 16, [260, 0], 270, torch.int8),
     (8, 1, 96, [63, 64], 70, FP8),  # one part
+    (16, 16, 16, [40, 70], 80, torch.int8),  # many programs
     (20, 1, 16, [90], 100, torch.float16),  # more heads in a group than a block of rows
 ]
 

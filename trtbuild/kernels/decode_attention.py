@@ -32,12 +32,15 @@ import triton
 import triton.language as tl
 
 from trtbuild.kernels.cache import origin, page_of, rotated, scaled, stored, table, widened
+from trtbuild.kernels.conversion import from_fp8
 from trtbuild.kernels.dependent_launch import dependent_launch, trigger, wait
 from trtbuild.kernels.processors import processors
 from trtbuild.kernels.quantize_rows import Quantize, narrow_rows, rounded
 
 MIN_PART = 128  # positions; a shorter part costs more in merging than it gains
 READ = 8192  # values of a tile of keys or values
+MANY = 8  # programs a multiprocessor
+SHORT = 512  # positions; for no more, half a tile
 MERGED = 4096  # values of parts that a program merges at a time
 COUNTERS = 1 << 16
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -80,6 +83,10 @@ def decode_attention(
         # A program that needs much shared memory cannot start beside the product in front of it.
         in_registers = group == 1 and key_cache.dtype.itemsize == 2
         options = {"BLOCK": min(128, READ // block_d), "STAGES": 1 if in_registers else 3, "num_warps": 4}
+    elif grid >= MANY * processors(qkv.device):
+        # Small programs, of which many share a multiprocessor, begin and end beside each other.
+        block = min(128, (READ if kv_bound > SHORT else READ // 2) // block_d)
+        options = {"BLOCK": block, "STAGES": 3, "num_warps": block * block_d // 2048}
     else:
         warps = 8 if key_cache.dtype.itemsize == 1 else 4  # 8-bit numbers have to be widened
         options = {"BLOCK": min(128, READ // block_d), "STAGES": 3, "num_warps": warps}
@@ -198,8 +205,7 @@ def _decode_attention_kernel(
     own_v = stored(own_v, v_factor, value_cache.dtype.element_ty)
     tl.store(key_cache + own + d, own_k, mask=in_head & newest)
     tl.store(value_cache + own + d, own_v, mask=in_head & newest)
-    # Read as the cache is: ptxas 12.8 lost every fourth value of FP8's own conversion of what was just rounded.
-    own_k, own_v = widened(own_k, q).to(tl.float32), widened(own_v, q).to(tl.float32)
+    own_k, own_v = _just_rounded(own_k, q), _just_rounded(own_v, q)
     own_score = tl.sum(q.to(tl.float32) * own_k, len(q.shape) - 1) * score_scale
     own_score = tl.where(newest, own_score, tl.full((BLOCK_H,), LOWEST, tl.float32))
 
@@ -275,6 +281,15 @@ def _decode_attention_kernel(
             merged, there = _merge(sums, weight_sums, partial, row, parts, d, GROUP, HEAD_DIM, BLOCK_G, MERGED)
             to = output + tl.arange(0, BLOCK_G)[:, None] * HEAD_DIM + d[None, :]
             _store(to, merged.to(qkv.dtype.element_ty), scales, given, b, kv_head, there, LIMIT)
+
+
+@triton.jit
+def _just_rounded(x, like):
+    """What the cache was given, as it is read from there, in float32. Of FP8 ptxas 12.8 lost every fourth value."""
+    if x.dtype == tl.float8e4nv:
+        return from_fp8(x, like).to(tl.float32)
+    else:
+        return widened(x, like).to(tl.float32)
 
 
 @triton.jit
