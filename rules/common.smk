@@ -229,7 +229,7 @@ def baseline_limits():
 
 # What rules ask of a machine (trtbuild/resources.py). It is no parameter: nothing is made again because of it.
 
-DEVICE = "cpu" if config["evaluation"]["device"] == "cpu" else "cuda"
+DEVICE = needs_of.device_of(config)
 
 
 def needs(of):
@@ -271,22 +271,15 @@ def baseline_needs(model, wildcards, steps):
 
 
 def text_of(wildcards):
-    """About how many tokens all articles have."""
-    return config_of(wildcards)["evaluation"]["dataset"]["samples"] * max(4096, config["build"]["max_input_len"])
+    return needs_of.text_of(config_of(wildcards))
 
 
-def steps_of(wildcards):
-    """Generation steps of all summaries, one after another."""
-    evaluation = config_of(wildcards)["evaluation"]
-    return evaluation["dataset"]["samples"] * evaluation["max_output_len"]
+def summary_steps(wildcards):
+    return needs_of.summary_steps(config_of(wildcards))
 
 
 def benchmark_needs(model, wildcards):
-    """Ten times over: kernels are compiled, steps captured, and the first ones not counted."""
-    sizes = config_of(wildcards)["benchmark"]
-    repeats = 10 * sizes["repeats"]
-    prompts, steps = sizes["batch_size"] * sizes["input_len"] * repeats, sizes["output_len"] * repeats
-    return run_needs(model, wildcards, prompts, steps)
+    return run_needs(model, wildcards, *needs_of.benchmark_work(config_of(wildcards)))
 
 
 def engine_needs(of):

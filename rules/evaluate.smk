@@ -22,7 +22,7 @@ rule summarize:
         tasks=ranks_of,
         tasks_per_gpu=0,
         mpi=launcher_of,
-        **needs(lambda model, wildcards: run_needs(model, wildcards, text_of(wildcards), steps_of(wildcards))),
+        **needs(lambda model, wildcards: run_needs(model, wildcards, text_of(wildcards), summary_steps(wildcards))),
     conda:
         "../config/environment.yaml"
     script:
@@ -44,7 +44,7 @@ rule summarize_hf:
     threads: THREADS
     resources:
         gpu=lambda wildcards: gpus_for(ranks_of_model(wildcards)),
-        **needs(lambda model, wildcards: baseline_needs(model, wildcards, steps_of(wildcards))),
+        **needs(lambda model, wildcards: baseline_needs(model, wildcards, summary_steps(wildcards))),
     conda:
         "../config/environment.yaml"
     script:

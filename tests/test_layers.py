@@ -10,7 +10,7 @@ FLOORS = (
     *("limits", "errors", "processes", "files", "yaml_reader", "layout", "progress", "datasets", "gpus"),
     *("tensors", "tokenizer", "kernels", "network", "linear", "models", "checkpoint", "decoder"),
     *("engine", "runtime", "quantization", "evaluation"),
-    *("rehearsal", "resources", "folder_lock", "workflow", "kept_outputs", "launch", "cli", "__main__"),
+    *("rehearsal", "resources", "folder_lock", "workflow", "planning", "kept_outputs", "launch", "cli", "__main__"),
 )
 
 

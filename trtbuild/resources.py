@@ -49,6 +49,29 @@ class Needs:
 UNKNOWN = Needs(64e9, 4 * 3600)
 
 
+def device_of(settings: dict) -> Device:
+    """Where the rules compute; `settings` is config/config.yaml, as it holds for the model."""
+    return "cpu" if settings["evaluation"]["device"] == "cpu" else "cuda"
+
+
+def text_of(settings: dict) -> int:
+    """About how many tokens all articles have."""
+    return settings["evaluation"]["dataset"]["samples"] * max(4096, settings["build"]["max_input_len"])
+
+
+def summary_steps(settings: dict) -> int:
+    """Generation steps of all summaries, one after another."""
+    return settings["evaluation"]["dataset"]["samples"] * settings["evaluation"]["max_output_len"]
+
+
+def benchmark_work(settings: dict) -> tuple[int, int]:
+    """Tokens of prompts and generation steps, ten times over: kernels are compiled, steps captured, and the first ones
+    not counted."""
+    sizes = settings["benchmark"]
+    repeats = 10 * sizes["repeats"]
+    return sizes["batch_size"] * sizes["input_len"] * repeats, sizes["output_len"] * repeats
+
+
 def checkpoint(config: ModelConfig | None, files: int) -> Needs:
     """One tensor at a time, as published and converted. `files`: bytes of a source that is on this machine.
 

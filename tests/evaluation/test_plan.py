@@ -1,6 +1,7 @@
 """A plan says what an engine holds, to the byte: families, recipes and ranks, and declared models."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ from published_models import QWEN, TINY, baichuan_config
 from trtbuild.decoder.mapping import Mapping
 from trtbuild.engine.build import build_portable
 from trtbuild.engine.config import BuildLimits
+from trtbuild.engine.memory import bytes_per_position
 from trtbuild.engine.portable import read_portable
 from trtbuild.evaluation.plan import cache_of_rank, checkpoint_bytes, constants_of_rank
 from trtbuild.models.families import canonical_config, config_from_hugging_face
+from trtbuild.quantization.declared import declared_network
 from trtbuild.quantization.kv_cache import cache_of
 from trtbuild.quantization.recipe import Recipe
 from trtbuild.rehearsal import dummy_weights, small_calibration
@@ -60,6 +63,9 @@ def test_bytes_of_built_engines(tmp_path, family):
                 network, _ = read_portable(engine)
                 stored = {constant: value.nbytes for constant, value in network.constants.items()}
                 assert constants_of_rank(config, recipe, mapping, LIMITS.max_length) == stored, (name, mapping)
+                declared = declared_network(config, recipe, mapping, LIMITS.max_length)
+                assert declared.to_json() == network.to_json(), (name, mapping)
+                assert {constant: value.nbytes for constant, value in declared.constants.items()} == stored
                 caches = [network.tensors[cache] for cache in network.states]
                 sizes = [LIMITS.max_batch_size * x.size(1) * x.size(2) * x.size(3) * x.dtype.itemsize for x in caches]
                 assert cache_of_rank(config, recipe, mapping, LIMITS) == sum(sizes), (name, mapping)
@@ -76,3 +82,19 @@ def test_bytes_of_published_models():
     assert (
         2 * parameters < sum(sum(rank.values()) for rank in ranks) < 2 * parameters * 1.001
     )  # norms are on every rank
+
+
+def test_networks_of_published_models_hold_what_formulas_say():
+    """What rules ask for and what a plan shows: of all recipes, two layers of real width."""
+    models = yaml.safe_load((Path(__file__).parents[2] / "config/models.yaml").read_text())
+    for name in ("llama2-70b", "qwen7b", "baichuan-v2_13b"):
+        version = models[name]["source"]["hub"].get("model_version")
+        config = config_from_hugging_face(canonical_config(models[name]["config"], name, version), name)
+        config = replace(config, num_hidden_layers=2)
+        for recipe in RECIPES.values():
+            for mapping in (Mapping(), Mapping(4, 1, 3), Mapping(2, 2, 2)):
+                network = declared_network(config, recipe, mapping, LIMITS.max_length)
+                stored = {constant: value.nbytes for constant, value in network.constants.items()}
+                assert constants_of_rank(config, recipe, mapping, LIMITS.max_length) == stored
+                cache = LIMITS.max_batch_size * LIMITS.max_length * bytes_per_position(network)
+                assert cache_of_rank(config, recipe, mapping, LIMITS) == cache

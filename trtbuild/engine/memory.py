@@ -2,7 +2,7 @@
 
 import math
 from bisect import bisect
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,60 +15,80 @@ OTHERS = 512 << 20  # bytes that libraries, kernels and the nodes of captured gr
 WIDENED = {torch.uint8: 4, torch.int8: 2, torch.float8_e4m3fn: 2}  # times that a weight's 16-bit copy is larger
 
 
-def check_memory(network: Network, limits: BuildLimits, free: int) -> None:
-    """Raises `UserError` unless weights, caches and the largest step that the limits allow fit into `free` bytes.
+@dataclass(frozen=True)
+class Memory:
+    """Bytes: of weights, of the KV cache at the largest batch, and of what the largest step holds besides."""
 
-    That step has `max_batch_size` prompts of `max_input_len` tokens, and the logits of one token each.
+    weights: int
+    caches: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.caches + self.step
+
+
+def needed(network: Network, limits: BuildLimits) -> Memory:
+    """What a rank's engine takes on a GPU; nothing of the network is loaded.
+
+    The largest step has `max_batch_size` prompts of `max_input_len` tokens, and the logits of one token each.
     """
+    batch, rows = limits.max_batch_size, limits.max_batch_size * limits.max_input_len
+    # The largest captured step has memory of its own.
+    step = held(network, batch, rows) + held(network, batch, min(rows, captured_rows(network))) + OTHERS
     weights = sum(constant.nbytes for constant in network.constants.values())
+    narrow = (x.nbytes * WIDENED.get(x.dtype, 0) for x in network.constants.values())
+    widened = max(narrow, default=0)
+    return Memory(weights, batch * limits.max_length * bytes_per_position(network), step + 2 * widened)
 
-    def parts(limits: BuildLimits) -> tuple[int, int, int]:
-        return weights, _caches(network, limits), _step(network, limits)
 
-    def fits(**changes: int) -> bool:
-        return sum(parts(replace(limits, **changes))) <= free
+def largest_batch(network: Network, limits: BuildLimits, free: int, at_most: int | None = None) -> int:
+    """How many sequences of the limits' lengths fit into `free` bytes at a time, prompts and all; 0 if not even one."""
+    at_most = at_most or free // (limits.max_length * bytes_per_position(network))
+    sizes = range(1, at_most + 1)
+    return bisect(sizes, False, key=lambda n: needed(network, replace(limits, max_batch_size=n)).total > free)
 
-    if fits():
+
+def check_memory(network: Network, limits: BuildLimits, free: int) -> None:
+    """Raises `UserError` unless weights, caches and the largest step that the limits allow fit into `free` bytes."""
+    memory = needed(network, limits)
+    if memory.total <= free:
         return
-    batch = bisect(range(1, limits.max_batch_size), False, key=lambda n: not fits(max_batch_size=n))
-    length = bisect(range(1, limits.max_input_len), False, key=lambda n: not fits(max_batch_size=1, max_input_len=n))
+    batch = largest_batch(network, limits, free, limits.max_batch_size)
+    one = replace(limits, max_batch_size=1)
+    lengths = range(1, limits.max_input_len)
+    length = bisect(lengths, False, key=lambda n: needed(network, replace(one, max_input_len=n)).total > free)
     right = "the weights alone need fewer bits or more GPUs"
     if batch or length:
         change = f"max-batch-size {batch}" if batch else f"max-batch-size 1 --max-input-len {length}"
         right = f"build it with --{change}"
-    sizes = parts(limits)
-    whole, of_weights, of_caches, of_step, there = (f"{size / 1e9:.1f}" for size in (sum(sizes), *sizes, free))
+    sizes = memory.total, memory.weights, memory.caches, memory.step, free
+    whole, of_weights, of_caches, of_step, there = (f"{size / 1e9:.1f}" for size in sizes)
     raise UserError(
         f"the engine needs {whole} GB of GPU memory (weights {of_weights}, caches of {limits.max_batch_size} x "
         f"{limits.max_length} positions {of_caches}, the largest step {of_step}) and {there} are free; {right}"
     )
 
 
-def _caches(network: Network, limits: BuildLimits) -> int:
+def bytes_per_position(network: Network) -> int:
+    """Of keys and values of one position of one sequence, in all of a rank's layers."""
     tensors = [network.tensors[name] for name in network.states]
-    per_position = sum(tensor.size(1) * tensor.size(3) * tensor.dtype.itemsize for tensor in tensors)
-    return limits.max_batch_size * limits.max_length * per_position
+    return sum(tensor.size(1) * tensor.size(3) * tensor.dtype.itemsize for tensor in tensors)
 
 
-def _step(network: Network, limits: BuildLimits) -> int:
-    """What the largest step, and the largest captured one, which has memory of its own, hold at a time."""
-    batch, rows = limits.max_batch_size, limits.max_batch_size * limits.max_input_len
-    return _held(network, batch, rows) + _held(network, batch, min(rows, captured_rows(network))) + OTHERS
-
-
-def _held(network: Network, batch: int, tokens: int) -> int:
-    """What a step holds at a time besides caches, and a weight that is widened for it."""
+def held(network: Network, batch: int, tokens: int) -> int:
+    """What a step's operations hand on and hold at a time, without caches and weights."""
     sizes = {"tokens": tokens, "batch": batch, "rows": batch, "starts": batch + 1}
     last_uses, states = network.last_uses(), {*network.states.values()}
-    held: dict[str, int] = {}
-    most = 0
+    there: dict[str, int] = {}
+    now = most = 0
     for i, node in enumerate(network.nodes):
         for tensor in (network.tensors[name] for name in node.outputs if name not in states):
             shape = (sizes[size] if isinstance(size, str) else size for size in tensor.shape)
-            held[tensor.name] = math.prod(shape) * tensor.dtype.itemsize
-        most = max(most, sum(held.values()))
+            there[tensor.name] = math.prod(shape) * tensor.dtype.itemsize
+            now += there[tensor.name]
+        most = max(most, now)
         for name in node.inputs.values():
             if last_uses[name] == i:
-                held.pop(name, None)
-    narrow = (x.nbytes * WIDENED.get(x.dtype, 0) for x in network.constants.values())
-    return most + max(narrow, default=0)
+                now -= there.pop(name, 0)
+    return most

@@ -11,6 +11,7 @@ from itertools import accumulate, pairwise
 import torch
 
 from trtbuild.errors import UserError
+from trtbuild.evaluation.floor import bytes_per_step
 from trtbuild.evaluation.hugging_face import HuggingFaceModel
 from trtbuild.progress import item_bar
 from trtbuild.runtime.sampling import Sampler, SamplingParams
@@ -164,10 +165,8 @@ def benchmark(
 ) -> dict:
     """Times random prompts (`timed`), and compares a step with its floor, the time that its bytes take to read.
 
-    `bytes_per_step` counts what a generation step must read, one after the other: each weight once and the caches'
-    filled part, of ranks that share a layer what one reads. Stages that have parts of the batch at the same time read
-    their weights once a part, which together is all weights once, and beside each other a part's caches. The bandwidth
-    is measured on the spot. Raises `UserError` for sizes beyond the engine's limits.
+    The bytes are `bytes_per_step`, the bandwidth is measured on the spot. Raises `UserError` for sizes beyond the
+    engine's limits.
     """
     check_sizes(session, batch_size, input_len, output_len, repeats)
     generation = by_engine(session, random_prompts(batch_size, input_len, seed))
@@ -176,8 +175,8 @@ def benchmark(
     result |= timed(generation, output_len, repeats)
     result["peak_memory_bytes"] = _peak_memory(session.device)
     if output_len > 1:
-        cached = batch_size * (input_len + output_len / 2) * session.bytes_per_position
-        read = session.weight_bytes + cached / generation.parts
+        sizes = batch_size, input_len, output_len
+        read = bytes_per_step(session.weight_bytes, session.bytes_per_position, *sizes, generation.parts)
         bandwidth = measure_bandwidth(session.device)
         result["bytes_per_step"] = int(read)
         result["bytes_per_token"] = int(read / batch_size)
