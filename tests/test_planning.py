@@ -31,7 +31,7 @@ def project(tmp_path, monkeypatch) -> Path:
 
 
 def plan(name: str, runs: list[str], gpus: list[str]) -> tuple[Model, dict]:
-    model, settings, recipes = planning.declared(name, Path("config/config.yaml"))
+    model, settings, recipes = planning.declared(name, None)
     return model, planning.plan(model, settings, recipes, runs, gpus)
 
 
@@ -107,9 +107,12 @@ def test_a_config_json(project):
         ("llama-7b", ["fp16"], ["h100"], "unknown GPU 'h100'; closest: h100-80gb, .* known GPUs: a10, "),
         ("llama-7b", ["fp16@tp3"], ["l4"], "tp_size 3 does not divide 32 heads"),
         ("missing.json", ["fp16"], [], "missing.json"),
+        ("unknown", ["fp16"], [], "config/models.yaml has no 'config' for unknown; add"),
     ],
 )
 def test_what_is_refused(project, model, runs, gpus, message):
+    with open("config/models.yaml", "a") as file:
+        file.write("\nunknown: { source: { local: { path: nowhere } } }\n")
     with pytest.raises(UserError, match=message):
         plan(model, runs, gpus)
 
@@ -118,4 +121,23 @@ def test_more_positions_than_a_model_has(project):
     file = Path("config/config.yaml")
     file.write_text(file.read_text().replace("max_input_len: 1024", "max_input_len: 4096"))
     with pytest.raises(UserError, match="more than the 2048 positions that the model was made for"):
+        plan("llama-7b", ["fp16"], [])
+
+
+def test_without_a_project(tmp_path, monkeypatch):
+    """What the shipped configuration says, as far as a plan reads it."""
+
+    def within(small, large) -> bool:
+        return small == large if not isinstance(small, dict) else all(within(small[key], large[key]) for key in small)
+
+    shipped = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+    assert all(within(planning.DEFAULTS[key], shipped[key]) for key in ("build", "evaluation", "benchmark"))
+    monkeypatch.chdir(tmp_path)
+    config = yaml.safe_load((ROOT / "config/models.yaml").read_text())["llama2-7b"]["config"]
+    write_json(tmp_path / "config.json", config)
+    _, planned = plan("config.json", ["fp16"], ["l4"])
+    assert planned["runs"][0]["gpus"]["l4"]["fits"]
+    with pytest.raises(
+        UserError, match=r"there is no config/config.yaml here, .* 'llama-7b' is declared; give a config"
+    ):
         plan("llama-7b", ["fp16"], [])

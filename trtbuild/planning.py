@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from trtbuild import resources
+from trtbuild.checkpoint.sources import dummy_model
 from trtbuild.decoder.mapping import Mapping
 from trtbuild.decoder.sharding import check_mapping
 from trtbuild.engine.build import check_positions
@@ -34,6 +35,22 @@ from trtbuild.workflow import (
 )
 from trtbuild.yaml_reader import read_yaml
 
+CONFIG = Path("config/config.yaml")
+# What the shipped one says, for where there is none.
+DEFAULTS: dict = {
+    "models": None,
+    "recipes": None,
+    "matrix": [],
+    "build": {
+        "engines": ["portable", "tensorrt"],
+        "max_batch_size": 8,
+        "max_input_len": 1024,
+        "max_output_len": 128,
+        "extrapolate_positions": False,
+    },
+    "evaluation": {"device": "auto", "baseline_dtype": "float32", "dataset": {"samples": 16}, "max_output_len": 100},
+    "benchmark": {"batch_size": 1, "input_len": 512, "output_len": 64, "repeats": 3},
+}
 TIMES = ("time_to_first_token_s", "time_per_output_token_s")  # of benchmark.json
 
 
@@ -46,31 +63,35 @@ class Model:
     config: ModelConfig
 
 
-def declared(name: str, file: Path, model_version: str | None = None) -> tuple[Model, dict, dict[str, Recipe]]:
+def declared(name: str, file: Path | None, model_version: str | None = None) -> tuple[Model, dict, dict[str, Recipe]]:
     """A model by its name in config/models.yaml, or its config.json; the configuration in `file`, and its recipes.
 
-    Raises `UserError` for a name that is not declared, and for a model that does not say what it looks like.
+    Without a file that is config/config.yaml, or where there is none what the shipped one says. Raises `UserError` for
+    a name that is not declared, and for a model that does not say what it looks like.
     """
-    settings = read_yaml(user_path(file))
-    validate(settings, SCHEMAS / "config.schema.yaml", str(file))
-    check_limits(settings)
+    settings = DEFAULTS
+    if file is None and CONFIG.exists():
+        file = CONFIG
+    if file:
+        settings = read_yaml(user_path(file))
+        validate(settings, SCHEMAS / "config.schema.yaml", str(file))
+        check_limits(settings)
     recipes = load_recipes(settings["recipes"])
-    if name.endswith(".json"):
-        source = {"config": name} | ({"model_version": model_version} if model_version else {})
-        entry: dict = {"source": {"dummy": source}}
-        name = Path(name).resolve().parent.name
-    else:
-        models = load_table(settings["models"], MODELS_SCHEMA)
-        if name not in models:
-            raise UserError(f"{unknown('model', name, models)}; or give a config.json")
-        entry = models[name]
-    config = model_config(name, entry)
-    if config is None:
+    path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
+    if path.suffix == ".json":
+        source: dict = {"config": str(path)} | ({"model_version": model_version} if model_version else {})
+        shape = path.resolve().parent.name if path.stem == "config" else path.stem
+        return Model(shape, {"source": {"dummy": source}}, dummy_model(**source)[1].config), settings, recipes
+    if settings["models"] is None:
+        raise UserError(f"there is no {CONFIG} here, which would say where {name!r} is declared; give a config.json")
+    models = load_table(settings["models"], MODELS_SCHEMA)
+    if name not in models:
+        raise UserError(f"{unknown('model', name, models)}; or give a config.json")
+    if (config := model_config(name, models[name])) is None:
         raise UserError(
-            f"nothing says what {name} looks like; add its published config.json to it as 'config' in "
-            f"{settings['models']}, or give that file"
+            f"{settings['models']} has no 'config' for {name}; add its published config.json there, or give that file"
         )
-    return Model(name, entry, config), settings, recipes
+    return Model(name, models[name], config), settings, recipes
 
 
 def runs(

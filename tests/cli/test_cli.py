@@ -24,7 +24,7 @@ from trtbuild.files import sha256
 
 COMMANDS = (
     *("convert", "calibrate", "quantize", "build", "run", "summarize", "score", "perplexity", "gate", "benchmark"),
-    *("verify", "inspect", "doctor"),
+    *("verify", "inspect", "plan", "doctor"),
 )
 SIZES = ("--max-batch-size", 4, "--max-input-len", 32, "--max-output-len", 16)
 RECIPES = """

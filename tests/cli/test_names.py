@@ -24,7 +24,7 @@ def options_by_name():
     """Every option's declarations, by its longest name."""
     found = {}
     for command in COMMANDS.values():
-        for option in command.params:
+        for option in (param for param in command.params if param.param_type_name == "option"):
             found.setdefault(max(option.opts, key=len), []).append((command.name, option))
     return found
 

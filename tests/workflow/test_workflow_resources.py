@@ -9,6 +9,7 @@ import pytest
 from conftest import Workspace
 from workflow_config import CONFIG
 
+from trtbuild import planning
 from trtbuild.workflow import load_recipes
 
 REPOSITORY = Path(__file__).parents[2]
@@ -93,3 +94,30 @@ def test_one_machine_has_as_many_gpus_as_it_shows(cluster, monkeypatch):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
         output = dry_run(cluster, "results/known/fp16@tp4/benchmark.json", profile=())
         assert jobs(output)["benchmark"]["gpu"] == gpu
+
+
+def test_a_plan_counts_jobs_and_asks_for_what_rules_ask(cluster, monkeypatch):
+    """Of recipes that share a calibration and quantized weights or do not, with layouts, and TensorRT."""
+    cluster.config["build"] |= {"engines": ["portable", "tensorrt"], "max_input_len": 512}
+    runs = ["fp16", "int8wo", "int8kv@tp2", "fp8", "fp16-fp8kv", "awq", "awq-int8kv@tp2pp2"]
+    cluster.config["matrix"] = [{"model": "known", "recipes": runs}]
+    output = dry_run(cluster)
+    counts = {rule: int(n) for rule, n in re.findall(r"^(\w+) +(\d+)$", output, re.MULTILINE)}
+    total = counts.pop("total") - counts.pop("all")
+    monkeypatch.chdir(cluster.folder)
+    model, settings, recipes = planning.declared("known", None)
+    planned = planning.plan(model, settings, recipes, planning.runs(model, settings, recipes, None, None), ["l4"])
+    stages = {stage["rule"]: stage for stage in planned["stages"]}
+    assert {rule: stage["jobs"] for rule, stage in stages.items()} == counts
+    assert sum(counts.values()) == total
+    asked: dict[str, list[dict[str, int]]] = {}
+    for rule, listed in re.findall(
+        r"^(?:local)?rule (\w+):$.*?^    resources: (.*?)$", output, re.MULTILINE | re.DOTALL
+    ):
+        if rule not in stages:
+            continue
+        found = dict(item.partition("=")[::2] for item in listed.split(", "))
+        asked.setdefault(rule, []).append({key: int(found.get(key, 0)) for key in ("mem_mb", "disk_mb")})
+    for rule, stage in stages.items():
+        assert stage["mem_mb"] == max(job["mem_mb"] for job in asked[rule]), rule
+        assert stage["disk_mb"] == sum(job["disk_mb"] for job in asked[rule]), rule

@@ -12,6 +12,7 @@ from trtbuild.cli.doctor import doctor
 from trtbuild.cli.engines import build, inspect, verify
 from trtbuild.cli.evaluate import benchmark, gate, perplexity, score, summarize
 from trtbuild.cli.names import Commands, with_hyphens
+from trtbuild.cli.plan import plan
 from trtbuild.cli.run import run
 from trtbuild.cli.weights import calibrate, convert, quantize
 from trtbuild.errors import one_line
@@ -19,7 +20,7 @@ from trtbuild.runtime.world import launched
 
 COMMANDS = (
     *(convert, calibrate, quantize, build, run, summarize, score, perplexity, gate, benchmark, verify, inspect),
-    *(doctor,),
+    *(plan, doctor),
 )
 
 app = typer.Typer(

@@ -43,7 +43,7 @@ class Device(StrEnum):
 MODELS, RECIPES = Path("config/models.yaml"), Path("config/recipes.yaml")  # where a project has them
 
 
-def _names(incomplete: str, *files: Path) -> list[str]:
+def complete(incomplete: str, *files: Path) -> list[str]:
     """What a shell completes a model's or a recipe's name to."""
     from trtbuild.yaml_reader import read_yaml
 
@@ -56,7 +56,7 @@ def _names(incomplete: str, *files: Path) -> list[str]:
 def recipe_names(incomplete: str) -> list[str]:
     from trtbuild.workflow import SHIPPED_RECIPES
 
-    return _names(incomplete, SHIPPED_RECIPES, RECIPES)
+    return complete(incomplete, SHIPPED_RECIPES, RECIPES)
 
 
 def writable(path: Path | None) -> Path | None:
@@ -91,7 +91,7 @@ Dummy = Annotated[
     str | None,
     typer.Option(
         help="Random weights in the shape of a model: a name from --models, or a config.json.",
-        autocompletion=lambda incomplete: _names(incomplete, MODELS),
+        autocompletion=lambda incomplete: complete(incomplete, MODELS),
     ),
 ]
 NumLayers = Annotated[int | None, typer.Option(help="Layers of the dummy model; default: as many as the real one has.")]
