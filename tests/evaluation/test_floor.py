@@ -7,7 +7,7 @@ import yaml
 
 from trtbuild.decoder.mapping import Mapping
 from trtbuild.evaluation.floor import bytes_per_step, context_floor, decode_floor, operations
-from trtbuild.evaluation.gpu_table import GPUS
+from trtbuild.evaluation.gpu_table import GPUS, known
 from trtbuild.models.families import config_from_hugging_face
 from trtbuild.quantization.declared import declared_network
 from trtbuild.workflow import load_recipes
@@ -84,3 +84,5 @@ def test_table_of_gpus(name):
     assert 1.9 < gpu.rate("int8") / gpu.rate("float16") < 4.1
     assert ("fp8" in gpu.rates) == (name[0] not in "ta" and name != "rtx3090")
     assert gpu.source
+    assert known(f"cuda: {gpu.device}") == name
+    assert known("cpu: Intel") is None
