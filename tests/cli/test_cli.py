@@ -114,7 +114,8 @@ def test_same_files_as_the_functions_make(made, tiny_checkpoint, tiny_engine):
 def test_run_json(made):
     lines = invoke(*made.run, "--input-text", "Hä", "--input-text", "star", "--json").splitlines()
     first, second = map(json.loads, lines)
-    assert first.keys() == {"input_ids", "output_ids", "text", "finish_reason"}
+    assert first.keys() == {"index", "prompt", "input_ids", "output_ids", "text", "finish_reason"}
+    assert [(one["index"], one["prompt"]) for one in (first, second)] == [(0, "Hä"), (1, "star")]
     assert len(first["input_ids"]) == 3  # ä is two bytes
     assert len(second["input_ids"]) == 4
     assert len(first["output_ids"]) == len(second["output_ids"]) == 8
@@ -159,6 +160,59 @@ def test_run_samples_by_seed(made):
     options = ["--input-text", "Wind", "--temperature", 1, "--top-k", 100, "--top-p", 0.9, "--json", "--seed"]
     one, again, other = (invoke(*made.run, *options, seed) for seed in (1, 1, 2))
     assert one == again != other
+
+
+def test_run_token_ids_of_every_file(made, tmp_path):
+    """What one run writes is what the next one may read, and all ways to write prompts give the same."""
+    texts = ["Wind", "a star", "x"]
+    options = [*made.run, *(part for text in texts for part in ("--input-text", text))]
+    answers = [json.loads(line) for line in invoke(*options, "--json").splitlines()]
+    paths = {name: tmp_path / f"file.{name}" for name in ("csv", "npy", "jsonl")}
+    said = invoke(*options, "--output-csv", tmp_path / "out.csv", "--output-npy", tmp_path / "out.npy")
+    assert said == ""
+    ids = [answer["input_ids"] for answer in answers]
+    sequences = [answer["input_ids"] + answer["output_ids"] for answer in answers]
+    rows = np.load(tmp_path / "out.npy", allow_pickle=False)
+    assert (rows.dtype, rows.shape) == (np.int32, (3, max(map(len, ids)) + 8))
+    (eos,) = json.loads(invoke(*made.run, "--input-text", "</s>", "--special-tokens", "--json"))["input_ids"][-1:]
+    assert [row[: len(ids)].tolist() for row, ids in zip(rows, sequences, strict=True)] == sequences
+    assert all((row[len(ids) :] == eos).all() for row, ids in zip(rows, sequences, strict=True))
+    assert np.array_equal(np.loadtxt(tmp_path / "out.csv", dtype=np.int32, delimiter=","), rows)
+
+    paths["csv"].write_text("".join(f"{','.join(map(str, row))}\n" for row in ids))
+    np.save(paths["npy"], np.array([[eos] * (9 - len(row)) + row for row in ids]))
+    paths["jsonl"].write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    for path in paths.values():
+        found = [json.loads(line) for line in invoke(*made.run, "--input-file", path, "--json").splitlines()]
+        assert [one["output_ids"] for one in found] == [answer["output_ids"] for answer in answers]
+        assert [one["prompt"] for one in found] == texts
+
+
+def test_run_beams_and_several_outputs(made):
+    prompts = ["--input-text", "Wind", "--input-text", "star"]
+    lines = invoke(*made.run, *prompts, "--num-beams", 4, "--n-best", 3, "--json").splitlines()
+    found = [json.loads(line) for line in lines]
+    assert [one["index"] for one in found] == [0, 0, 0, 1, 1, 1]
+    assert [one["prompt"] for one in found] == ["Wind"] * 3 + ["star"] * 3
+    assert found[0]["score"] >= found[1]["score"] >= found[2]["score"]
+    plain = invoke(*made.run, *prompts, "--num-beams", 4, "--length-penalty", 0, "--early-stopping", "never")
+    assert re.match(r"> Wind\n\[-\d+\.\d{4}\] ", plain)
+    drawn = ["--temperature", 1, "--seed", 5, "--json"]
+    lines = invoke(*made.run, *prompts, *drawn, "--num-return-sequences", 2).splitlines()
+    found = [json.loads(line) for line in lines]
+    assert len({tuple(one["output_ids"]) for one in found}) == 4
+    again = invoke(*made.run, *["--input-text", "Wind"] * 2, *["--input-text", "star"] * 2, *drawn).splitlines()
+    assert [json.loads(line)["output_ids"] for line in again] == [one["output_ids"] for one in found]
+
+
+def test_run_bad_word_and_penalties(made):
+    """A letter that a free run says does not come, wherever it stands; nor does what it said with a large penalty."""
+    run = lambda *options: json.loads(invoke(*made.run, "--input-text", "Wind", "--json", *options))  # noqa: E731
+    free = run()
+    letter = next(c for c in free["text"] if c.isascii() and c.isalpha())
+    assert letter not in run("--bad-word", letter)["text"]
+    for penalty in ("--presence-penalty", "--frequency-penalty"):
+        assert len({*run(penalty, 1000)["output_ids"]}) == 8
 
 
 def test_run_stop_word(made):
@@ -546,12 +600,28 @@ def test_convert_refuses(tmp_path, arguments, message):
         (["--input-text", ""], "prompt 0 is empty"),
         (["--input-text", "x" * 33], "prompt 0 has 33 tokens, the engine's max_input_len is 32"),
         (["--input-text", "x", "--max-output-len", 17], "max_output_len 17 is more than the engine's 16"),
-        (["--input-text", "x", "--stream", "--json"], "--stream prints one prompt as plain text"),
-        (["--input-text", "x", "--input-text", "y", "--stream"], "--stream prints one prompt as plain text"),
+        (["--input-text", "x", "--stream", "--json"], "--stream prints one output of one prompt"),
+        (["--input-text", "x", "--input-text", "y", "--stream"], "--stream prints one output of one prompt"),
         (["--input-text", "x", "--chat"], "has no chat template; .* or --chat-template"),
         (["--input-text", "x", "--chat", "--chat-template", "qwne"], "there is no chat template 'qwne'; use baichuan,"),
         (["--input-text", "x", "--system", "y"], "--chat-template and --system are for a chat; add --chat"),
-        (["--input-text", "x", "--top-p", 0], "top_p is 0.0"),
+        (["--input-text", "x", "--temperature", 1, "--top-p", 0], "top_p is 0.0"),
+        (
+            ["--input-text", "x", "--top-k", 50],
+            "temperature 0 is greedy, where --top-k and --top-p have no effect; add",
+        ),
+        (
+            ["--input-text", "x", "--top-p", 0.9],
+            "temperature 0 is greedy, where --top-k and --top-p have no effect; add",
+        ),
+        (["--input-text", "x", "--n-best", 2], "2 greedy outputs of a prompt would be equal"),
+        (["--input-text", "x", "--n-best", 2, "--temperature", 1, "--stream"], "--stream prints one output"),
+        (["--input-text", "x", "--num-beams", 2, "--stream"], "--stream prints one output"),
+        (["--input-text", "x", "--num-beams", 9], "num_beams is 9"),
+        (["--input-text", "x", "--num-beams", 8], "8 beams of 1 prompts are more than the engine's max_batch_size 4"),
+        (["--input-text", "x", "--bad-word", ""], "a bad word is empty"),
+        (["--input-text", "x", "--bad-word", "</s>"], "a bad word is the end of a sequence"),
+        (["--input-text", "x", "--min-output-len", 9], "min_output_len is 9; it must be 0 to max_output_len, 8"),
         (["--input-text", "x", "--runtime", "tensorrt"], "has no rank0.engine"),
         (["--input-text", "x", "--tokenizer-dir", "no/where"], "no/where has no tokenizer.json"),
     ],

@@ -17,7 +17,15 @@ from trtbuild.errors import UserError
 
 COMMANDS = get_command(app).commands
 # What names a file or a folder that a command writes; no other option does.
-OUTPUTS = {"--output", "--output-dir", "--side-by-side", "--profile", "--save-hidden-states"}
+OUTPUTS = {
+    "--output",
+    "--output-dir",
+    "--side-by-side",
+    "--profile",
+    "--save-hidden-states",
+    "--output-csv",
+    "--output-npy",
+}
 
 
 def options_by_name():

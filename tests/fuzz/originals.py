@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
+import numpy as np
 import sentencepiece
 import yaml
 from gguf_files import write_gguf
@@ -209,6 +210,13 @@ def engines(kitchen: Kitchen) -> None:
     inspect = ("trtbuild", "inspect", *engine, "--nodes")
     files = {file: file for file in ("checkpoint", "engine", "prompts.txt")}
     kitchen.add("engine", (*run, "--json", "--max-output-len", "3"), inspect, files=files)
+    np.save(kitchen.made / "prompts.npy", np.array([[5, 6, 7], [8, 2, 2]], dtype=np.int32))
+    (kitchen.made / "prompts.csv").write_text("5,6,7\n8, 9\n")
+    (kitchen.made / "prompts.jsonl").write_text('{"text": "a star"}\n{"prompt": "x"}\n{"input_ids": [5, 6]}\n')
+    for kind in ("npy", "csv", "jsonl"):
+        outputs = ("--output-csv", "out/rows.csv", "--output-npy", "out/rows.npy", "--num-beams", "2")
+        command = (*run[:-1], f"in/prompts.{kind}", *outputs, "--max-output-len", "3")
+        kitchen.add(f"prompts-{kind}", command, files={f: f for f in ("checkpoint", "engine", f"prompts.{kind}")})
     perplexity = ("trtbuild", "perplexity", "--checkpoint-dir", "in/checkpoint", "--samples", "1")
     kitchen.add("baseline", (*perplexity, "--max-input-len", "500"), files={"checkpoint": "checkpoint"})
 

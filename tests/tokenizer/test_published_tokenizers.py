@@ -116,6 +116,22 @@ def test_tiktoken(published_tokenizer, texts, tmp_path):
         assert text_of(tokenizer, ids) == text
 
 
+@pytest.mark.parametrize("name", [*SENTENCEPIECE, "qwen.tiktoken"])
+def test_words_that_must_not_come(name, published_tokenizer, tmp_path):
+    """At the beginning of a text, of a line, and after a space, whatever follows."""
+    family, version = SENTENCEPIECE.get(name, (qwen, None))
+    family.save_tokenizer(published_tokenizer(name), tmp_path, {"trtbuild": {"version": version}})
+    tokenizer = Tokenizer(tmp_path)
+    for word in ("bad", "Schiff", "天气", "two words"):
+        words = tokenizer.words_ids([word])
+        for text in (f"{word} is", f"not {word}, no", f"so:\n{word}\n"):
+            ids = tuple(tokenizer.encode(text))
+            assert any(ids[i : i + len(one)] == one for one in words for i in range(len(ids))), text
+        assert all(word in tokenizer.decode(list(ids)) for ids in words)
+    special = "<|endoftext|>" if family is qwen else "</s>"
+    assert tokenizer.words_ids([special]) == (tokenizer.special_token_ids((special,)),)
+
+
 @pytest.mark.parametrize(("name", "other"), [("baichuan-7b.model", (106, 107)), ("baichuan2.model", (102, 103))])
 def test_roles_of_baichuan(name, other, published_tokenizer, tmp_path):
     """Both generations say in `generation_config.json` that users are 195 and assistants 196."""

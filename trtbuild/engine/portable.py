@@ -52,7 +52,7 @@ def read_portable(path: Path) -> tuple[Network, BuildLimits]:
         )
     try:
         return Network.from_json(content["network"], tensors), BuildLimits(**content["limits"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError) as error:
         raise UserError(f"{path} holds a network that this version cannot read ({error}); build it again") from error
 
 

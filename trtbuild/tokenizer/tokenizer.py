@@ -3,6 +3,7 @@
 import os
 import re
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 
 from trtbuild.errors import UserError
@@ -142,6 +143,21 @@ class Tokenizer:
         """Ids of those words that are special tokens, which `decode` leaves out."""
         special = {*self._tokenizer.all_special_tokens, *self._tokenizer.get_added_vocab()}
         return tuple(self._tokenizer.convert_tokens_to_ids(word) for word in words if word in special)
+
+    def words_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Token ids of texts as they may come: special tokens, or at the beginning, within a text, after a space."""
+        found: dict[tuple[int, ...], None] = {}
+        for word in words:
+            if special := self.special_token_ids((word,)):
+                found[special] = None
+                continue
+            literal, before = self.literal(word), self._encode("\n", add_special_tokens=False)
+            found[tuple(self._encode(literal, add_special_tokens=False))] = None
+            for text in (literal, f" {literal}"):
+                ids = self._encode(f"\n{text}", add_special_tokens=False)
+                if ids[: len(before)] == before:  # a line's end is a token of its own, or the word is not to be told
+                    found[tuple(ids[len(before) :])] = None
+        return tuple(found)
 
     def decode(self, ids: list[int]) -> str:
         """Text of token ids without special tokens."""
