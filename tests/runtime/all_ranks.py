@@ -124,9 +124,9 @@ def refusal(session: Session) -> str:
 
 
 def refusal_of_generation(session: Session) -> str:
-    """With other sequences under way, where they are a pipeline's."""
+    """With other sequences under way: a pipeline's, or those that are in pages since they are more than a batch."""
     try:
-        generate(session, [[1, 2]] * 4, SamplingParams(4))
+        generate(session, [[1, 2]] * 6, SamplingParams(4))
     except UserError as refused:
         return str(refused)
     return ""

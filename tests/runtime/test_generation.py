@@ -165,16 +165,18 @@ def test_stop_words_need_a_decoder(session):
 def test_on_token_sees_every_token_in_order(session):
     prompts = random_prompts([3, 8, 1, 30, 5, 6])
     eos = generate(session, prompts, SamplingParams(16))[1].output_ids[3]
-    seen = [[] for _ in prompts]
-    order = []
+    for count in (4, 6):  # a batch, and more than that
+        seen = [[] for _ in prompts[:count]]
+        order = []
 
-    def on_token(prompt, token):
-        seen[prompt].append(token)
-        order.append((prompt // 4, len(seen[prompt])))
+        def on_token(prompt, token):
+            seen[prompt].append(token)  # noqa: B023
+            order.append(len(seen[prompt]))  # noqa: B023
 
-    outputs = generate(session, prompts, SamplingParams(16, eos_token_ids=(eos,)), on_token=on_token)
-    assert seen == [output.output_ids for output in outputs]
-    assert order == sorted(order)  # step by step within a batch, batch by batch
+        params = SamplingParams(16, eos_token_ids=(eos,))
+        outputs = generate(session, prompts[:count], params, on_token=on_token)
+        assert seen == [output.output_ids for output in outputs]
+        assert order == sorted(order)  # step by step
 
 
 @pytest.mark.parametrize(

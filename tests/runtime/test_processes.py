@@ -44,8 +44,10 @@ def check(results: dict) -> None:
             assert result["tokens"], name
 
 
-def test_some_models_on_four_ranks():
-    done = mpiexec(4, HERE / "all_ranks.py", 2, 2, *FEW)
+@pytest.mark.parametrize(("tp_size", "pp_size"), [(2, 1), (2, 2)])
+def test_some_models_on_ranks(tp_size, pp_size):
+    """More prompts than a batch has are in pages on ranks of one stage, and on more stages several batches."""
+    done = mpiexec(tp_size * pp_size, HERE / "all_ranks.py", tp_size, pp_size, *FEW)
     assert (done.returncode, done.stderr) == (0, "")
     results = json.loads(done.stdout)
     assert {*results} == {*FEW}

@@ -120,12 +120,12 @@ class FusedAttention(Fused):
         heads, caches = self.split.num_heads, (key_cache, value_cache, key_scale, value_scale)
         if step.generates:
             rows = qkv, cos, sin, factors, position_ids
-            return decode_attention(*rows, *caches, slopes, step.kv_bound, heads, quantize)
+            return decode_attention(*rows, *caches, slopes, step.kv_bound, heads, quantize, step.pages)
         if step.slots is None:
             return None
-        write_cache(qkv, cos, sin, position_ids, query_starts, step.slots, *caches, heads)
+        write_cache(qkv, cos, sin, position_ids, query_starts, step.slots, *caches, heads, step.pages)
         where = query_starts, past_lengths, step.slots, *caches, slopes, heads
-        return context_attention(qkv, cos, sin, factors, *where, quantize)
+        return context_attention(qkv, cos, sin, factors, *where, quantize, step.pages)
 
     def kernel(self, step: Step, *args: Any, **inputs: Any) -> Result | None:
         found = self.attend(step, **inputs)

@@ -37,9 +37,7 @@ def needed(network: Network, limits: BuildLimits) -> Memory:
     # The largest captured step has memory of its own.
     step = held(network, batch, rows) + held(network, batch, min(rows, captured_rows(network))) + OTHERS
     weights = sum(constant.nbytes for constant in network.constants.values())
-    narrow = (x.nbytes * WIDENED.get(x.dtype, 0) for x in network.constants.values())
-    widened = max(narrow, default=0)
-    return Memory(weights, batch * limits.max_length * bytes_per_position(network), step + 2 * widened)
+    return Memory(weights, batch * limits.max_length * bytes_per_position(network), step + 2 * _widened(network))
 
 
 def largest_batch(network: Network, limits: BuildLimits, free: int, at_most: int | None = None) -> int:
@@ -74,6 +72,17 @@ def bytes_per_position(network: Network) -> int:
     """Of keys and values of one position of one sequence, in all of a rank's layers."""
     tensors = [network.tensors[name] for name in network.states]
     return sum(tensor.size(1) * tensor.size(3) * tensor.dtype.itemsize for tensor in tensors)
+
+
+def _widened(network: Network) -> int:
+    """The largest 16-bit copy of a weight."""
+    return max((x.nbytes * WIDENED.get(x.dtype, 0) for x in network.constants.values()), default=0)
+
+
+def room_for_pages(network: Network, sequences: int, tokens: int, free: int) -> int:
+    """Bytes of `free` that caches may take beside steps of so many sequences, and of so many tokens of prompts."""
+    steps = held(network, sequences, tokens) + held(network, sequences, sequences)
+    return free - steps - 2 * _widened(network) - OTHERS
 
 
 def held(network: Network, batch: int, tokens: int) -> int:

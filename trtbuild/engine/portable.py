@@ -67,7 +67,7 @@ class PortableEngine:
     def __init__(self, network: Network, limits: BuildLimits, device: torch.device) -> None:
         self.network, self.limits, self.device = network, limits, device
         if device.type == "cuda":
-            check_memory(network, limits, _free(device))
+            check_memory(network, limits, free_memory(device))
         self.few = self.many = network
         if kernels.run_on(device):
             self.few, self.many = fuse(network, FEW), fuse(network, MANY)
@@ -157,7 +157,7 @@ class PortableEngine:
             self._search = []
 
 
-def _free(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
     """Bytes of a GPU that nothing has, or torch alone and without a use."""
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + held

@@ -175,6 +175,9 @@ class Step:
     Or a generation step: every sequence has one token, its slot is its place in the batch, and its position is known to
     the device alone. Then `kv_bound` is the number of cache positions to read, and `exact` says that every sequence has
     that many. `ranks` lead to the other ranks of a network that has several.
+
+    With `pages`, int32 `[slots, pages of a sequence]` on the device, caches are `[pages, kv_heads, page_size,
+    head_dim]`: position `p` of slot `s` is in page `pages[s, p // page_size]`. Without, a slot is one page.
     """
 
     def __init__(
@@ -185,6 +188,7 @@ class Step:
         exact: bool = False,
         ranks: Ranks | None = None,
         slots: torch.Tensor | None = None,
+        pages: torch.Tensor | None = None,
     ) -> None:
         self.chunks = chunks
         self.ranks = ranks
@@ -192,29 +196,40 @@ class Step:
         self.kv_bound = kv_bound
         self.exact = exact
         self.slots = slots
+        self.pages = pages
         self._entries: tuple[torch.Tensor, torch.Tensor] | None = None
         self._mask: torch.Tensor | None = None
         self._alibi: torch.Tensor | None = None
         self._causal: dict[tuple[int, int], torch.Tensor] = {}
+        self._read: dict[tuple, torch.Tensor] = {}
 
     @classmethod
     def of_chunks(
-        cls, chunks: Sequence[Chunk], ranks: Ranks | None = None, slots: torch.Tensor | None = None
+        cls,
+        chunks: Sequence[Chunk],
+        ranks: Ranks | None = None,
+        slots: torch.Tensor | None = None,
+        pages: torch.Tensor | None = None,
     ) -> "Step":
         end = max(chunk.end for chunk in chunks)
-        return cls(chunks, None, end, ranks=ranks, slots=slots)
+        return cls(chunks, None, end, ranks=ranks, slots=slots, pages=pages)
 
     @classmethod
-    def captured(cls, slots: torch.Tensor, ranks: Ranks | None = None) -> "Step":
+    def captured(cls, slots: torch.Tensor, ranks: Ranks | None = None, pages: torch.Tensor | None = None) -> "Step":
         """Of chunks that the device alone knows."""
-        return cls(None, None, ranks=ranks, slots=slots)
+        return cls(None, None, ranks=ranks, slots=slots, pages=pages)
 
     @classmethod
     def generation(
-        cls, batch_index: torch.Tensor, kv_bound: int, exact: bool = False, ranks: Ranks | None = None
+        cls,
+        batch_index: torch.Tensor,
+        kv_bound: int,
+        exact: bool = False,
+        ranks: Ranks | None = None,
+        pages: torch.Tensor | None = None,
     ) -> "Step":
         """`batch_index`: 0, 1, ... int64 `[batch]`."""
-        return cls(None, batch_index, kv_bound, exact, ranks)
+        return cls(None, batch_index, kv_bound, exact, ranks, pages=pages)
 
     @property
     def generates(self) -> bool:
@@ -231,17 +246,52 @@ class Step:
         """The chunks, in order, in groups that one attention serves: all where they are prompts of one length."""
         chunks = self.chunks or ()
         places = [(0, chunks[0].end, chunks[0].slot + i) for i in range(len(chunks))]
-        if [(chunk.past, chunk.end, chunk.slot) for chunk in chunks] == places:
+        if self.pages is None and [(chunk.past, chunk.end, chunk.slot) for chunk in chunks] == places:
             return [chunks]
         return [[chunk] for chunk in chunks]
 
-    def entries(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slot and position, int64, of the cache entry that each sequence's new token takes in the generation phase."""
+    def entries(self, position_ids: torch.Tensor, page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Page, without pages the slot, and offset, int64, of the cache entry that each sequence's new token takes in
+        the generation phase.
+        """
         if self._entries is None:
             if self.batch_index is None:
                 raise ValueError("a step of chunks writes more than one entry a sequence")
-            self._entries = self.batch_index, position_ids.long()
+            positions = position_ids.long()
+            if self.pages is None:
+                self._entries = self.batch_index, positions
+            else:
+                pages = self.pages.gather(1, positions[:, None] // page_size)[:, 0]
+                self._entries = pages.long(), positions % page_size
         return self._entries
+
+    def write(self, cache: torch.Tensor, chunks: Sequence[Chunk], new: torch.Tensor) -> None:
+        """Puts `[chunks, kv_heads, tokens, head_dim]` where chunks that are `alike` have them."""
+        slot, past, end = chunks[0].slot, chunks[0].past, chunks[0].end
+        if self.pages is None:
+            cache[slot : slot + len(chunks), :, past:end] = new
+            return
+        key = "entries", past, end, slot, cache.shape[2]
+        if key not in self._read:
+            positions = torch.arange(past, end, device=cache.device)
+            self._read[key] = torch.stack((self.pages[slot][positions // cache.shape[2]], positions % cache.shape[2]))
+        pages, offsets = self._read[key]
+        cache[pages, :, offsets] = new[0].transpose(0, 1)
+
+    def read(self, cache: torch.Tensor, slots: slice, end: int) -> torch.Tensor:
+        """The first `end` positions of some slots, `[slots, kv_heads, end, head_dim]`; of pages a copy."""
+        if self.pages is None:
+            return cache[slots, :, :end]
+        _, kv_heads, size, head_dim = cache.shape
+        key = "read", slots.start, slots.stop, end, cache.shape[1:]
+        if key not in self._read:
+            heads = torch.arange(kv_heads, device=cache.device, dtype=torch.int32)[:, None]
+            self._read[key] = (self.pages[slots, None, : -(-end // size)] * kv_heads + heads).flatten()
+        heads_of_pages = cache.view(-1, size * head_dim)
+        if cache.dtype.itemsize == 1:  # torch does not index float8 everywhere
+            heads_of_pages = heads_of_pages.view(torch.int8)
+        found = heads_of_pages.index_select(0, self._read[key]).view(cache.dtype)
+        return found.view(slots.stop - (slots.start or 0), kv_heads, -1, head_dim)[:, :, :end]
 
     def mask(self, position_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
         """Generation phase: `[batch, 1, 1, kv_bound]` to add to scores, minus infinity beyond a sequence's end.

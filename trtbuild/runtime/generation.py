@@ -7,8 +7,10 @@ import torch
 
 from trtbuild.errors import UserError
 from trtbuild.runtime.beams import beam_search
+from trtbuild.runtime.in_flight import InFlight, schedule
 from trtbuild.runtime.sampling import SamplingParams
-from trtbuild.runtime.session import Session
+from trtbuild.runtime.scheduler import Sequence
+from trtbuild.runtime.session import PortableSession, Session
 
 END = object()
 
@@ -29,9 +31,12 @@ def generate(
     params: SamplingParams,
     decode: Callable[[list[int]], str] | None = None,
     on_token: Callable[[int, int], object] = lambda prompt, token: None,
+    say: Callable[[str], object] = lambda line: None,
 ) -> list[Output]:
-    """Continues every prompt (token ids); more than `max_batch_size` are run in several batches.
+    """Continues every prompt (token ids).
 
+    As many as `max_batch_size` are a batch. More are several, or where sequences may be in pages (`session.pages`) they
+    run in flight, as many at a time as there is room for, of which `say` is told. The order does not matter to any.
     Each has `num_return_sequences` outputs, one after the other. `decode` turns ids into text and is needed for stop
     words. `on_token(output's index, token)` is called as tokens come, which beams do not. `output_ids` ends with the
     end-of-sequence token if there was one. Raises `UserError` for a prompt, an output length or a bad word that is not
@@ -54,6 +59,9 @@ def generate(
         return _search(session, prompts, params)
     prompts = [prompt for prompt in prompts for _ in range(params.num_return_sequences)]
     outputs = [Output() for _ in prompts]
+    if isinstance(session, PortableSession) and session.pages and len(prompts) > limits.max_batch_size:
+        _generate_in_flight(session, prompts, outputs, params, decode, on_token, say)
+        return outputs
     for first in range(0, len(prompts), limits.max_batch_size):
         end = min(first + limits.max_batch_size, len(prompts))
         going = []
@@ -72,6 +80,26 @@ def _search(session: Session, prompts: list[list[int]], params: SamplingParams) 
         for found in beam_search(session, prompts[first : first + size], params):
             outputs += [Output(ids, _finish_reason(ids, params, None), score) for ids, score in found]
     return outputs
+
+
+def _generate_in_flight(
+    session: PortableSession,
+    prompts: list[list[int]],
+    outputs: list[Output],
+    params: SamplingParams,
+    decode: Callable[[list[int]], str] | None,
+    on_token: Callable[[int, int], object],
+    say: Callable[[str], object],
+) -> None:
+    def take(sequence: Sequence, token: int) -> bool:
+        output = outputs[sequence.index]
+        output.output_ids.append(token)
+        output.finish_reason = _finish_reason(output.output_ids, params, decode)
+        on_token(sequence.index, token)
+        return bool(output.finish_reason)
+
+    sequences = [Sequence(i, prompt, params.max_output_len) for i, prompt in enumerate(prompts)]
+    InFlight(session, schedule(session, sequences), params, take, say).run()
 
 
 def _generate_batch(

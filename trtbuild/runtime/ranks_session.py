@@ -50,6 +50,14 @@ class RanksSession(PortableSession):
 
     ranks: Ranks
 
+    @property
+    def pages(self) -> bool:  # type: ignore[override]
+        """A pipeline's parts are batches."""
+        return self.mapping.pp_size == 1
+
+    def paged(self, name: str, *arguments: Any) -> Any:
+        return self._all("paged", name, *arguments)
+
     def __init__(self, engine: PortableEngine, ranks: Ranks, world: World, mapping: Mapping) -> None:
         super().__init__(engine, ranks)
         self.world, self.mapping = world, mapping
@@ -188,6 +196,23 @@ class RanksSession(PortableSession):
 
     def _all_rearrange(self, sources: list[int], first: int) -> None:
         super().rearrange(torch.tensor(sources, device=self.device), first)
+
+    def _all_paged(self, name: str, *arguments: Any) -> Any:
+        return super().paged(name, *arguments)
+
+    def _paged_room(self, sequences: int, tokens: int) -> int:
+        return min(self.world.gather(super()._paged_room(sequences, tokens)) or (0,))
+
+    def _paged_generation(self, count: int, longest: int) -> None:
+        assert self.paged_steps
+        tokens = self.paged_steps.tokens[:count]
+        tokens.copy_(self.ranks.broadcast(tokens.clone(), self.mapping.tp_size))
+        super()._paged_generation(count, longest)
+
+    def _paged_sum_of_keys(self) -> torch.Tensor:
+        assert self.paged_steps
+        sums = self.world.gather(self.paged_steps.sum_of_keys().item())
+        return torch.tensor(sum(sums or ()), device=self.device)
 
     def _all_sum_of_keys(self, batch_size: int, length: int) -> torch.Tensor | None:
         sums = self.world.gather(self.cache.sum_of_keys(batch_size, length).item())

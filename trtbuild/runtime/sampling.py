@@ -1,6 +1,7 @@
 """From logits to the next token, without the host: a step's tokens are where the next one reads them."""
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from math import isfinite
@@ -10,6 +11,7 @@ import torch
 
 from trtbuild import kernels
 from trtbuild.errors import UserError
+from trtbuild.network.step import sent
 from trtbuild.runtime.token_ring import TokenRing
 
 MAX_BEAMS = 8
@@ -125,6 +127,9 @@ class SamplingParams:
         )
 
 
+PER_SEQUENCE = "tokens", "_places", "_seeds", "_seen", "_earliest", "_recent"  # of a `Sampler`
+
+
 class Sampler:
     """The sampling state of a batch, on its device: `tokens`, int32 `[batch]`, are those drawn last.
 
@@ -166,26 +171,54 @@ class Sampler:
     @torch.inference_mode()
     def start(self, params: SamplingParams, prompts: list[list[int]], first: int = 0) -> "Sampler":
         """For new prompts, the first of which has the number `first`."""
-        seeds = [_signed(params.seed + first + i) for i in range(len(prompts))]
-        lengths = [len(prompt) for prompt in prompts]
-        self._seeds.copy_(torch.tensor(seeds))
-        self._places.copy_(torch.tensor(lengths))
+        self.set(params)
+        self.ring.start([len(prompt) for prompt in prompts])
+        return self.begin(params, prompts, first)
+
+    @torch.inference_mode()
+    def set(self, params: SamplingParams) -> "Sampler":
+        """What all sequences have in common."""
         penalties = [params.repetition_penalty, params.presence_penalty, params.frequency_penalty]
         self._numbers.copy_(torch.tensor([params.temperature or 1, params.top_p, *penalties]))
-        self.ring.start(lengths)
         if self.kind.delayed:
             self._ends.zero_()[[end for end in params.eos_token_ids if end < len(self._ends)]] = True
-            self._earliest.copy_(self._places + params.min_output_len)
         if params.bad_words:
             room, width = self._words.shape
             words = (params.bad_words * room)[:room]  # where there is more room, again
             self._words.copy_(torch.tensor([_last(word, width) for word in words]))
-            self._recent.copy_(torch.tensor([_last(prompt, width - 1) for prompt in prompts]))
+        return self
+
+    @torch.inference_mode()
+    def begin(self, params: SamplingParams, prompts: list[list[int]], first: int = 0) -> "Sampler":
+        """What they do not: for new prompts. Nothing waits for the device."""
+        seeds = [_signed(params.seed + first + i) for i in range(len(prompts))]
+        self._seeds.copy_(sent(torch.tensor(seeds), self.device))
+        self._places.copy_(sent(torch.tensor([len(prompt) for prompt in prompts]), self.device))
+        if self.kind.delayed:
+            self._earliest.copy_(self._places + params.min_output_len)
+        if params.bad_words:
+            recent = [_last(prompt, self._recent.shape[1]) for prompt in prompts]
+            self._recent.copy_(sent(torch.tensor(recent), self.device))
         if self._seen is not None:
             self._seen.zero_()
             for row, prompt in zip(self._seen, prompts, strict=True):
-                row[torch.tensor(prompt, device=self.device)] = 1
+                row.index_fill_(0, sent(torch.tensor(prompt), self.device), 1)
         return self
+
+    def part(self, rows: int) -> "Sampler":
+        """The first sequences', in the same memory. `ring` does not have their tokens."""
+        part = copy(self)
+        for name in PER_SEQUENCE:
+            if (state := getattr(self, name)) is not None:
+                setattr(part, name, state[:rows])
+        return part
+
+    @torch.inference_mode()
+    def regroup(self, rows: torch.Tensor, others: "Sampler") -> None:
+        """Sequence i goes on as that of row `rows[i]` (int64) of its own rows with those of `others` behind them."""
+        for name in PER_SEQUENCE:
+            if (state := getattr(self, name)) is not None:
+                state[: len(rows)] = torch.cat((state, getattr(others, name)))[rows]
 
     @torch.inference_mode()
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:

@@ -1,23 +1,28 @@
 """A session: one engine, its KV cache, and steps of any mix of sequences."""
 
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
 from trtbuild.engine.config import BuildLimits
-from trtbuild.engine.portable import NotFinite, PortableEngine
+from trtbuild.engine.memory import room_for_pages
+from trtbuild.engine.portable import NotFinite, PortableEngine, free_memory
 from trtbuild.errors import UserError
 from trtbuild.network import Network
 from trtbuild.network.ranks import Ranks
 from trtbuild.network.step import CAPTURED_ROWS, Chunk, Step, sent, step_tensors, step_values, whole_prompts
 from trtbuild.runtime.kv_cache import KVCache
+from trtbuild.runtime.paged_steps import PagedSteps, Sizes
 from trtbuild.runtime.sampling import Kind, Sampler, SamplingParams
 
 MIN_KV_STEP = 256
 MAX_GRAPHS = 64  # captured steps that are kept
+SHARE_OF_RAM = 4  # of which pages on a CPU take one
 
 
 class Session(ABC):
@@ -227,6 +232,7 @@ class PortableSession(Session):
     graphs, of which those used last are kept."""
 
     kind = "portable"
+    pages = True  # more sequences than a batch has may be in pages
 
     def __init__(self, engine: PortableEngine, ranks: Ranks | None = None) -> None:
         super().__init__(engine.network, engine.limits, engine.device)
@@ -234,12 +240,15 @@ class PortableSession(Session):
         self._slots = torch.arange(engine.limits.max_batch_size, device=engine.device)
         self._own = range(engine.limits.max_batch_size)  # slots of the whole engine's
         self._seen: set[tuple] = set()  # sizes of steps of chunks
+        self.paged_steps: PagedSteps | None = None
+        self.pages_are_all = False  # that there is room for
         self._graphs: dict[tuple, Captured] = {}  # all parts', the one used last at the end
         self._begin(self.cache)
 
     def _begin(self, cache: KVCache) -> None:
         """Knows of no sequence yet."""
         self.cache, self.lengths, self.prompt_lengths = cache, [], []
+        self._decode_state: dict[str, torch.Tensor] = {}
         self._batches: dict[int, dict[str, torch.Tensor]] = {}
         self._samplers: dict[tuple[int, Kind], Sampler] = {}
 
@@ -363,6 +372,38 @@ class PortableSession(Session):
 
         return self._replay((self._own, len(slots), bound, sampler and sampler.kind), run, sampler)
 
+    def paged(self, name: str, *arguments: Any) -> Any:
+        """Does something with pages on all ranks: what `PagedSteps` or one of the methods below has this name for."""
+        own = getattr(self, f"_paged_{name}", None) or getattr(self.paged_steps, name)
+        return own(*arguments)
+
+    def _paged_room(self, sequences: int, tokens: int) -> int:
+        """Bytes that pages may take beside steps of so many sequences and tokens; what pages and caches had is free."""
+        self._graphs.clear()
+        self.paged_steps = None
+        self.cache.forget()
+        self._begin(self.cache)
+        if self.device.type != "cuda":
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // SHARE_OF_RAM
+        torch.cuda.empty_cache()
+        return room_for_pages(self.engine.network, sequences, tokens, free_memory(self.device))
+
+    def _paged_open(self, sizes: Sizes) -> None:
+        """Makes them, at least as much as a batch's caches, which have their memory when these are not in use."""
+        self.paged_steps = PagedSteps(self.engine, self.ranks, sizes)
+        self.cache.move_into(self.paged_steps.cache)
+
+    def _paged_generation(self, count: int, longest: int) -> None:
+        """One more token of each of the first `count` sequences, which have at most `longest` positions then."""
+        steps = self.paged_steps
+        assert steps
+        rows = steps.padded(count)
+        key, run = ("pages", rows, steps.kind), partial(steps.generation, rows, longest)
+        if self._samples_in_graph:
+            self._replay(key, run, steps.next)
+        else:
+            steps.next(self._replay(key, run))
+
     def _positions_read(self) -> tuple[int, bool]:
         """How many positions of the cache a generation step reads, and whether all sequences have that many."""
         longest = max(self.lengths)
@@ -374,7 +415,7 @@ class PortableSession(Session):
         self,
         key: tuple,
         run: Callable[[], torch.Tensor | None],
-        sampler: Sampler | None = None,
+        sampler: Callable[[torch.Tensor], object] | None = None,
         inputs: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """Logits by the graph of what `run` does, which is captured on first use, and which may end with sampling."""
@@ -388,7 +429,10 @@ class PortableSession(Session):
         return captured.logits
 
     def _capture(
-        self, run: Callable[[], torch.Tensor | None], sampler: Sampler | None, inputs: torch.Tensor | None
+        self,
+        run: Callable[[], torch.Tensor | None],
+        sampler: Callable[[torch.Tensor], object] | None,
+        inputs: torch.Tensor | None,
     ) -> Captured:
         warm_up = torch.cuda.Stream()
         warm_up.wait_stream(torch.cuda.current_stream())

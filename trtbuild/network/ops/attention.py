@@ -115,7 +115,7 @@ class Attention(Op):
 
         Of chunks (`step.chunks`) one fused causal attention a sequence is run, or one for all where they are prompts of
         one length. The generation phase reads the first `step.kv_bound` positions of the cache and masks those beyond
-        each sequence's own.
+        each sequence's own. Caches in pages (`step.pages`) are gathered.
         """
         caches, scales = _both(key_cache, value_cache), _both(key_scale, value_scale)
         if caches and scales:
@@ -133,9 +133,9 @@ class Attention(Op):
             queries, keys, values = (x[rows].unflatten(0, (count, n)).transpose(1, 2) for x in (q, k, v))
             if caches:
                 for cache, new in zip(caches, (keys, values), strict=True):
-                    cache[slots, :, past:end] = new
+                    step.write(cache, chunks, new)
                 if past:
-                    keys, values = (cache[slots, :, :end] for cache in caches)
+                    keys, values = (step.read(cache, slots, end) for cache in caches)
             if scales:
                 keys, values = (_loaded(x, q.dtype, s) for x, s in zip((keys, values), scales, strict=True))
             mask = None if biases is None else biases[:, :, past - step.first : end - step.first, :end]
@@ -201,10 +201,10 @@ def _generation(
     scales: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> torch.Tensor:
     """One new token a sequence: `[batch, heads * head_dim]`."""
-    sequences, positions = step.entries(position_ids)
-    key_cache[sequences, :, positions] = k
-    value_cache[sequences, :, positions] = v
-    keys, values = key_cache[:, :, : step.kv_bound], value_cache[:, :, : step.kv_bound]
+    pages, offsets = step.entries(position_ids, key_cache.shape[2])
+    key_cache[pages, :, offsets] = k
+    value_cache[pages, :, offsets] = v
+    keys, values = (step.read(cache, slice(0, len(q)), step.kv_bound) for cache in (key_cache, value_cache))
     if scales:
         keys, values = (_loaded(x, q.dtype, s) for x, s in zip((keys, values), scales, strict=True))
     kv_heads = key_cache.shape[1]

@@ -1,0 +1,250 @@
+"""Sequences that come and go while others run: random schedules, after every step of which pages are counted.
+
+Every output equals what its prompt led to alone, in a batch of one with caches of its own.
+"""
+
+import sys
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+sys.path.append(str(Path(__file__).parents[1] / "decoder"))
+from test_ranks import MODELS, networks_of, quantized, scales_of
+
+from trtbuild.decoder.mapping import Mapping
+from trtbuild.engine.config import BuildLimits
+from trtbuild.engine.portable import PortableEngine
+from trtbuild.errors import UserError
+from trtbuild.runtime.generation import generate
+from trtbuild.runtime.in_flight import InFlight, schedule
+from trtbuild.runtime.pages import SCRATCH, Pages
+from trtbuild.runtime.sampling import SamplingParams
+from trtbuild.runtime.scheduler import Sequence
+from trtbuild.runtime.session import PortableSession
+
+LIMITS = BuildLimits(max_batch_size=2, max_input_len=2000, max_output_len=24)
+LENGTHS = (1, 2, 3, 5, 8, 13, 16, 17, 21, 32, 33, 40, 64, 65, 90, 300)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@cache
+def session_of(name: str, kind: str | None = None, cache_dtype: torch.dtype | None = None) -> PortableSession:
+    model = MODELS[name]()
+    scales = scales_of(model.config, cache_dtype)
+    (network,) = networks_of(
+        model.config, quantized(model, kind), torch.float32, scales, [Mapping()], LIMITS.max_length
+    )
+    return PortableSession(PortableEngine(network, LIMITS, torch.device("cpu")))
+
+
+@cache
+def prompts() -> list[list[int]]:
+    """Of all lengths; half of them begin like others."""
+    draw = torch.Generator().manual_seed(7)
+    beginnings = [torch.randint(320, (70,), generator=draw).tolist() for _ in range(2)]
+    found = []
+    for length in (*LENGTHS, 2000):
+        ids = torch.randint(320, (length,), generator=draw).tolist()
+        found += [ids, (beginnings[length % 2] + ids)[:length]]
+    return found
+
+
+@cache
+def alone(session: PortableSession, index: int) -> list[int]:
+    return generate(session, [prompts()[index]], SamplingParams(24))[0].output_ids
+
+
+class Audited(InFlight):
+    """Counts pages after every step."""
+
+    steps_taken = 0
+
+    def _launch(self):
+        launched = super()._launch()
+        pages, there = self.scheduler.pages, [*self.scheduler.running, *self.scheduler.entering]
+        owners = Counter(page for sequence in there for page in sequence.pages)
+        assert pages.owners == [owners[page] for page in range(pages.count + 1)]
+        assert SCRATCH not in owners
+        assert pages.free + len(owners) == pages.count  # none is lost
+        assert len(there) <= self.scheduler.rows
+        for sequence in there:
+            assert len(sequence.pages) == len({*sequence.pages}) == pages.needed(sequence.positions)
+            own = sequence.pages[len(sequence.prompt) // pages.size :]
+            assert all(owners[page] == 1 for page in own)  # those that new tokens are written to
+            for i, page in enumerate(sequence.pages):
+                if owners[page] > 1:
+                    shared = [other for other in there if page in other.pages]
+                    assert len({tuple(other.prompt[: (i + 1) * pages.size]) for other in shared}) == 1
+        self.steps_taken += 1
+        return launched
+
+
+def run(session, requests, params=SamplingParams(24), page_size=16, pages=0, rows=0, budget=0):
+    """Outputs of `requests`, pairs of a prompt's index and an output's length, and how many steps it took."""
+    sequences = [Sequence(i, prompts()[index], length) for i, (index, length) in enumerate(requests)]
+    scheduler = schedule(session, sequences, page_size, pages)
+    scheduler.rows = min(scheduler.rows, rows or scheduler.rows)
+    scheduler.budget = budget or scheduler.budget
+    outputs = [[] for _ in requests]
+
+    def take(sequence: Sequence, token: int) -> bool:
+        output = outputs[sequence.index]
+        assert len(output) < sequence.max_output_len
+        output.append(token)
+        return token in params.eos_token_ids or len(output) == sequence.max_output_len
+
+    flight = Audited(session, scheduler, params, take)
+    flight.run()
+    assert scheduler.pages.free == scheduler.pages.count
+    assert not any(scheduler.pages.owners)
+    return outputs, flight.steps_taken
+
+
+def expected(session, requests):
+    return [alone(session, index)[:length] for index, length in requests]
+
+
+requests_of = st.lists(st.tuples(st.sampled_from(range(2 * len(LENGTHS))), st.integers(1, 24)), min_size=1, max_size=64)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    requests=requests_of,
+    page_size=st.sampled_from([4, 16, 64]),
+    spare=st.integers(0, 40),
+    rows=st.integers(1, 64),
+    budget=st.sampled_from([1, 7, 64, 512]),
+    ends=st.integers(0, 3),
+)
+def test_every_output_is_what_its_prompt_leads_to_alone(one_thread, requests, page_size, spare, rows, budget, ends):
+    """With so few pages that sequences wait; with tokens that end a sequence, which are some of those that come."""
+    session = session_of("llama")
+    needs = [-(-(len(prompts()[index]) + length) // page_size) for index, length in requests]
+    eos = tuple(sorted({alone(session, index)[5] for index, _ in requests[:ends]}))
+    params = SamplingParams(24, eos_token_ids=eos)
+    pages = max(needs) + spare
+    outputs, _ = run(session, requests, params, page_size, pages, rows, budget)
+    for output, whole in zip(outputs, expected(session, requests), strict=True):
+        stop = next((i + 1 for i, token in enumerate(whole) if token in eos), len(whole))
+        assert output == whole[:stop]
+
+
+MIXED = [(index, 1 + 5 * index % 24) for index in (3, 30, 31, 12, 13, 0, 1, 29, 28, 31, 30, 31, 8, 9, 20, 21)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["llama, 1 KV head", "llama, dynamic NTK", "qwen beyond its length", "baichuan 13b", "yi"],
+)
+def test_families(name):
+    """ALiBi, log-n, both NTKs; a short budget, few pages, and sequences that wait."""
+    session = session_of(name)
+    outputs, steps = run(session, MIXED, pages=30, budget=64, rows=5)
+    assert outputs == expected(session, MIXED)
+    assert steps > 60
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("name", ["llama", "baichuan 13b"])
+def test_caches_of_8_bits(name, dtype):
+    session = session_of(name, None, dtype)
+    outputs, _ = run(session, MIXED, pages=30, budget=64, rows=5)
+    assert outputs == expected(session, MIXED)
+
+
+def test_a_prompt_of_2000_tokens_beside_short_ones():
+    session = session_of("llama")
+    requests = [(32, 5), (5, 24), (33, 5), (6, 24)]
+    outputs, _ = run(session, requests, page_size=64)
+    assert outputs == expected(session, requests)
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0.9, "top_p": 0.8}, {"temperature": 1.0, "bad_words": ((3,),)}])
+def test_drawn_tokens_depend_on_the_prompts_number_alone(sampling):
+    """Penalties, bad words and a least length, too, which know what came before."""
+    session = session_of("llama")
+    common = {"repetition_penalty": 1.3, "presence_penalty": 0.2, "min_output_len": 3, "eos_token_ids": (7, 8)}
+    params = SamplingParams(24, seed=11, **common, **sampling)
+    outputs, _ = run(session, MIXED, params, pages=30, budget=64, rows=5)
+    for i, (index, length) in enumerate(MIXED):
+        own = SamplingParams(24, seed=11 + i, **common, **sampling)
+        assert outputs[i] == generate(session, [prompts()[index]], own)[0].output_ids[:length], i
+
+
+def test_stop_words_and_order_of_results():
+    session = session_of("llama")
+    decode = lambda ids: "".join(chr(0x100 + i) for i in ids)  # noqa: E731
+    some = prompts()[:20]
+    words = tuple(decode(alone(session, index)[4:6]) for index in (0, 7))
+    params = SamplingParams(24, stop_words=words)
+    seen = [[] for _ in some]
+    outputs = generate(session, some, params, decode, lambda index, token: seen[index].append(token))
+    assert [output.output_ids for output in outputs] == seen
+    for prompt, output in zip(some, outputs, strict=True):
+        assert output == generate(session, [prompt], params, decode)[0]
+    assert {output.finish_reason for output in outputs} == {"stop", "length"}
+
+
+def test_a_common_beginning_is_computed_once(monkeypatch):
+    """Of 70 tokens in pages of 16, 64: by counting the tokens that go through the model."""
+    session, sent = session_of("llama"), []
+    begin_alike = [i for i in range(1, 32, 2) if len(prompts()[i]) > 70 and len(prompts()[i]) % 2 == 0]
+    requests = [(index, 8) for index in begin_alike * 4]
+    enter = Audited._enter
+    monkeypatch.setattr(Audited, "_enter", lambda self, parts: sent.extend(parts) or enter(self, parts))
+    outputs, _ = run(session, requests)
+    assert outputs == expected(session, requests)
+    lengths = [len(prompts()[index]) for index, _ in requests]
+    assert len(requests) > 4
+    assert sum(len(part) for _, part in sent) <= sum(lengths) - 64 * (len(requests) - 1)
+
+
+def test_a_batch_of_its_own_follows_and_precedes():
+    """The same memory holds caches of a batch; neither sees what the other left."""
+    session = session_of("llama")
+    many = [prompts()[i] for i in (4, 9, 14, 19, 24)]
+    first = generate(session, many, SamplingParams(9))
+    pair = generate(session, many[:2], SamplingParams(9))
+    again = generate(session, many, SamplingParams(9))
+    assert first == again
+    assert pair == first[:2]
+
+
+def test_too_long_for_the_pool_is_refused_with_its_number():
+    session = session_of("llama")
+    with pytest.raises(UserError, match="prompt 1 needs 76 positions and the caches have 64; shorten it"):
+        run(session, [(0, 4), (24, 12)], pages=4)
+
+
+def test_the_say_of_how_many_run():
+    session, said = session_of("llama"), []
+    generate(session, prompts()[:12], SamplingParams(4), say=said.append)
+    assert said[-1].startswith("batch 12 of at most ")
+    assert said[-1].endswith("GB of caches")
+
+
+def test_pages_refuse_what_does_not_fit_and_give_all_back():
+    pages = Pages(4, 8)
+    taken, shared = pages.take([1] * 17, 20)
+    assert (len(taken), shared, pages.free) == (3, 0, 1)
+    assert pages.take([2] * 9, 17) is None
+    more, shared = pages.take([1] * 17, 24)
+    assert (more[:2], shared, pages.free) == (taken[:2], 16, 0)
+    pages.give_back(taken)
+    assert pages.free == 1
+    pages.give_back(more)
+    assert pages.free == 4
+    with pytest.raises(AssertionError, match="given back twice"):
+        pages.give_back(more)
+    assert pages.take([1] * 17, 20)[1] == 0  # nobody has that beginning any more
+
+
+def test_a_prompt_that_ends_with_a_page_computes_its_last_token():
+    pages = Pages(8, 8)
+    assert pages.take([1] * 16, 20)[1] == 0
+    assert pages.take([1] * 16, 20)[1] == 8

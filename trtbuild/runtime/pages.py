@@ -1,0 +1,67 @@
+"""Who has which pages of the pool, and which beginnings of prompts are in it already."""
+
+from collections.abc import Sequence
+
+PAGE_SIZE = 64  # positions
+SCRATCH = 0  # the page that no sequence is given: padded rows write to it
+
+
+class Pages:
+    """`count` pages of `size` positions, given to sequences for as long as they last.
+
+    Full pages of a prompt may be had by several sequences whose prompts begin alike, if it `shares`: by all that are
+    admitted while one has them. Only the first writes them, so its step must not come after another's.
+    """
+
+    def __init__(self, count: int, size: int = PAGE_SIZE, shares: bool = True) -> None:
+        self.count, self.size, self.shares = count, size, shares
+        self.owners = [0] * (count + 1)
+        self._free = list(range(count, SCRATCH, -1))
+        self._known: dict[tuple[int, tuple[int, ...]], int] = {}  # by the page before it and its tokens
+        self._names: dict[int, tuple[int, tuple[int, ...]]] = {}
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def needed(self, positions: int) -> int:
+        """Pages of a sequence."""
+        return -(-positions // self.size)
+
+    def take(self, prompt: Sequence[int], positions: int) -> tuple[list[int], int] | None:
+        """Pages for so many positions, and how many of the prompt's first tokens they hold; None if they are not there.
+
+        The prompt's last token is never among these: somebody has to compute its logits.
+        """
+        names = []
+        if self.shares:
+            names = [tuple(prompt[i : i + self.size]) for i in range(0, len(prompt) - self.size + 1, self.size)]
+        pages: list[int] = []
+        for name in names[: (len(prompt) - 1) // self.size]:
+            page = self._known.get((pages[-1] if pages else SCRATCH, name))
+            if page is None:
+                break
+            pages.append(page)
+        shared = len(pages)
+        if self.needed(positions) - shared > self.free:
+            return None
+        pages += [self._free.pop() for _ in range(self.needed(positions) - shared)]
+        for page in pages:
+            self.owners[page] += 1
+        for i in range(shared, len(names)):
+            key = pages[i - 1] if i else SCRATCH, names[i]
+            if key in self._known:  # of a prompt that ends with it
+                break
+            self._known[key] = pages[i]
+            self._names[pages[i]] = key
+        return pages, shared * self.size
+
+    def give_back(self, pages: list[int]) -> None:
+        """A sequence's, when its last step has been launched: what comes later comes later on the device, too."""
+        for page in pages:
+            self.owners[page] -= 1
+            assert self.owners[page] >= 0, f"page {page} was given back twice"
+            if not self.owners[page]:
+                self._free.append(page)
+                if page in self._names:
+                    del self._known[self._names.pop(page)]
