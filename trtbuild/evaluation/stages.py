@@ -61,9 +61,7 @@ def summarize_articles(
     if engine_dir:
         opened = open_engine(engine_dir, runtime, device, check)
         max_input_len = opened.session.limits.max_input_len
-        run = _with_bar(
-            lambda prompts, on_token: generate(opened.session, prompts, params, on_token=on_token), max_output_len
-        )
+        run = _with_bar(lambda prompts, **watch: generate(opened.session, prompts, params, **watch), max_output_len)
         origin = provenance(opened)
     else:
         baseline = open_baseline(checkpoint_dir, baseline_dtype, device, None, max_input_len, max_output_len)
@@ -78,7 +76,7 @@ def summarize_articles(
 def _with_bar(run: Callable, max_output_len: int) -> Callable[[list[list[int]]], list[Output]]:
     def call(prompts: list[list[int]]) -> list[Output]:
         with item_bar(len(prompts) * max_output_len, "summaries", "token") as bar:
-            return run(prompts, lambda prompt, token: bar.update())
+            return run(prompts, on_token=lambda prompt, token: bar.update(), say=bar.set_postfix_str)
 
     return call
 
