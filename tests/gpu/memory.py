@@ -1,4 +1,4 @@
-"""What engines take of a GPU's memory beside what a plan says before they are built, and whether its largest batch fits.
+"""What engines take of a GPU's memory beside what a plan says of them, and whether its largest batch fits.
 
     python tests/gpu/memory.py --recipes fp16 int8wo int4 fp8
 
