@@ -1,5 +1,5 @@
 # make demo: one whole chain, from a download to ROUGE.   make test: the whole suite.   Both make .venv themselves.
-# make test-fast: what is not slow, in under 5 minutes.   make lint: style and types.
+# make test-fast: what is not slow, in under 5 minutes.   make lint: style and types.   make reference: docs/reference/.
 # make fuzz [CASES=20000] [SEED=1]: damaged inputs at random; make fuzz CASE=...: one of them again (docs/reliability.md).
 # Linux wheels of torch on PyPI hold CUDA; for the small CPU build: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 PYTHON ?= python3
@@ -7,7 +7,7 @@ BIN := .venv/bin
 OLDEST := $(shell sed -n 's/^requires-python = ">=\(.*\)"/\1/p' pyproject.toml)
 DEMO := results/smollm2-135m
 
-.PHONY: demo test test-fast fuzz lint clean
+.PHONY: demo test test-fast fuzz lint reference clean
 
 # The environment begins anew where another Python made it.
 .venv/installed: pyproject.toml constraints.txt
@@ -36,6 +36,9 @@ lint: .venv/installed
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/snakemake --lint
+
+reference: .venv/installed
+	$(BIN)/python docs/reference/make.py
 
 clean:
 	rm -rf results/*/ .snakemake
