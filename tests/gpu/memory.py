@@ -58,9 +58,7 @@ def main() -> None:
     torch.zeros(1, device="cuda")
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
-    print(
-        f"{torch.cuda.get_device_name()}: {total >> 20} MiB, {total - free >> 20} of them taken before anything is there"
-    )
+    print(f"{torch.cuda.get_device_name()}: {total >> 20} MiB, {total - free >> 20} of them taken from the start")
     print("| recipe | batch | planned GB | torch | used | planned / used | of it weights | caches | step |")
     print("| --- " * 9 + "|")
     for recipe in options.recipes:
