@@ -35,4 +35,16 @@ rule all:
     default_target: True
 
 
+if workflow.is_main_process:
+    try:
+        trtbuild_workflow.check_files_of_targets(sys.argv[1:], workflow.rules)
+    except UserError as error:
+        raise WorkflowError(str(error)) from None
+
+
+onsuccess:
+    for text in rehearsal.verdicts([*sys.argv[1:], *(TARGETS if REHEARSE else [])]):
+        print(f"\n{text}\n", file=sys.stderr)
+
+
 workflow.localrules(*config.get("local_rules", []))  # of a cluster's profile

@@ -12,7 +12,9 @@ rule checkpoint:
     resources:
         **needs(
             lambda model, wildcards: needs_of.checkpoint(
-                model, trtbuild_workflow.bytes_of_source(MODELS[wildcards.model]["source"])
+                model,
+                trtbuild_workflow.bytes_of_source(MODELS[wildcards.model]["source"]),
+                MODELS[wildcards.model]["source"].get("dummy", {}).get("dtype", "float32"),
             )
         ),
     conda:

@@ -24,7 +24,7 @@ from trtbuild.yaml_reader import read_yaml
 trtbuild_workflow.export_package(workflow.basedir)
 one_controller()
 keep_outputs({"checkpoint", "calibration", "quantize"})
-trtbuild_workflow.say_gpus()
+trtbuild_workflow.say_costs()
 
 SCHEMAS = trtbuild_workflow.SCHEMAS
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from trtbuild.datasets import ARTICLES, load_articles
+from trtbuild.datasets import ARTICLES, articles_state, load_articles
 from trtbuild.errors import UserError
 
 COUNTS = {"evaluation": 16, "calibration": 64}
@@ -105,6 +105,32 @@ def test_unknown_split_of_another_data_set(folder_dataset):
     name = folder_dataset(id="1", article="text", highlights="short")
     with pytest.raises(UserError, match=r"cannot load the data set .*data \(None, test\)"):
         load_articles(name, "test", 1)
+
+
+def test_a_file_of_json_lines(tmp_path, monkeypatch):
+    """In order, without blank lines, and with a seed as the same rows of a data set are drawn."""
+    rows = [{"id": str(i), "article": f"text {i}", "highlights": "short", "url": "ignored"} for i in range(5)]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("\n\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    assert [article.id for article in load_articles(str(file), samples=3)] == ["0", "1", "2"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_articles("~/mine.jsonl", samples=5, seed=3) != load_articles(str(file), samples=5)
+    assert [a.article for a in load_articles(str(file), samples=2, characters=4)] == ["text", "text"]
+    with pytest.raises(UserError, match=r"mine.jsonl has 5 articles; 6 were asked for"):
+        load_articles(str(file), samples=6)
+    state = articles_state(str(file))
+    file.write_text(json.dumps(rows[0]))
+    assert articles_state("~/mine.jsonl", samples=1) != state is not None
+    for line, message in (
+        ('{"id": "1"}', r"mine.jsonl, line 2 lacks \['article', 'highlights'\]; an article has the keys article, hi"),
+        ("[]", "mine.jsonl, line 2 is no object; an article has"),
+        ("{", "mine.jsonl, line 2 is not valid JSON"),
+    ):
+        file.write_text(json.dumps(rows[0]) + "\n" + line)
+        with pytest.raises(UserError, match=message):
+            load_articles(str(file), samples=1)
+    with pytest.raises(UserError, match="the data set cnn_dailymail has splits; give one"):
+        load_articles("cnn_dailymail", samples=1)
 
 
 def test_data_set_out_of_reach():

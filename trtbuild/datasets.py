@@ -2,12 +2,12 @@
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from trtbuild.errors import UserError
-from trtbuild.files import state_of
+from trtbuild.files import parse_json, read_text, state_of, user_path
 
 OWN = "trtbuild-news"
 ARTICLES = Path(__file__).parent / "articles"
@@ -26,33 +26,49 @@ class Article:
 
 def load_articles(
     name: str,
-    split: str,
-    samples: int,
+    split: str | None = None,
+    samples: int = 0,
     config: str | None = None,
     revision: str | None = None,
     seed: int | None = None,
+    characters: int | None = None,
 ) -> list[Article]:
     """The first `samples` articles of a split, in its order, or with a `seed` in one drawn with it.
 
-    `trtbuild-news` is the set that the project ships (16 to evaluate, 64 to calibrate with); any other `name` is a data
-    set on the Hugging Face hub, such as `cnn_dailymail` with config `3.0.0`. Raises `UserError` if there are fewer
-    articles, other columns, or a row without text in one of them.
+    Of each, if given, the first `characters`.
+
+    `trtbuild-news` is the set that the project ships (16 to evaluate, 64 to calibrate with); a `name` that ends with
+    `.jsonl` is a file, an article a line, without splits; any other one is a data set on the Hugging Face hub, such as
+    `cnn_dailymail` with config `3.0.0`, or a folder of that form. Raises `UserError` if there are fewer articles, other
+    columns, or a row without text in one of them.
     """
     if samples < 1:
         raise UserError(f"samples is {samples}; it must be at least 1")
-    data = _own(split) if name == OWN else _from_hub(name, config, split, revision)
+    if is_file(name):
+        data, place, where = _lines(user_path(name)), "", ""
+    elif split is None:
+        raise UserError(f"the data set {name} has splits; give one, such as split: test")
+    else:
+        data = _own(split) if name == OWN else _from_hub(name, config, split, revision)
+        place, where = f" in its split {split!r}", f", split {split!r}"
     if len(data) < samples:
-        raise UserError(
-            f"the data set {name} has {len(data)} articles in its split {split!r}; {samples} were asked for"
-        )
+        raise UserError(f"the data set {name} has {len(data)} articles{place}; {samples} were asked for")
     order = range(samples) if seed is None else random.Random(seed).sample(range(len(data)), samples)
-    return [_article(data[i], f"row {i} of the data set {name}, split {split!r}") for i in order]
+    articles = [_article(data[i], f"row {i} of the data set {name}{where}") for i in order]
+    return [replace(one, article=one.article[:characters]) for one in articles]
 
 
-def articles_state(name: str, split: str, **_: object) -> str | None:
+def is_file(name: str) -> bool:
+    """Whether a data set is one file."""
+    return name.endswith(".jsonl")
+
+
+def articles_state(name: str, split: str | None = None, **_: object) -> str | None:
     """Says whether the files that hold a split are those of another time (`files.state_of`); None on the hub."""
     if name == OWN:
         return state_of([ARTICLES / f"{split}.jsonl"])
+    if is_file(name):
+        return state_of([user_path(name)])
     return state_of(Path(name).rglob("*")) if Path(name).exists() else None
 
 
@@ -71,6 +87,19 @@ def _own(split: str) -> list[dict]:
     if split not in OWN_SPLITS:
         raise UserError(f"the data set {OWN} has the splits {' and '.join(OWN_SPLITS)}, not {split!r}")
     return [json.loads(line) for line in (ARTICLES / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def _lines(path: Path) -> list[dict]:
+    """The rows of a file of JSON lines; blank lines are none."""
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            row = parse_json(line, f"{path}, line {number}")
+            if not isinstance(row, dict) or (missing := set(COLUMNS) - row.keys()):
+                has = f"lacks {sorted(missing)}" if isinstance(row, dict) else "is no object"
+                raise UserError(f"{path}, line {number} {has}; an article has the keys {', '.join(COLUMNS)}")
+            rows.append(row)
+    return rows
 
 
 def _from_hub(name: str, config: str | None, split: str, revision: str | None) -> Any:

@@ -5,15 +5,17 @@ How much is done follows from that name, which is part of every path and of ever
 a rehearsal is so by the name alone (`engine.config.marker`).
 """
 
+import math
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trtbuild.engine.config import REHEARSAL
 from trtbuild.errors import UserError
-from trtbuild.files import scratch_beside
+from trtbuild.files import read_json, scratch_beside, user_path
 from trtbuild.layout import sizes
 from trtbuild.quantization.recipe import Recipe
 
@@ -23,10 +25,15 @@ if TYPE_CHECKING:
 # How much work a rehearsal does; less where the configuration asks for less. The build limits, the data sets and the
 # prompt stay as they are configured: the engines are those that will be built, but for their number of layers.
 LAYERS = 2
-ARTICLES = 2
+DTYPE = "float16"  # of the dummy weights, half of what float32 would take
+ARTICLES, CHARACTERS = 2, 64
 MAX_OUTPUT_LEN = 8
+BASELINE_DTYPE = "bfloat16"  # also where float32 is configured, which takes twice the memory
 CALIBRATION = {"samples": 2, "length": 64}
 BENCHMARK = {"batch_size": 1, "input_len": 64, "output_len": 4, "repeats": 1}
+# What it takes: seconds a job, and GB a second that are made, hashed and written (Qwen-7B's 11 jobs on two cores).
+JOB_SECONDS, WRITTEN = 8, 0.13
+ENGINE = "engine/config.json"
 # For a model that declares none, in place of the one that its published tokenizer may bring along.
 CHAT_TEMPLATE = "plain"
 
@@ -46,7 +53,8 @@ def rehearsal_config(config: dict) -> dict:
         "matrix": [entry | {"model": REHEARSAL + entry["model"]} for entry in config["matrix"]],
         "evaluation": evaluation
         | {
-            "dataset": dataset | {"samples": min(ARTICLES, dataset["samples"])},
+            "dataset": dataset | {"samples": min(ARTICLES, dataset["samples"]), "characters": CHARACTERS},
+            "baseline_dtype": BASELINE_DTYPE,
             "max_output_len": min(MAX_OUTPUT_LEN, evaluation["max_output_len"]),
         },
         "benchmark": {key: min(value, benchmark[key]) for key, value in BENCHMARK.items()},
@@ -54,11 +62,11 @@ def rehearsal_config(config: dict) -> dict:
 
 
 def rehearsal_models(models: dict) -> dict:
-    """`config/models.yaml` with dummy weights, of the models that say what they look like."""
+    """`config/models.yaml` with dummy weights, of the models that say what they look like (`shape_of`)."""
     found = {}
     for name, model in models.items():
-        if "config" in model:
-            dummy = dummy_source(model) | {"num_layers": rehearsal_layers(model)}
+        if shape_of(model):
+            dummy = dummy_source(model) | {"num_layers": rehearsal_layers(model), "dtype": DTYPE}
             found[REHEARSAL + name] = {"chat_template": CHAT_TEMPLATE} | model | {"source": {"dummy": dummy}}
     return found
 
@@ -68,10 +76,17 @@ def rehearsal_layers(model: dict) -> int:
     return max(LAYERS, sizes("", model)["pp_size"])
 
 
+def shape_of(model: dict) -> str | dict | None:
+    """The published config.json of a declared model, its path or content: declared, or in the model's own folder."""
+    ((kind, source),) = model["source"].items()
+    own = user_path(source["path"]) / "config.json" if kind == "local" else None
+    return model.get("config") or source.get("config") or (str(own) if own and own.is_file() else None)
+
+
 def dummy_source(model: dict) -> dict:
-    """Where a declared model's dummy weights come from."""
+    """Where a declared model's dummy weights come from, if it says what it looks like (`shape_of`)."""
     ((_, source),) = model["source"].items()
-    return {"config": model["config"]} | {key: source[key] for key in ("model_version",) if key in source}
+    return {"config": shape_of(model)} | {key: source[key] for key in ("model_version",) if key in source}
 
 
 def rehearsal_recipes(recipes: dict[str, Recipe]) -> dict[str, Recipe]:
@@ -86,6 +101,49 @@ def small_calibration(recipe: Recipe) -> Recipe:
         return recipe
     amounts = {key: min(value, getattr(recipe.text, key)) for key, value in CALIBRATION.items()}
     return Recipe.parse(recipe.settings | {"calibration": recipe.settings.get("calibration", {}) | amounts})
+
+
+def cost(jobs: list) -> str:
+    """What the jobs of rehearsals take, on one machine: by what they write, and a start of Python and torch each."""
+    written = sum(job.resources.get("disk_mb", 0) for job in jobs) / 1e3
+    minutes = math.ceil((JOB_SECONDS * len(jobs) + written / WRITTEN) / 60)
+    return f"about {minutes} min on two idle cores, up to {math.ceil(written)} GB of disk"
+
+
+def verdicts(targets: Iterable[str]) -> list[str]:
+    """What was built, what was checked and what was not, of each run of `targets` whose engine is there."""
+    matches = [re.match(rf"results/({REHEARSAL}[^/]+)/([^/]+)/", os.path.normpath(target)) for target in targets]
+    runs = dict.fromkeys(match.groups() for match in matches if match)
+    return [_verdict(model, run) for model, run in runs if Path("results", model, run, ENGINE).exists()]
+
+
+def _verdict(model: str, run: str) -> str:
+    folder, name = Path("results", model, run), model.removeprefix(REHEARSAL)
+    engine = read_json(folder / ENGINE)
+    sizes = [f"{name} ({file['bytes'] / 1e9:.1f} GB)" for name, file in engine["outputs"].items()]
+    limits = " + ".join(str(engine["limits"][key]) for key in ("max_input_len", "max_output_len"))
+    lines = [
+        f"Rehearsed {name}/{run} with random weights:",
+        f"built        {', '.join(sizes)}",
+        f"             {engine['model_config']['num_hidden_layers']} layers of real shapes, for {limits} tokens and "
+        f"batches of {engine['limits']['max_batch_size']}",
+    ]
+    unused = {"portable", *engine["builders"]}
+    if (folder / "perplexity.json").exists():
+        result = read_json(folder / "perplexity.json")
+        origin, found = result["provenance"], result["divergence"]
+        unused.discard(origin["engine"])
+        lines += [
+            f"checked      the {origin['engine']} engine, on {origin['device']}, beside {found['baseline']['engine']}:",
+            f"             KL divergence {found['mean_kl']:.2g} nats, the same most likely token for "
+            f"{found['top1_percent']:.0f}% of {result['tokens']}",
+        ]
+    lines.append(
+        "not checked  real weights, tokenizer and chat template; quality; long prompts; speed and memory of all layers"
+    )
+    lines += [f"             the {kind} engine, which was built and not run" for kind in sorted(unused)]
+    lines.append(f"The real one: snakemake results/{name}/{run}/rouge.json. results/{model} can be removed.")
+    return "\n".join(lines)
 
 
 @contextmanager

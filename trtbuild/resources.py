@@ -72,14 +72,14 @@ def benchmark_work(settings: dict) -> tuple[int, int]:
     return sizes["batch_size"] * sizes["input_len"] * repeats, sizes["output_len"] * repeats
 
 
-def checkpoint(config: ModelConfig | None, files: int) -> Needs:
-    """One tensor at a time, as published and converted. `files`: bytes of a source that is on this machine.
+def checkpoint(config: ModelConfig | None, files: int, dtype: str = "float32") -> Needs:
+    """One tensor at a time, as published and converted, at most in `dtype`. `files`: bytes of a source that is here.
 
     SmolLM2-135M 4.2.
     """
     if config is None:
         return Needs(3 * LARGEST_TENSOR, files / FILES, 4 * files)  # 4 bits may become 16
-    size = checkpoint_bytes(config, "float32")
+    size = checkpoint_bytes(config, dtype)
     return Needs(3 * _largest(config), 2 * size / FILES, size)
 
 

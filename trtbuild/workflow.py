@@ -22,7 +22,7 @@ from trtbuild.folder_lock import local_job
 from trtbuild.gpus import taken
 from trtbuild.layout import LAYOUT, sizes, split_run
 from trtbuild.quantization.recipe import Recipe, identity
-from trtbuild.rehearsal import rehearsal_layers, rehearsal_target
+from trtbuild.rehearsal import cost, rehearsal_layers, rehearsal_target, shape_of
 from trtbuild.tokenizer import chat_template
 from trtbuild.yaml_reader import read_yaml
 
@@ -55,6 +55,9 @@ def validate(value: object, schema_path: Path, where: str) -> None:
             reason = clause["description"]
         elif error.validator == "additionalProperties":
             reason += f"; known keys: {', '.join(error.schema['properties'])}"
+        elif error.validator == "type" and isinstance(error.instance, str):  # kv_cache: int8
+            if error.instance in error.schema.get("properties", {}).get("dtype", {}).get("enum", ()):
+                reason = f"write {path[-2]}: {{dtype: {error.instance}}}"
         elif error.validator == "contains":
             reason = f"{error.instance!r} lacks {error.validator_value['const']!r}"
         raise UserError(f"{where}: {key}: {reason}")
@@ -210,6 +213,31 @@ def check_targets(targets: Iterable[str], models: dict, recipes: dict, rehearse:
                 raise UserError(f"{target}: this is no rehearsal; with rehearse=true ask for {right}")
 
 
+def check_files_of_targets(targets: Iterable[str], rules: Iterable[Any]) -> None:
+    """Raises `UserError` for a target that none of Snakemake's rules makes, listing the files that lie beside it."""
+    from snakemake.io import strip_wildcard_constraints
+
+    rules = list(rules)
+    for target in targets:
+        match = re.match(rf"results/((?:{REHEARSAL})?[^/]+)(?:/([^/]+))?", os.path.normpath(target))
+        if not match or Path(target).is_file() or any(rule.is_producer(os.path.normpath(target)) for rule in rules):
+            continue
+        model, run = match.groups()
+        places = {"{model}": model, "{recipe}{layout}": run or "RECIPE", "{run}": run or "RECIPE", "{rank}": "0"}
+        files = {strip_wildcard_constraints(file) for rule in rules for file in rule.output}
+        for pattern, value in places.items():
+            files = {file.replace(pattern, value) for file in files}
+        folder = f"results/{model}/{run or ''}"
+        files = {file for file in files if file.startswith(folder)}
+        if run:
+            files = {file for file in files if any(rule.is_producer(file) for rule in rules)} or files
+        closest = difflib.get_close_matches(target, files, 1)
+        raise UserError(
+            f"{target}: nothing makes this; {f'closest: {closest[0]}; ' if closest else ''}ask for "
+            f"{', '.join(sorted(files))}"
+        )
+
+
 def check_positions_of_targets(targets: Iterable[str], models: dict, recipes: dict, build: dict) -> None:
     """Raises `UserError` where a target's engine would have more positions than its model was made for.
 
@@ -265,7 +293,7 @@ def check_rehearsal(targets: Iterable[str], config: dict, models: dict, recipes:
         if not match or not match[1] or match[2] not in models:
             continue
         model, folder = match[2], match[3]
-        if "config" not in models[model]:
+        if not shape_of(models[model]):
             raise UserError(
                 f"{target}: the model {model} cannot be rehearsed; add its published config.json to {config['models']} "
                 "as 'config'"
@@ -286,8 +314,7 @@ def _recipe_of(match: re.Match) -> str:
 
 def _published_config(model: dict) -> dict | None:
     """The config.json that a declared model or its source brings along."""
-    ((_, source),) = model["source"].items()
-    published = model.get("config") or source.get("config")
+    published = shape_of(model)
     return read_json(user_path(published)) if isinstance(published, str) else published
 
 
@@ -382,8 +409,8 @@ def bytes_of_source(source: dict) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def say_gpus() -> None:
-    """Has Snakemake's table of jobs, that of a dry run too, end with how many of them take how many GPUs.
+def say_costs() -> None:
+    """Has Snakemake's table of jobs, that of a dry run too, end with what they take: GPUs, and a rehearsal's time.
 
     It has no setting for that, so a method is wrapped that is not documented.
     """
@@ -391,15 +418,18 @@ def say_gpus() -> None:
 
     stats = DAG.stats
 
-    def stats_with_gpus(dag: Any) -> tuple[str, dict]:
+    def stats_with_costs(dag: Any) -> tuple[str, dict]:
         message, counts = stats(dag)
-        gpus = Counter(job.resources.get("gpu", 0) for job in {*dag.needrun_jobs(), *dag.finished_jobs})
+        jobs = {*dag.needrun_jobs(), *dag.finished_jobs}
+        gpus = Counter(job.resources.get("gpu", 0) for job in jobs)
         taken = [
             f"{jobs} {'jobs take' if jobs > 1 else 'job takes'} {each}" for each, jobs in sorted(gpus.items()) if each
         ]
-        return f"{message}\nGPUs: {', '.join(taken) or 'none'}\n", counts
+        message += f"\nGPUs: {', '.join(taken) or 'none'}\n"
+        rehearsed = [job for job in jobs if marker(str(job.wildcards.get("model", "")))]
+        return message + (f"Rehearsal: {cost(rehearsed)}\n" if rehearsed else ""), counts
 
-    DAG.stats = stats_with_gpus
+    DAG.stats = stats_with_costs
 
 
 @contextmanager

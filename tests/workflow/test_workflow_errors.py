@@ -145,7 +145,15 @@ def test_bad_configuration(empty, name):
             "results/tiny/int9/rouge.json",
             "unknown recipe 'int9'; closest: int8wo, int8kv, int4wo; known recipes: awq, ",
         ),
-        ("results/tiny/fp32/rogue.json", "results/tiny/fp32/rogue.json"),
+        (
+            "results/tiny/fp32/rogue.json",
+            "results/tiny/fp32/rogue.json: nothing makes this; closest: results/tiny/fp32/rouge.json; ask for "
+            "results/tiny/fp32/benchmark.json, results/tiny/fp32/engine/config.json, ",
+        ),
+        ("results/tiny/fp32@tp2/", "results/tiny/fp32@tp2/: nothing makes this; "),
+        ("results/tiny/hf", "results/tiny/hf: nothing makes this; closest: results/tiny/hf/rouge.json; ask for "),
+        ("results/tiny/", "results/tiny/: nothing makes this; "),
+        ("results/tiny/fp32/engine", "closest: results/tiny/fp32/engine/"),
     ],
 )
 def test_unknown_target(empty, target, line):

@@ -35,6 +35,7 @@ from trtbuild.workflow import (
     unknown,
     validate,
 )
+from trtbuild.yaml_reader import read_yaml
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -76,7 +77,8 @@ def test_shipped_configuration_is_valid(shipped):
         ("build", "engines", [], "build.engines: [] lacks 'portable'"),
         ("build", "engines", ["portable", "x"], "build.engines.1: 'x' is not one of ['portable', 'tensorrt']"),
         ("build", "remove_input_padding", "yes", "build.remove_input_padding: 'yes' is not of type 'boolean'"),
-        ("build", "compute_capabilities", [8.9], "build.compute_capabilities.0: 8.9 is not of type 'string'"),
+        ("build", "compute_capabilities", [8.9], "build.compute_capabilities.0: 8.9 is not one of ['7.5', '8.0',"),
+        ("build", "compute_capabilities", ["9.0"], "build.compute_capabilities.0: '9.0' is not one of ['7.5', '8.0',"),
         ("evaluation", "device", "tpu", "evaluation.device: 'tpu' is not one of ['auto', 'cpu', 'cuda']"),
         ("evaluation", "prompt", "Summarize", r"evaluation.prompt: 'Summarize' does not match '\\{article\\}'"),
         ("evaluation", "dataset", None, "evaluation.dataset: None is not of type 'object'"),
@@ -85,7 +87,21 @@ def test_shipped_configuration_is_valid(shipped):
 )
 def test_validate_names_the_key_and_what_it_expects(shipped, refused, section, key, value, reason):
     shipped[section][key] = value
-    assert refused(shipped) == f"here.yaml: {reason}"
+    assert refused(shipped).startswith(f"here.yaml: {reason}")
+
+
+def test_compute_capabilities_are_those_of_tensorrt():
+    trt = pytest.importorskip("tensorrt_rtx")
+    names = [name for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
+    listed = read_yaml(SCHEMAS / "config.schema.yaml")["properties"]["build"]["properties"]["compute_capabilities"]
+    assert listed["oneOf"][1]["items"]["enum"] == [f"{name[2:-1]}.{name[-1]}" for name in names]
+
+
+def test_validate_says_what_to_write(refused):
+    for part, dtype in (("kv_cache", "int8"), ("weights", "int4"), ("activations", "fp8")):
+        line = f"here.yaml: mine.{part}: write {part}: {{dtype: {dtype}}}"
+        assert refused({"mine": {"dtype": "float16", part: dtype}}, "recipes") == line
+    assert "'int3' is not of type 'object'" in refused({"mine": {"dtype": "float16", "weights": "int3"}}, "recipes")
 
 
 def test_validate_names_missing_and_unknown_keys(shipped, refused):
@@ -270,6 +286,7 @@ def test_rehearsal_of_the_shipped_configuration(shipped):
     before = copy.deepcopy(shipped)
     config = rehearsal_config(shipped)
     assert shipped == before
+    assert config["evaluation"]["dataset"].pop("characters") == 64
     validate(config, SCHEMAS / "config.schema.yaml", "here")
     check_limits(config)
     assert config["build"] == shipped["build"]
@@ -284,21 +301,26 @@ def test_a_rehearsal_never_does_more_than_is_configured(shipped):
     shipped["evaluation"] |= {"max_output_len": 3, "dataset": shipped["evaluation"]["dataset"] | {"samples": 1}}
     shipped["benchmark"] |= {"input_len": 5, "output_len": 2}
     config = rehearsal_config(shipped)
-    assert config["evaluation"] == shipped["evaluation"]
+    small = {"baseline_dtype": "bfloat16", "dataset": shipped["evaluation"]["dataset"] | {"characters": 64}}
+    assert config["evaluation"] == shipped["evaluation"] | small
     assert (config["benchmark"]["input_len"], config["benchmark"]["output_len"]) == (5, 2)
 
 
-def test_rehearsal_of_models_and_recipes():
+def test_rehearsal_of_models_and_recipes(tmp_path):
     source = {"hub": {"repo": "a/b", "revision": "c"}}
     models = {"a": {"source": source, "config": {"x": 1}}, "b": {"source": source}}
     models["c"] = models["a"] | {"chat_template": "mine.jinja"}
     models["d"] = {"source": {"local": {"path": "x", "model_version": "v2_7b"}}, "config": {"x": 1}}
     assert rehearsal_models(models)["rehearsal/d"]["source"]["dummy"]["model_version"] == "v2_7b"
+    models["d"] = {"source": {"local": {"path": str(tmp_path)}}}
+    assert "rehearsal/d" not in rehearsal_models(models)
+    (tmp_path / "config.json").write_text("{}")  # a model that lies there need not be declared
+    assert rehearsal_models(models)["rehearsal/d"]["source"]["dummy"]["config"] == str(tmp_path / "config.json")
     del models["d"]
     found = rehearsal_models(models)
     assert found.keys() == {"rehearsal/a", "rehearsal/c"}
     assert found["rehearsal/c"]["chat_template"] == "mine.jinja"
-    dummy = {"config": {"x": 1}, "num_layers": 2}
+    dummy = {"config": {"x": 1}, "num_layers": 2, "dtype": "float16"}
     assert {model["source"]["dummy"] == dummy and len(model["source"]) == 1 for model in found.values()} == {True}
     assert all(marker(name) == {"rehearsal": True} for name in found)
     assert marker("a") == marker("rehearsal-a") == {}
@@ -318,9 +340,10 @@ def test_rehearsal_of_models_and_recipes():
     }
 
 
+MODEL = {"source": {"hub": {"repo": "a/b", "revision": "0f"}}}
 DECLARED = (
     {"models": "models.yaml", "matrix": [{"model": "a", "recipes": ["x", "hub"]}, {"model": "b", "recipes": ["x"]}]},
-    {"a": {"config": {}}, "b": {}},
+    {"a": MODEL | {"config": {"model_type": "llama"}}, "b": MODEL},
     {
         "x": Recipe.parse({"dtype": "float16"}),
         "hub": Recipe.parse({"dtype": "float16", "quant_checkpoint": {"local": {"path": "x"}}}),
@@ -351,9 +374,6 @@ def test_what_can_be_rehearsed():
     rehearsals = ["results/rehearsal/a/x/rouge.json", "results/rehearsal/a/checkpoint", "results/rehearsal/c/x/y"]
     real = ["results/b/x/rouge.json", "results/a/hub/gate.json", "results/a/recipes.md", "all"]
     check_rehearsal([*rehearsals, *real], *DECLARED)
-
-
-MODEL = {"source": {"hub": {"repo": "a/b", "revision": "0f"}}}
 
 
 @pytest.mark.parametrize(

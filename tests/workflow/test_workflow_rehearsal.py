@@ -1,6 +1,7 @@
 """`results/rehearsal/MODEL`: the whole chain on two layers of dummy weights, in a place of its own."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,22 @@ def test_every_result_says_that_it_is_a_rehearsal(rehearsed, name):
 
 def test_the_printed_scores_say_it_too(rehearsed):
     assert "portable int8kv (rehearsal) " in (rehearsed.results / FOLDER / "int8kv/logs/rouge.log").read_text()
+
+
+def test_costs_are_said_before_and_a_verdict_after(rehearsed, tmp_path):
+    """What was built, what was checked and what was not; nothing of it where no rehearsal is asked for."""
+    workspace = rehearsed.copy(tmp_path / "copy")
+    (workspace.results / FOLDER / "int8kv/rouge.json").unlink()
+    output = workspace.succeed(f"{RUN}/rouge.json")
+    assert "\nRehearsal: about 1 min on two idle cores, up to 0 GB of disk\n" in output
+    assert output.count("Rehearsed tiny/int8kv with random weights:\nbuilt        rank0.safetensors (0.0 GB)\n") == 1
+    assert "2 layers of real shapes, for 1024 + 16 tokens and batches of 4\n" in output
+    assert re.search(
+        r"checked      the portable engine, on \w+: .*, beside transformers:\n *KL divergence [\d.e-]+ nats", output
+    )
+    assert "not checked  real weights, tokenizer and chat template; quality; " in output
+    assert "The real one: snakemake results/tiny/int8kv/rouge.json. results/rehearsal/tiny can be removed." in output
+    assert "Rehears" not in workspace.run("--dry-run", "results/tiny/fp32/engine/config.json").stdout
 
 
 def test_nothing_lies_outside_the_place_of_rehearsals(rehearsed):

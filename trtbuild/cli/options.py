@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from trtbuild.datasets import is_file
 from trtbuild.errors import UserError
 from trtbuild.files import output_path
 from trtbuild.quantization.recipe import Recipe
@@ -78,7 +79,9 @@ ChatTemplate = Annotated[
     typer.Option(help="With --chat: one that trtbuild has, such as qwen, or a .jinja file; default: the tokenizer's."),
 ]
 Samples = Annotated[int, typer.Option("--samples", "--max-ite", help="How many articles, from the first.")]
-Dataset = Annotated[str, typer.Option(help="trtbuild-news (shipped), or a data set of the hub with the same columns.")]
+Dataset = Annotated[
+    str, typer.Option(help="trtbuild-news (shipped), a .jsonl file, or a data set of the hub, with the same columns.")
+]
 DatasetConfig = Annotated[str | None, typer.Option(help="Configuration of a hub data set, such as 3.0.0.")]
 DatasetRevision = Annotated[str | None, typer.Option(help="Revision of a hub data set.")]
 Split = Annotated[str, typer.Option(help="Split of the data set: evaluation or calibration of trtbuild-news.")]
@@ -105,13 +108,15 @@ Calibration = Annotated[
 ]
 
 
-def dataset_of(name: str, config: str | None, revision: str | None, split: str, samples: int) -> dict:
-    return {"name": name, "config": config, "revision": revision, "split": split, "samples": samples}
+def dataset_of(name: str, config: str | None, revision: str | None, split: str) -> dict:
+    """A data set as the configuration has it, but for the number of samples; a file has no splits."""
+    options = {"name": name, "config": config, "revision": revision, "split": None if is_file(name) else split}
+    return {key: value for key, value in options.items() if value is not None}
 
 
 def dummy_of(name: str, models: Path, model_version: str | None) -> tuple[str, dict]:
     """Name and source of dummy weights of a declared model, of a config.json or of its folder."""
-    from trtbuild.rehearsal import dummy_source
+    from trtbuild.rehearsal import dummy_source, shape_of
     from trtbuild.workflow import MODELS_SCHEMA, load_table, unknown
 
     file = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
@@ -124,7 +129,7 @@ def dummy_of(name: str, models: Path, model_version: str | None) -> tuple[str, d
     table = load_table(str(models), MODELS_SCHEMA)
     if name not in table:
         raise UserError(f"{unknown('model', name, table)}; or give a config.json")
-    if "config" not in table[name]:
+    if not shape_of(table[name]):
         raise UserError(f"{models} has no 'config' for {name}; add its published config.json there, or give that file")
     return name, dummy_source(table[name]) | version
 

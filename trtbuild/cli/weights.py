@@ -22,6 +22,7 @@ from trtbuild.cli.options import (
     NumLayers,
     Recipes,
     Split,
+    dataset_of,
     dummy_of,
     recipe_of,
     writable,
@@ -104,8 +105,7 @@ def calibrate(
     """
     from trtbuild.quantization.calibration import calibrate
 
-    source = {"name": dataset, "config": dataset_config, "revision": dataset_revision, "split": split}
-    source = {key: value for key, value in source.items() if value is not None}
+    source = dataset_of(dataset, dataset_config, dataset_revision, split)
     calibrate(checkpoint_dir, output, dataset=source, samples=samples, length=length, seed=seed, device=device.value)
 
 
