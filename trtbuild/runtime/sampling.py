@@ -235,7 +235,7 @@ class Sampler:
         self._places += 1
         if self._seen is not None:
             self._seen.copy_(self._seen[rows])
-            self._seen[torch.arange(len(rows)), tokens] += 2
+            self._seen[torch.arange(len(rows), device=self.device), tokens] += 2
         if self.kind.bad_words[0]:
             self._recent.copy_(torch.cat((self._recent[rows, 1:], tokens[:, None]), 1))
 
