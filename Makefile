@@ -1,5 +1,6 @@
 # make demo: one whole chain, from a download to ROUGE.   make test: the whole suite.   Both make .venv themselves.
 # make test-fast: what is not slow, in under 5 minutes.   make lint: style and types.   make reference: docs/reference/.
+# make release-check [TEST=test-fast]: a wheel in an empty environment, demo and tests with it; an hour.
 # make fuzz [CASES=20000] [SEED=1]: damaged inputs at random; make fuzz CASE=...: one of them again (docs/reliability.md).
 # Linux wheels of torch on PyPI hold CUDA; for the small CPU build: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 PYTHON ?= python3
@@ -7,7 +8,7 @@ BIN := .venv/bin
 OLDEST := $(shell sed -n 's/^requires-python = ">=\(.*\)"/\1/p' pyproject.toml)
 DEMO := results/smollm2-135m
 
-.PHONY: demo test test-fast fuzz lint reference clean
+.PHONY: demo test test-fast fuzz lint reference release-check clean
 
 # The environment begins anew where another Python made it.
 .venv/installed: pyproject.toml constraints.txt
@@ -39,6 +40,9 @@ lint: .venv/installed
 
 reference: .venv/installed
 	$(BIN)/python docs/reference/make.py
+
+release-check:
+	PYTHON='$(PYTHON)' TEST='$(TEST)' tests/release_check.sh
 
 clean:
 	rm -rf results/*/ .snakemake

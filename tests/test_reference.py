@@ -1,4 +1,4 @@
-"""docs/reference has what the schemas and the command line have."""
+"""docs/reference has what schemas, rules and the command line have."""
 
 import importlib.util
 import re
@@ -45,6 +45,20 @@ def test_every_command_has_an_example():
     for command in (registered.callback.__name__ for registered in app.registered_commands):
         part = page.split(f"## trtbuild {command}\n")[1].split("\n## ")[0]
         assert f"`trtbuild {command}" in part, command
+
+
+def test_every_target_is_there():
+    """The page of targets is written by hand; rules say what they make."""
+    rules = "".join(path.read_text() for path in (ROOT / "rules").glob("*.smk"))
+    outputs = set(re.findall(r'"(results/[^"]+)"', "".join(re.findall(r"^    output:\n((?: {8}.*\n)+)", rules, re.M))))
+    assert len(outputs) > 12
+    words = {"{model}": "MODEL", "{recipe}{layout}": "RUN", "{run}": "RUN", "{rank}": "N"}
+    words |= {"{calibration}": "ID", "{quantization}": "ID"}
+    for wildcard, word in words.items():
+        outputs = {output.replace(wildcard, word) for output in outputs}
+    page = (ROOT / "docs" / "reference" / "targets.md").read_text()
+    said = re.findall(r"`(results/[^`]+)`", page)
+    assert {output for output in outputs if not {output, output.replace("/hf/", "/RUN/")} & {*said}} == set()
 
 
 def test_defaults_of_recipes_are_those_that_are_filled_in():
