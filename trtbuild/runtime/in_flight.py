@@ -179,9 +179,13 @@ class InFlight:
         self._launched += 1
         return UnderWay(sequences, place)
 
-    def _receive(self, step: UnderWay) -> None:
+    def _wait(self, step: UnderWay) -> None:
+        """Until its tokens are there."""
         if self._events:
             self._events[step.place].synchronize()
+
+    def _receive(self, step: UnderWay) -> None:
+        self._wait(step)
         finite = self._sums[step.place].isfinite().tolist()
         ended = []
         for i, token in enumerate(self._tokens[step.place, : len(step.sequences)].tolist()):

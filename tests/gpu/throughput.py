@@ -1,0 +1,268 @@
+"""How many tokens a second an engine generates when as many sequences run as fit, beside what the GPU could do.
+
+    python tests/gpu/throughput.py --recipes fp8 --cases 128/128 128/2048 2048/128 2048/2048 mixed
+    python tests/gpu/throughput.py --recipes fp16 int8kv int4-int8kv --cases 128/128 2048/128 --peers
+
+LLaMA-7B's shapes with dummy weights, as `run.py` makes them. A case is the length of every prompt and of every output,
+or `mixed`: 2,000 requests, prompts log-normal around 700 tokens, outputs of 20 to 200, evenly. Requests are as many as
+fit at a time, `--pools` times; `--seconds` ends a case early, and what came until then counts. Graphs are captured
+before.
+
+The floor is the time for the same steps of a GPU that reads each step's weights and caches once at the bandwidth of a
+large copy, and multiplies at `RATES`, which cuBLAS reached for LLaMA-7B's products of 2,048 tokens; products take the
+longer of the two, attention comes on top. `host` is what the host does for a generation step, and `busy` its share of
+the time in which it does not wait for the device.
+
+`--check` first compares tokens in flight with those of one prompt at a time, in a model of two layers.
+`--peers` times `transformers`' `generate` in float16 with the largest batch that it can.
+"""
+
+import argparse
+import gc
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from run import MODELS, RECIPES, copy_bandwidth, recipe_session
+
+from trtbuild.engine.config import BuildLimits
+from trtbuild.models.config import ModelConfig
+from trtbuild.models.families import canonical_config, config_from_hugging_face
+from trtbuild.runtime.generation import generate
+from trtbuild.runtime.in_flight import InFlight, schedule
+from trtbuild.runtime.paged_steps import CAPTURED, Rows
+from trtbuild.runtime.sampling import SamplingParams
+from trtbuild.runtime.scheduler import Sequence
+from trtbuild.runtime.session import PortableSession
+
+RECIPES["int4-int8kv"] = ("int4", "16bit", torch.int8)
+RATES = {"fp8": 1340e12, "sq": 816e12}  # operations a second of products; the others' are in 16 bits
+RATE = 730e12
+MIXED = 2000
+
+
+class TimeIsUp(Exception):
+    pass
+
+
+class Measured(InFlight):
+    """Counts steps, what they read and multiply, and the host's time."""
+
+    def __init__(self, config: ModelConfig, recipe: str, bandwidth: float, session: PortableSession, *given) -> None:
+        super().__init__(session, *given)
+        heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        hidden, layers = config.hidden_size, config.num_hidden_layers
+        self.numbers = layers * hidden * (width * 2 * (heads + kv_heads) + 3 * config.intermediate_size)
+        self.head = hidden * config.vocab_size
+        self.pair = 4 * layers * heads * width  # operations of attention for a pair of positions
+        self.bandwidth, self.rate = bandwidth, RATES.get(recipe, RATE)
+        self.floor_of_chunks = self.floor_of_tokens = self.host = self.waited = 0.0
+        self.chunk_steps = self.token_steps = self.rows = 0
+
+    def products(self, operations: float) -> float:
+        return max(self.session.weight_bytes / self.bandwidth, operations / self.rate)
+
+    def _enter(self, parts):
+        tokens = sum(len(part) for _, part in parts)
+        pairs = sum((part.start + part.stop) / 2 * len(part) for _, part in parts)
+        self.floor_of_chunks += self.products(2 * (tokens * self.numbers + len(parts) * self.head))
+        self.floor_of_chunks += pairs * self.pair / RATE
+        self.chunk_steps += 1
+        return super()._enter(parts)
+
+    def _generate(self):
+        start = time.perf_counter()
+        step = super()._generate()
+        self.host += time.perf_counter() - start
+        count = len(step.sequences)
+        read = int(self._positions[:count].sum()) * self.session.bytes_per_position
+        self.floor_of_tokens += self.products(2 * count * (self.numbers + self.head)) + read / self.bandwidth
+        self.token_steps += 1
+        self.rows += count
+        return step
+
+    def _wait(self, step):
+        start = time.perf_counter()
+        super()._wait(step)
+        self.waited += time.perf_counter() - start
+
+    def _receive(self, step):
+        start, waited = time.perf_counter(), self.waited
+        try:
+            super()._receive(step)
+        finally:
+            self.host += time.perf_counter() - start - (self.waited - waited)
+
+
+def requests(case: str, config: ModelConfig, count: int) -> list[Sequence]:
+    draw = torch.Generator().manual_seed(0)
+    if case == "mixed":
+        lengths = (torch.randn(count, generator=draw) * 0.5).exp().mul(700).clamp(16, 2048).int().tolist()
+        outputs = torch.randint(20, 201, (count,), generator=draw).tolist()
+    else:
+        lengths, outputs = ([int(x)] * count for x in case.split("/"))
+    prompts = [torch.randint(1, config.vocab_size, (n,), generator=draw).tolist() for n in lengths]
+    return [Sequence(i, prompt, m) for i, (prompt, m) in enumerate(zip(prompts, outputs, strict=True))]
+
+
+def measure(session, config, recipe: str, case: str, args, bandwidth: float) -> None:
+    cuda = session.device.type == "cuda"
+    scheduler = schedule(session, requests(case, config, MIXED))
+    one = scheduler.pages.needed(scheduler.waiting[0].positions)
+    fit = min(scheduler.rows, scheduler.pages.count // one)
+    count = args.requests or (MIXED if case == "mixed" else int(fit * args.pools))
+    drawn, deadline = [0] * count, float("inf")
+    said: list[str] = []
+
+    def take(sequence: Sequence, token: int) -> bool:
+        drawn[sequence.index] += 1
+        if time.perf_counter() > deadline:
+            raise TimeIsUp
+        return drawn[sequence.index] == sequence.max_output_len
+
+    def flight(sequences: list[Sequence]) -> Measured:
+        drawn[:] = [0] * count
+        given = session, schedule(session, sequences), SamplingParams(4096), take, said.append
+        return Measured(config, recipe, bandwidth, *given)
+
+    warm = flight(requests(case, config, min(count, 64)))
+    for sequence in warm.scheduler.waiting:
+        sequence.max_output_len = 2
+    warm.run()
+    start, rows = time.perf_counter(), session.paged_steps.sizes.rows
+    with torch.inference_mode():
+        session.paged("arrange", Rows.new(session.paged_steps.sizes).buffer.numpy())
+        sizes = {session.paged_steps.padded(size) for size in (CAPTURED if case == "mixed" else (min(count, rows),))}
+        for size in sorted(size for size in sizes if size <= rows):
+            session.paged("generation", size, 1)
+    captured = time.perf_counter() - start
+    flown = flight(requests(case, config, count))
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start, early = time.perf_counter(), ""
+    deadline = start + args.seconds
+    try:
+        flown.run()
+    except TimeIsUp:
+        early = f", ended early with {sum(map(bool, drawn))} requests begun"
+    if cuda:
+        torch.cuda.synchronize()
+    seconds, floor = time.perf_counter() - start, flown.floor_of_chunks + flown.floor_of_tokens
+    steps = max(1, flown.token_steps)
+    print(
+        f"| {recipe} | {case} | {sum(drawn) / seconds:,.0f} | {flown.rows / steps:.0f} | {seconds:.2f} | {floor:.2f} | "
+        f"{seconds / floor:.2f} | {flown.chunk_steps} | {flown.token_steps} | {flown.host / steps * 1e3:.2f} | "
+        f"{1 - flown.waited / seconds:.0%} |",
+        flush=True,
+    )
+    peak = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB of the GPU at most" if cuda else ""
+    print(
+        f"  {said[-1]}; {count} requests, {sum(drawn)} tokens{early}; floor of chunks {flown.floor_of_chunks:.2f} s; "
+        f"graphs captured in {captured:.1f} s{peak}",
+        flush=True,
+    )
+
+
+def check(config: ModelConfig, device: str) -> None:
+    """Tokens in flight beside those of one prompt at a time."""
+    for recipe in ("fp16", "int8kv", "fp8") if device == "cuda" else ("fp16",):
+        session = recipe_session(config, recipe, BuildLimits(2, 512, 48), device)
+        draw = torch.Generator().manual_seed(1)
+        begin = torch.randint(1, 256, (150,), generator=draw).tolist()
+        prompts = [torch.randint(1, 256, (1 + 13 * i % 300,), generator=draw).tolist() for i in range(40)]
+        prompts = [begin + prompt if i % 3 == 0 else prompt for i, prompt in enumerate(prompts)]
+        many = [output.output_ids for output in generate(session, prompts, SamplingParams(48))]
+        again = [output.output_ids for output in generate(session, prompts, SamplingParams(48))]
+        alone = [generate(session, [prompt], SamplingParams(48))[0].output_ids for prompt in prompts]
+        first = sum(a[0] == b[0] for a, b in zip(many, alone, strict=True))
+        equal = sum(a == b for one, other in zip(many, alone, strict=True) for a, b in zip(one, other, strict=True))
+        total = sum(map(len, alone))
+        print(
+            f"{recipe}: {first} of 40 first tokens and {equal} of {total} tokens equal; twice the same: {many == again}"
+        )
+        del session
+        gc.collect()
+
+
+def peers(published: dict, name: str, cases: list[str]) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = canonical_config(published, name)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(sizes.pop("model_type"), **sizes), dtype=torch.float16
+        ).eval()
+    model.generation_config.eos_token_id = None
+    for case in (case for case in cases if case != "mixed"):
+        length, output = map(int, case.split("/"))
+        batch = 512
+        while batch:
+            ids = torch.randint(1, 256, (batch, length), device="cuda")
+            options = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+            try:
+                model.generate(ids[:1], max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                model.generate(ids, max_new_tokens=output, min_new_tokens=output, **options)
+                torch.cuda.synchronize()
+            except torch.cuda.OutOfMemoryError:
+                batch = batch * 3 // 4
+                gc.collect()
+                torch.cuda.empty_cache()
+                continue
+            seconds = time.perf_counter() - start
+            print(
+                f"| transformers fp16 | {case} | {batch * output / seconds:,.0f} | {batch} | {seconds:.2f} |",
+                flush=True,
+            )
+            break
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="llama-7b", metavar="NAME", help="of config/models.yaml")
+    parser.add_argument("--layers", type=int, help="of the model; default: all")
+    parser.add_argument("--recipes", nargs="*", choices=RECIPES, default=["fp8"])
+    parser.add_argument("--cases", nargs="+", default=["128/128", "2048/128", "mixed"])
+    parser.add_argument("--pools", type=float, default=1)
+    parser.add_argument("--requests", type=int, default=0, help="instead, so many")
+    parser.add_argument("--seconds", type=float, default=120, help="of a case at most")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--peers", action="store_true")
+    args = parser.parse_args()
+    torch.set_grad_enabled(False)
+    published = MODELS[args.model]["config"] | ({"num_hidden_layers": args.layers} if args.layers else {})
+    config = config_from_hugging_face(published, args.model)
+    cuda = args.device == "cuda"
+    if args.check:
+        check(config_from_hugging_face(published | {"num_hidden_layers": 2}, args.model), args.device)
+    bandwidth = copy_bandwidth() if cuda else 1e10
+    name = torch.cuda.get_device_name() if cuda else "CPU"
+    print(f"{args.model} on {name}, torch {torch.__version__}, copy bandwidth {bandwidth / 1e12:.2f} TB/s", flush=True)
+    print(
+        "| recipe | in/out | tokens/s | mean batch | s | floor s | x floor | chunk steps | token steps | "
+        "host ms a step | busy |"
+    )
+    for recipe in args.recipes:
+        start = time.perf_counter()
+        session = recipe_session(config, recipe, BuildLimits(1, 2048, 2048), args.device)
+        print(
+            f"{recipe}: {session.weight_bytes / 1e9:.2f} GB of weights, {time.perf_counter() - start:.1f} s", flush=True
+        )
+        for case in args.cases:
+            measure(session, config, recipe, case, args, bandwidth)
+        del session
+        gc.collect()
+        if cuda:
+            torch.cuda.empty_cache()
+    if args.peers:
+        peers(published, args.model, args.cases)
+
+
+if __name__ == "__main__":
+    main()
