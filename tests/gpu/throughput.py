@@ -21,6 +21,7 @@ import argparse
 import gc
 import sys
 import time
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -255,7 +256,10 @@ def main() -> None:
             f"{recipe}: {session.weight_bytes / 1e9:.2f} GB of weights, {time.perf_counter() - start:.1f} s", flush=True
         )
         for case in args.cases:
-            measure(session, config, recipe, case, args, bandwidth)
+            try:
+                measure(session, config, recipe, case, args, bandwidth)
+            except Exception:  # no reason to lose the others
+                traceback.print_exc(file=sys.stdout)
         del session
         gc.collect()
         if cuda:
