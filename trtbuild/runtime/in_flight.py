@@ -10,25 +10,26 @@ import torch
 from trtbuild.errors import UserError
 from trtbuild.network.step import Chunk, sent
 from trtbuild.runtime.paged_steps import PagedSteps, Rows, Sizes
-from trtbuild.runtime.pages import PAGE_SIZE, Pages
+from trtbuild.runtime.pages import Pages
 from trtbuild.runtime.sampling import SamplingParams
 from trtbuild.runtime.scheduler import Scheduler, Sequence
 from trtbuild.runtime.session import PortableSession
 from trtbuild.runtime.token_ring import steps_ahead
 
+PAGE_SIZE = {"cuda": 64, "cpu": 16}  # positions: of small pages less is left over, large ones are read faster
 MOST_SEQUENCES = {"cuda": 1024, "cpu": 32}  # of a step
 BUDGET = {"cuda": 2048, "cpu": 512}  # tokens of a step of chunks
 LENGTHS = {"prompt_lengths", "sequence_lengths"}  # inputs by which keys depend on how long a prompt is
 
 
-def schedule(
-    session: PortableSession, sequences: list[Sequence], page_size: int = PAGE_SIZE, pages: int = 0
-) -> Scheduler:
-    """With pages for all of these sequences, or as many as there is room for, or, for tests, so many `pages`.
+def schedule(session: PortableSession, sequences: list[Sequence], page_size: int = 0, pages: int = 0) -> Scheduler:
+    """With pages for all of these sequences, or as many as there is room for, which are a batch's caches or more.
 
-    Pages that are there already are used again where they do. Raises `UserError` for a sequence that is too long.
+    Pages that are there already are used again where they do. For tests the size of a page and how many are given.
+    Raises `UserError` for a sequence that is too long.
     """
     device, limits = session.device.type, session.limits
+    page_size = page_size or PAGE_SIZE[device]
     rows, budget = min(len(sequences), MOST_SEQUENCES[device]), BUDGET[device]
     width = -(-limits.max_length // page_size)
     needs = sorted((-(-sequence.positions // page_size) for sequence in sequences), reverse=True)

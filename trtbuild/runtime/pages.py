@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-PAGE_SIZE = 64  # positions
 SCRATCH = 0  # the page that no sequence is given: padded rows write to it
 
 
@@ -13,7 +12,7 @@ class Pages:
     admitted while one has them. Only the first writes them, so its step must not come after another's.
     """
 
-    def __init__(self, count: int, size: int = PAGE_SIZE, shares: bool = True) -> None:
+    def __init__(self, count: int, size: int, shares: bool = True) -> None:
         self.count, self.size, self.shares = count, size, shares
         self.owners = [0] * (count + 1)
         self._free = list(range(count, SCRATCH, -1))

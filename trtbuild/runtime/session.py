@@ -1,6 +1,5 @@
 """A session: one engine, its KV cache, and steps of any mix of sequences."""
 
-import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -22,7 +21,6 @@ from trtbuild.runtime.sampling import Kind, Sampler, SamplingParams
 
 MIN_KV_STEP = 256
 MAX_GRAPHS = 64  # captured steps that are kept
-SHARE_OF_RAM = 4  # of which pages on a CPU take one
 
 
 class Session(ABC):
@@ -378,13 +376,16 @@ class PortableSession(Session):
         return own(*arguments)
 
     def _paged_room(self, sequences: int, tokens: int) -> int:
-        """Bytes that pages may take beside steps of so many sequences and tokens; what pages and caches had is free."""
+        """Bytes that pages may take beside steps of so many sequences and tokens; what pages and caches had is free.
+
+        On a CPU, whose memory others have, too, no more than a batch's caches.
+        """
         self._graphs.clear()
         self.paged_steps = None
         self.cache.forget()
         self._begin(self.cache)
         if self.device.type != "cuda":
-            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // SHARE_OF_RAM
+            return 0
         torch.cuda.empty_cache()
         return room_for_pages(self.engine.network, sequences, tokens, free_memory(self.device))
 
