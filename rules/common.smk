@@ -196,6 +196,18 @@ def gate_of_run(wildcards):
     return f"results/{wildcards.model}/{wildcards.run}/gate.json" if wildcards.run != "hf" else []
 
 
+def shown(path, result):
+    """An output of `results/{model}/` that `snakemake --report` shows, with a text of report/ beside it."""
+    _, model, *run, name = path.split("/")
+    return report(
+        path,
+        caption=f"../report/{Path(name).stem}.rst",
+        category=model,
+        subcategory="".join(run) or "All recipes",
+        labels={"result": result},
+    )
+
+
 def runs_of_table(wildcards):
     """A model's runs that have results or are in the matrix, with the names of these results."""
     matrix, recipes = config_of(wildcards)["matrix"], recipes_of(wildcards)

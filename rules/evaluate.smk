@@ -6,7 +6,7 @@ rule summarize:
         checkpoint="results/{model}/checkpoint",
         engine="results/{model}/{recipe}{layout}/engine/config.json",
     output:
-        summaries="results/{model}/{recipe}{layout}/summaries.jsonl",
+        summaries=shown("results/{model}/{recipe}{layout}/summaries.jsonl", "summaries"),
         meta="results/{model}/{recipe}{layout}/summaries.meta.json",
     log:
         "results/{model}/{recipe}{layout}/logs/summarize.log",
@@ -33,7 +33,7 @@ rule summarize_hf:
     input:
         checkpoint="results/{model}/checkpoint",
     output:
-        summaries="results/{model}/hf/summaries.jsonl",
+        summaries=shown("results/{model}/hf/summaries.jsonl", "summaries"),
         meta="results/{model}/hf/summaries.meta.json",
     log:
         "results/{model}/hf/logs/summarize.log",
@@ -57,7 +57,7 @@ rule rouge:
         meta="results/{model}/{run}/summaries.meta.json",
         gate=gate_of_run,
     output:
-        "results/{model}/{run}/rouge.json",
+        shown("results/{model}/{run}/rouge.json", "ROUGE"),
     log:
         "results/{model}/{run}/logs/rouge.log",
     resources:
@@ -74,7 +74,7 @@ rule perplexity:
         engine="results/{model}/{recipe}{layout}/engine/config.json",
         hidden_states="results/{model}/hf/hidden_states.safetensors",
     output:
-        "results/{model}/{recipe}{layout}/perplexity.json",
+        shown("results/{model}/{recipe}{layout}/perplexity.json", "perplexity"),
     log:
         "results/{model}/{recipe}{layout}/logs/perplexity.log",
     params:
@@ -99,7 +99,7 @@ rule perplexity_hf:
     input:
         checkpoint="results/{model}/checkpoint",
     output:
-        "results/{model}/hf/perplexity.json",
+        shown("results/{model}/hf/perplexity.json", "perplexity"),
         hidden_states="results/{model}/hf/hidden_states.safetensors",
     log:
         "results/{model}/hf/logs/perplexity.log",
@@ -121,7 +121,7 @@ rule gate:
         perplexity="results/{model}/{recipe}{layout}/perplexity.json",
         baseline="results/{model}/hf/perplexity.json",
     output:
-        "results/{model}/{recipe}{layout}/gate.json",
+        shown("results/{model}/{recipe}{layout}/gate.json", "gate"),
     log:
         "results/{model}/{recipe}{layout}/logs/gate.log",
     params:
@@ -139,7 +139,7 @@ rule benchmark:
     input:
         engine="results/{model}/{recipe}{layout}/engine/config.json",
     output:
-        "results/{model}/{recipe}{layout}/benchmark.json",
+        shown("results/{model}/{recipe}{layout}/benchmark.json", "speed and memory"),
     log:
         "results/{model}/{recipe}{layout}/logs/benchmark.log",
     params:

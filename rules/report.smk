@@ -1,7 +1,7 @@
-# Results -> one table a model; two models' summaries side by side.
+# Results -> all of a model's recipes side by side, as data, a table and a page; two models' summaries side by side.
 
 
-rule table:
+rule recipes:
     input:
         lambda wildcards: [
             f"results/{wildcards.model}/{run}/{name}.json"
@@ -9,20 +9,49 @@ rule table:
             for name in names
         ],
     output:
-        report("results/{model}/recipes.md", category="Recipes", labels={"model": "{model}"}),
+        "results/{model}/recipes.json",
     log:
-        "results/{model}/logs/table.log",
+        "results/{model}/logs/recipes.log",
     params:
-        recipes=lambda wildcards: {
-            run: trtbuild_workflow.weights_folder(recipes_of(wildcards)[split_run(run)[0]])
-            for run in runs_of_table(wildcards)
+        runs=lambda wildcards: {
+            run: trtbuild_workflow.made_of(recipes_of(wildcards)[split_run(run)[0]]) for run in runs_of_table(wildcards)
         },
     resources:
         **SHORT,
     conda:
         "../config/environment.yaml"
     script:
+        "../workflow_scripts/recipes.py"
+
+
+rule table:
+    input:
+        "results/{model}/recipes.json",
+    output:
+        shown("results/{model}/recipes.md", "table"),
+    log:
+        "results/{model}/logs/table.log",
+    resources:
+        **SHORT,
+    conda:
+        "../config/environment.yaml"
+    script:
         "../workflow_scripts/table.py"
+
+
+rule page:
+    input:
+        "results/{model}/recipes.json",
+    output:
+        shown("results/{model}/report.html", "report"),
+    log:
+        "results/{model}/logs/page.log",
+    resources:
+        **SHORT,
+    conda:
+        "../config/environment.yaml"
+    script:
+        "../workflow_scripts/page.py"
 
 
 rule side_by_side:
@@ -32,7 +61,7 @@ rule side_by_side:
         theirs="results/{model}/hf/summaries.jsonl",
         their_meta="results/{model}/hf/summaries.meta.json",
     output:
-        "results/{model}/{recipe}{layout}/side_by_side.md",
+        shown("results/{model}/{recipe}{layout}/side_by_side.md", "summaries beside the baseline's"),
     log:
         "results/{model}/{recipe}{layout}/logs/side_by_side.log",
     resources:

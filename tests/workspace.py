@@ -113,7 +113,7 @@ class Workspace:
     def pending(self, *arguments: str) -> set[str]:
         """What a run would do, from a dry run: `rule model/recipe` of every job, or `rule model/name` of its output.
 
-        `rule model/recipe rank1` is of a rank but the first. Not among them are tables of a model's recipes.
+        `rule model/recipe rank1` is of a rank but the first. Not among them is what shows all of a model's recipes.
         """
         output = self.succeed("--dry-run", *arguments)
         jobs = set()
@@ -126,7 +126,7 @@ class Workspace:
                 rank = f" rank{values['rank']}" if values.get("rank", "0") != "0" else ""
                 jobs.add(" ".join([rule, "/".join([values["model"], *names])]) + rank)
         assert jobs or "Nothing to be done" in output, output
-        return {job for job in jobs if not job.startswith("table ")}  # they follow whatever else there is
+        return {job for job in jobs if job.split()[0] not in ("recipes", "table", "page")}  # they follow all else
 
     def artifacts(self) -> dict[str, str]:
         """The sha256 of all that runs made, but for logs, times and what is being written under a temporary name."""

@@ -33,7 +33,7 @@ SCHEMAS = Path(__file__).parent / "schemas"
 MODELS_SCHEMA = SCHEMAS / "models.schema.yaml"
 RECIPES_SCHEMA = SCHEMAS / "recipes.schema.yaml"
 SHIPPED_RECIPES = Path(__file__).parent / "recipes.yaml"
-TABLE = "recipes.md"
+TABLES = ("recipes.json", "recipes.md", "report.html")  # of all of a model's recipes
 RESULTS = ("perplexity", "gate", "rouge", "benchmark")  # of a run, beside summaries
 LIMITS = ("max_batch_size", "max_input_len", "max_output_len")  # of `build`
 
@@ -128,7 +128,11 @@ def matrix_targets(config: dict) -> list[str]:
         folder = f"results/{entry['model']}"
         for name in reserved_names() & {*entry["recipes"]}:
             raise UserError(f"config/config.yaml: matrix: {folder}/{name}/benchmark.json: {name!r} is no recipe")
-        targets += [f"{folder}/hf/rouge.json", f"{folder}/hf/perplexity.json", f"{folder}/{TABLE}"]
+        targets += [
+            f"{folder}/hf/rouge.json",
+            f"{folder}/hf/perplexity.json",
+            *(f"{folder}/{name}" for name in TABLES[1:]),
+        ]
         for recipe in entry["recipes"]:
             targets += [f"{folder}/{recipe}/{name}.json" for name in ("rouge", "perplexity", "benchmark")]
     return targets
@@ -137,15 +141,28 @@ def matrix_targets(config: dict) -> list[str]:
 def runs_of_table(model: str, matrix: list[dict], recipes: Iterable[str], targets: Iterable[str]) -> dict[str, list]:
     """Of each run in a model's table the names of the results that it is made of, in `results/{model}/{run}/`.
 
-    Runs in the matrix have all of them; of others it is made of what is there, or is asked for by `targets`.
+    Runs in the matrix have all of them, but for the scores of one that its gate has stopped; of others it is made of
+    what is there, or is asked for by `targets`.
     """
     runs = {run: list(RESULTS) for entry in matrix if entry["model"] == model for run in entry["recipes"]}
+    for run in runs:
+        if _stops(Path("results", model, run, "gate.json")):
+            runs[run].remove("rouge")
     files = [*map(str, sorted(Path("results", model).glob("*/*.json"))), *map(os.path.normpath, targets)]
     result = re.compile(rf"results/{re.escape(model)}/(([^/@]+)(?:{LAYOUT})?)/({'|'.join(RESULTS)})\.json")
     for match in filter(None, map(result.fullmatch, files)):
         if match[2] in recipes and match[3] not in runs.setdefault(match[1], []):
             runs[match[1]].append(match[3])
     return runs
+
+
+def _stops(gate: Path) -> bool:
+    """Whether a gate that has been measured lets no ROUGE be made."""
+    try:
+        result = read_json(gate)
+    except UserError:
+        return False
+    return result.get("policy") == "fail" and result.get("above_limit") is True
 
 
 def quantizations(recipes: dict[str, Recipe]) -> dict[str, dict]:
@@ -174,6 +191,12 @@ def weights_folder(recipe: Recipe) -> str:
     if recipe.quantization:
         return f"quantized/{recipe.quantization.id}"
     return published(recipe) or "checkpoint"
+
+
+def made_of(recipe: Recipe) -> dict[str, str]:
+    """The folder of weights and the calibration file, if any, that a recipe is made of, in `results/{model}/`."""
+    calibration = {"calibration": f"calibration/{calibration_name(recipe)}.npz"} if recipe.needs_ranges else {}
+    return {"weights": weights_folder(recipe)} | calibration
 
 
 def published(recipe: Recipe) -> str | None:
@@ -245,7 +268,7 @@ def check_positions_of_targets(targets: Iterable[str], models: dict, recipes: di
     """
     matches = [match for target in targets if (match := _parts(target))]
     needed = build["max_input_len"] + build["max_output_len"]
-    for name in dict.fromkeys(match[2] for match in matches if match[3] == TABLE or _recipe_of(match) in recipes):
+    for name in dict.fromkeys(match[2] for match in matches if match[3] in TABLES or _recipe_of(match) in recipes):
         published = _published_config(models[name])
         if published is None or build["extrapolate_positions"]:
             continue
@@ -299,7 +322,7 @@ def check_rehearsal(targets: Iterable[str], config: dict, models: dict, recipes:
                 "as 'config'"
             )
         matrix = [run for entry in config["matrix"] if entry["model"] == model for run in entry["recipes"]]
-        for run in matrix if folder == TABLE else [folder]:
+        for run in matrix if folder in TABLES else [folder]:
             recipe, _ = split_run(run)
             if recipe in recipes and recipes[recipe].quant_checkpoint:
                 raise UserError(

@@ -1,29 +1,18 @@
 """The table of a model's recipes."""
 
-import math
-
 import pytest
+from result_files import measured, rouge
 
 from trtbuild.errors import UserError
 from trtbuild.evaluation.gate import gate
+from trtbuild.evaluation.recipes import collect
 from trtbuild.evaluation.table import recipe_table
 from trtbuild.files import write_json
 
 
-def rouge(one: float, long: float, model: str = "12") -> dict:
-    means = {"rouge1": one, "rouge2": 9, "rougeL": long, "rougeLsum": 25}
-    scores = {
-        metric: {"mean": mean, "low": mean - 1, "high": mean + 1, "articles": [mean - 3, mean + 3]}
-        for metric, mean in means.items()
-    }
-    return scores | {"provenance": {"engine": "portable", "dtype": "float32", "source_sha256": model}}
-
-
-def measured(perplexity: float, model: str = "12", spread: float = 0.01) -> dict:
-    """A perplexity of two articles; `spread` is how far each is from it, in nats a token."""
-    nll = [100 * (math.log(perplexity) + way * spread) for way in (-1, 1)]
-    origin = {"engine": "transformers", "dtype": "float32", "source_sha256": model}
-    return {"perplexity": perplexity, "articles": {"nll": nll, "tokens": [100, 100]}, "provenance": origin}
+def table(folder, **weights: str) -> str:
+    """Of recipes, or those on a layout, whose weights come from these folders."""
+    return recipe_table(collect(folder, {run: {"weights": path} for run, path in weights.items()}))
 
 
 SPEED = {"time_per_output_token_s": 0.01234, "peak_memory_bytes": 456_700_000}
@@ -42,7 +31,7 @@ def results(tmp_path):
         write_json(folder / "rouge.json", rouge(29.5, 19.25))
         write_json(folder / "benchmark.json", SPEED)
         outputs = {"rank0.safetensors": {"bytes": 2_500_000}, "rank0.engine": {"bytes": 3_000_000}}
-        write_json(tmp_path / recipe / "engine/config.json", {"outputs": outputs})
+        write_json(tmp_path / recipe / "engine/config.json", {"outputs": outputs, "recipe": {"dtype": "float16"}})
         for kind in ("portable", "tensorrt"):
             (tmp_path / recipe / "logs").mkdir(exist_ok=True)
             (tmp_path / recipe / f"logs/{kind}_engine.rank0.tsv").write_text("s\th:m:s\n4.5\t0:00:04\n")
@@ -53,7 +42,7 @@ def results(tmp_path):
 
 def test_table(results):
     """The interval of two articles is t of one degree of freedom, 12.706, times 0.0001 nats."""
-    lines = recipe_table(results, {"fp16": "checkpoint", "int8": "quantized/round-int8-1"}).splitlines()
+    lines = table(results, fp16="checkpoint", int8="quantized/round-int8-1").splitlines()
     names = "recipe gate perplexity increase% meanKL p99KL sametoken% ROUGE-1 ROUGE-1difference ROUGE-L"
     names += " ROUGE-Ldifference msatoken peakMB portableMB TensorRTMB quantizes builds"
     assert lines[0].replace(" ", "") == "|" + names.replace(" ", "|") + "|"
@@ -68,18 +57,18 @@ def test_table(results):
 def test_ranks_of_a_layout_count_together(results):
     (results / "fp16").rename(results / "fp16@tp2")
     outputs = {f"rank{rank}.safetensors": {"bytes": 1_300_000} for rank in (0, 1)}
-    write_json(results / "fp16@tp2/engine/config.json", {"outputs": outputs})
+    write_json(results / "fp16@tp2/engine/config.json", {"outputs": outputs, "recipe": {"dtype": "float16"}})
     (results / "fp16@tp2/logs/portable_engine.rank1.tsv").write_text("s\th:m:s\n2.5\t0:00:02\n")
-    row = recipe_table(results, {"fp16@tp2": "checkpoint"}).splitlines()[-1]
+    row = table(results, **{"fp16@tp2": "checkpoint"}).splitlines()[-1]
     assert row.startswith("| fp16@tp2 | passed | 20.10 | +0.50 ")
     assert row.endswith(" | 2.6 |  |  | 7 |")
 
 
 def test_a_rehearsal_says_so(results):
-    plain = recipe_table(results, {"fp16": "checkpoint"})
+    plain = table(results, fp16="checkpoint")
     assert "ehearsal" not in plain
     write_json(results / "hf/perplexity.json", measured(20.0) | {"rehearsal": True})
-    assert recipe_table(results, {"fp16": "checkpoint"}) == "**Rehearsal**: dummy weights, no results.\n\n" + plain
+    assert table(results, fp16="checkpoint") == "**Rehearsal**: dummy weights, no results.\n\n" + plain
 
 
 @pytest.mark.parametrize(("file", "value"), [("perplexity", measured(20.0, "9")), ("rouge", rouge(30, 20, "9"))])
@@ -88,7 +77,7 @@ def test_results_of_another_model(results, file, value):
     write_json(results / f"hf/{file}.json", value)
     message = r"fp16 and .*hf: the results are not comparable: the original model \(source_sha256\) is 12 and 9$"
     with pytest.raises(UserError, match=message):
-        recipe_table(results, {"fp16": "checkpoint"})
+        table(results, fp16="checkpoint")
 
 
 def test_what_is_not_there_is_empty(results):
@@ -97,7 +86,7 @@ def test_what_is_not_there_is_empty(results):
         (results / f"int8/{name}.json").unlink()
     for name in ("perplexity", "gate", "rouge", "benchmark"):
         (results / f"fp16/{name}.json").unlink()
-    rows = recipe_table(results, {"int8": "checkpoint", "fp16": "checkpoint", "none": "checkpoint"}).splitlines()[-3:]
+    rows = table(results, int8="checkpoint", fp16="checkpoint", none="checkpoint").splitlines()[-3:]
     quality = ["int8", "undecided", "21.00", "+5.00 [+4.87, +5.13]", "0.00123", "0.0456", "97.2"]
     engine = ["2.5", "3.0", "", "9"]
     assert [row.strip("|").split("|") for row in rows] == [
@@ -113,4 +102,4 @@ def test_what_is_not_there_is_empty(results):
 def test_a_time_that_is_missing(results):
     (results / "fp16/logs/tensorrt_engine.rank0.tsv").write_text("")
     with pytest.raises(UserError, match=r"tensorrt_engine\.rank0\.tsv holds no time"):
-        recipe_table(results, {"fp16": "checkpoint"})
+        table(results, fp16="checkpoint")

@@ -5,6 +5,7 @@ import shutil
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from outlier_models import CONFIG, SAMPLES, calibrated, outlier_weights, write_model
@@ -15,6 +16,7 @@ from trtbuild.checkpoint.sources import make_checkpoint
 from trtbuild.errors import UserError
 from trtbuild.evaluation.hugging_face import HuggingFaceModel
 from trtbuild.files import sha256
+from trtbuild.quantization.layer import every_projection
 from trtbuild.quantization.methods import Gptq, Round
 from trtbuild.quantization.quantize import check_weights, quantize
 from trtbuild.quantization.recipe import Quantization, Recipe
@@ -137,6 +139,13 @@ def test_what_the_folder_says(folder, ranges, tmp_path, name):
     inputs |= {ranges.name: ranges} if name in ("smoothquant", "fp8") else {}
     assert origin["inputs"] == {key: sha256(path) for key, path in inputs.items()}
     check_weights(Recipe.parse({"dtype": "float16", "calibration": SAMPLES} | RECIPES[name]), tmp_path / "out")
+    errors, original = origin["relative_errors"], Checkpoint(folder)
+    assert errors.keys() == {*every_projection(original.config)}
+    if not (tmp_path / "out/smoothing.npz").exists():  # which changes the weights that are rounded
+        for projection, error in errors.items():
+            weight = original[f"{projection}.weight"].load().double().numpy()
+            lost = checkpoint.dequantized(f"{projection}.weight").load().double().numpy() - weight
+            assert error == pytest.approx(np.linalg.norm(lost) / np.linalg.norm(weight), rel=1e-3)
 
 
 @recipes

@@ -11,6 +11,7 @@ import yaml
 
 from trtbuild.engine.config import marker
 from trtbuild.errors import UserError, one_line
+from trtbuild.files import write_json
 from trtbuild.quantization.recipe import Recipe
 from trtbuild.rehearsal import (
     rehearsal_config,
@@ -151,6 +152,7 @@ def test_matrix_targets():
         "results/a/hf/rouge.json",
         "results/a/hf/perplexity.json",
         "results/a/recipes.md",
+        "results/a/report.html",
         "results/a/x/rouge.json",
         "results/a/x/perplexity.json",
         "results/a/x/benchmark.json",
@@ -160,6 +162,7 @@ def test_matrix_targets():
         "results/b/hf/rouge.json",
         "results/b/hf/perplexity.json",
         "results/b/recipes.md",
+        "results/b/report.html",
     ]
     assert matrix_targets({"matrix": []}) == []
 
@@ -179,6 +182,11 @@ def test_runs_of_a_table(tmp_path, monkeypatch):
         "y@tp2": ["benchmark", "perplexity"],
         "z": ["rouge"],
     }
+    gate = {"policy": "fail", "above_limit": True}
+    write_json(tmp_path / "results/a/x/gate.json", gate)
+    assert runs_of_table("a", matrix, {"x"}, [])["x"] == ["perplexity", "gate", "benchmark"]
+    write_json(tmp_path / "results/a/x/gate.json", gate | {"policy": "warn"})
+    assert "rouge" in runs_of_table("a", matrix, {"x"}, [])["x"]
     assert runs_of_table("rehearsal/a", [], {"x"}, ["results/rehearsal/a/x/gate.json"]) == {"x": ["gate"]}
 
 

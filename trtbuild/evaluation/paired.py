@@ -63,6 +63,11 @@ def nll_difference(ours: dict, theirs: dict) -> Difference:
     return per_token(ours_nll - theirs_nll, tokens)
 
 
+def mean_nll(result: dict) -> Difference:
+    """A `perplexity.json`'s own negative log-likelihood: its `nll_difference` from one that is always certain."""
+    return per_token(*_articles(result))
+
+
 def per_token(sums: np.ndarray, tokens: np.ndarray) -> Difference:
     """Of articles' sums over their tokens, `[articles]` each; articles without a token are none."""
     sums, tokens = sums[tokens > 0], tokens[tokens > 0]

@@ -25,12 +25,13 @@ ROWS = 512  # of a weight, one thread's piece of work; fixed, so that results do
 
 @dataclass(frozen=True)
 class Rounded:
-    """A projection's numbers on the CPU, in the dtypes of `QuantizedWeight`."""
+    """A projection's numbers on the CPU, in the dtypes of `QuantizedWeight`, and their `relative_error`."""
 
     values: torch.Tensor
     scales: torch.Tensor
-    zeros: torch.Tensor | None = None
-    input_scale: torch.Tensor | None = None
+    zeros: torch.Tensor | None
+    input_scale: torch.Tensor | None
+    error: float
 
 
 Layer = dict[str, Rounded | torch.Tensor]  # by projection; what stays in 16 bits, by tensor
@@ -104,17 +105,19 @@ class Round:
 
     def stored(
         self,
+        weight: torch.Tensor,
         values: torch.Tensor,
         scales: torch.Tensor,
         zeros: torch.Tensor | None,
         input_scale: torch.Tensor | None = None,
     ) -> Rounded:
-        """Numbers in the dtypes that they are kept in."""
+        """Numbers that stand for `weight` in the dtypes that they are kept in."""
         return Rounded(
             values.to(self.format.values).cpu(),
             fitted(scales, self.format.scale_dtype(self.dtype), "a scale").cpu(),
             None if zeros is None or self.options.symmetric else zeros.to(torch.int8).cpu(),
             input_scale,
+            relative_error(weight, values, scales, zeros),
         )
 
     def _round(self, weight: torch.Tensor, input_range: torch.Tensor | None) -> Rounded:
@@ -123,7 +126,7 @@ class Round:
             if input_range is None:
                 raise ValueError("a static scale is made from the range of a product's input")
             input_scale = scale_for(input_range.amax(), self.format.values).reshape(1).cpu()
-        return self.stored(*self.format.round(weight, self.dtype, self.options), input_scale)
+        return self.stored(weight, *self.format.round(weight, self.dtype, self.options), input_scale)
 
     def _input_ranges(self, products: Iterable[str]) -> dict[str, torch.Tensor]:
         """By product, where they are known."""
@@ -160,6 +163,24 @@ class _Sampled(Round):
         return weight.split(ROWS if weight.device.type == "cpu" else len(weight))
 
 
+def relative_error(
+    weight: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
+) -> float:
+    """The norm of what rounding changed in a weight `[out, in]`, over the weight's own. The same on any threads."""
+    numbers = (weight, values, scales, *(() if zeros is None else (zeros,)))
+    lost = total = 0.0
+    for rows, q, scale, *zero in zip(*(x.split(ROWS) for x in numbers), strict=True):
+        groups = q.float().view(len(q), scale[0].numel(), -1)
+        if zero:
+            groups = groups - zero[0].view(len(q), -1, 1)
+        difference = (groups * scale.view(len(q), -1, 1)).view_as(rows) - rows
+        lost, total = (
+            known + float(x.square().sum(1).double().cpu().numpy().sum())
+            for known, x in ((lost, difference), (total, rows))
+        )
+    return (lost / total) ** 0.5 if total else 0.0
+
+
 def _gram(x: torch.Tensor) -> torch.Tensor:
     if x.is_cuda and x.dtype != torch.float32:
         return torch.mm(x.T, x, out_dtype=torch.float32)
@@ -185,13 +206,14 @@ class Gptq(_Sampled):
         for stop in self.traversal.layer(i):
             product = stop.name.removeprefix(f"model.layers.{i}.")
             if product in products:
-                numbers = self._gptq(stop, layer.weights.pop(product))
-                parts = [layer.parts(product, x).items() for x in numbers]
-                result |= {part: self.stored(v, s, z) for (part, v), (_, s), (_, z) in zip(*parts, strict=True)}
+                weight = layer.weights.pop(product)
+                parts = [layer.parts(product, x) for x in (weight, *self._gptq(stop, weight))]
+                result |= {part: self.stored(*(numbers[part] for numbers in parts)) for part in parts[0]}
         return result
 
     def head(self) -> Rounded:
-        (rounded,) = (self.stored(*self._gptq(stop, self.head_weight())) for stop in self.traversal.head())
+        weight = self.head_weight()
+        (rounded,) = (self.stored(weight, *self._gptq(stop, weight)) for stop in self.traversal.head())
         return rounded
 
     def _gptq(self, stop: Stop, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -230,10 +252,10 @@ class Awq(_Sampled):
 
     def _clipped(self, weight: torch.Tensor, gram: torch.Tensor, clip: bool) -> Rounded:
         """Rounded after clipping; queries and keys are not clipped, as in the authors' code."""
-        grid = self.grid(weight.shape[1])
+        grid, clipped = self.grid(weight.shape[1]), weight
         if clip:
-            weight = torch.cat(list(self.map(lambda rows: awq.clip(rows, gram, grid), self.pieces(weight))))
-        return self.stored(*grid.round(weight))
+            clipped = torch.cat(list(self.map(lambda rows: awq.clip(rows, gram, grid), self.pieces(weight))))
+        return self.stored(weight, *grid.round(clipped))
 
     def _mean(self, stop: Stop) -> torch.Tensor:
         """Mean magnitude of every input channel."""

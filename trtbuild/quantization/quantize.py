@@ -63,9 +63,10 @@ def quantize(
     with atomic(folder) as temporary, workers(target) as map_:
         temporary.mkdir()
         method = METHODS[name](checkpoint, quantization, ranges, samples, target, map_)
-        _write(temporary, checkpoint, quantization, projections, method)
+        errors = _write(temporary, checkpoint, quantization, projections, method)
         inputs = checkpoint.hashes | ({calibration.name: sha256(calibration)} if ranges and calibration else {})
         origin = {"quantization": quantization.settings, "source_sha256": checkpoint.source_sha256, "inputs": inputs}
+        origin["relative_errors"] = errors
         if method.smoothing:
             origin["smoothing_sha256"] = sha256(temporary / SMOOTHING_FILE)
         write_json(temporary / ORIGIN_FILE, origin)
@@ -132,10 +133,14 @@ def check_weights(recipe: Recipe, folder: Path) -> None:
 
 
 class _Streamed:
-    """Layers' numbers, each made when the writer first asks for one of them and forgotten with the next layer."""
+    """Layers' numbers, each made when the writer first asks for one of them and forgotten with the next layer.
+
+    `errors` has the `relative_error` of what was made, by projection.
+    """
 
     def __init__(self, method: Round, layers: int) -> None:
         self.method, self.layers = method, layers
+        self.errors: dict[str, float] = {}
         self.at: int | None = None
         self.made: Layer = {}
 
@@ -157,19 +162,22 @@ class _Streamed:
         if i != self.at:
             self.made = {}  # before the next one is made
             self.made = self.method.layer(i) if i < self.layers else {"lm_head": self.method.head()}
+            prefix = f"model.layers.{i}." if i < self.layers else ""
+            self.errors |= {prefix + key: x.error for key, x in self.made.items() if isinstance(x, Rounded)}
             self.at = i
         return self.made[name]
 
 
 def _write(
     folder: Path, checkpoint: Checkpoint, quantization: Quantization, projections: list[str], method: Round
-) -> None:
-    """Weights, config.json and tokenizer."""
+) -> dict[str, float]:
+    """Weights, config.json and tokenizer. Returns the projections' relative errors."""
     weights = quantization.weights
     layout = {"gptq": "gptq", "awq": "awq", "round": "compressed-tensors"}[weights.method]
     quantized = set(projections)
     quantizes_head = "lm_head" in quantized
-    tensors, example = _tensors(checkpoint, quantization, quantized, layout, method)
+    streamed = _Streamed(method, checkpoint.config.num_hidden_layers)
+    tensors, example = _tensors(checkpoint, quantization, quantized, layout, streamed)
     with byte_bar(sum(tensor.nbytes for tensor in tensors.values()), f"{weights.method} {weights.dtype}") as bar:
         write_sharded(folder, tensors, progress=bar.update)
     if method.smoothing:
@@ -188,16 +196,16 @@ def _write(
     for pattern in TOKENIZER_FILES:
         for file in checkpoint.folder.glob(pattern):
             shutil.copyfile(file, folder / file.name)
+    return streamed.errors
 
 
 def _tensors(
-    checkpoint: Checkpoint, quantization: Quantization, projections: set[str], layout: str, method: Round
+    checkpoint: Checkpoint, quantization: Quantization, projections: set[str], layout: str, streamed: _Streamed
 ) -> tuple[dict[str, LazyTensor], QuantizedWeight]:
     """What the folder's weights file holds, in layer order, and one of the quantized weights."""
     config, dtype = checkpoint.config, getattr(torch, quantization.dtype)
     if "lm_head" in projections:
         config = replace(config, tie_word_embeddings=False)
-    streamed = _Streamed(method, config.num_hidden_layers)
     tensors: dict[str, LazyTensor] = {}
     examples: list[QuantizedWeight] = []
     for name, shape in config.tensor_shapes().items():
