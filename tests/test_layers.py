@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "trtbuild"
 FLOORS = (
-    *("limits", "errors", "processes", "files", "yaml_reader", "layout", "progress", "datasets", "gpus"),
+    *("limits", "errors", "processes", "progress", "files", "yaml_reader", "layout", "datasets", "gpus"),
     *("tensors", "tokenizer", "kernels", "network", "linear", "models", "checkpoint", "decoder"),
     *("engine", "runtime", "quantization", "evaluation"),
     *("rehearsal", "resources", "folder_lock", "workflow", "planning", "kept_outputs", "launch", "cli", "__main__"),

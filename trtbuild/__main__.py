@@ -5,8 +5,8 @@ import signal
 
 
 def main() -> None:
-    """Runs the command line; Ctrl-C ends it without a word and with 130, also while it is being imported."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    """Runs the command line; Ctrl-C ends it with one word and with 130, also while it is being imported."""
+    signal.signal(signal.SIGINT, _interrupted)
     from trtbuild.runtime.world import stay_by
 
     stay_by()
@@ -14,6 +14,11 @@ def main() -> None:
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     main()
+
+
+def _interrupted(*_: object) -> None:
+    os.write(2, b"interrupted\n")
+    os._exit(130)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from trtbuild.processes import start_of
 MARKER = "made-by-trtbuild"
 LFS = b"version https://git-lfs.github.com/spec/"
 HASHED = 1 << 20  # of larger files `state_of` takes size and time
+SLOW = 1 << 30  # bytes; hashing them takes a second and more
 ABANDONED = 24 * 3600  # seconds; processes of other hosts cannot be seen
 KINDS = {
     stat.S_IFDIR: "folder",
@@ -284,9 +285,19 @@ def check_shape(value: dict, shape: dict, where: Path | str) -> None:
 
 
 def sha256(path: Path | str) -> str:
-    """Hex digest of a file's content."""
+    """Hex digest of a file's content; with a bar for what takes longer."""
+    size = Path(path).stat().st_size
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        if size < SLOW:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        from trtbuild.progress import byte_bar
+
+        digest = hashlib.sha256()
+        with byte_bar(size, f"sha256 of {Path(path).name}") as bar:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+                bar.update(len(chunk))
+        return digest.hexdigest()
 
 
 def state_of(files: Iterable[Path]) -> str:

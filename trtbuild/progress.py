@@ -1,13 +1,72 @@
-"""Progress bars on standard error."""
+"""Progress on standard error: on a terminal bars that move, in a log a line now and then; and what was made."""
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
+
+EVERY = 10  # seconds between two lines of a log
 
 
 def byte_bar(total: int, what: str) -> tqdm:
     """A bar over bytes; call `.update(nbytes)`."""
-    return tqdm(total=total, desc=what, unit="B", unit_scale=True, unit_divisor=1024, mininterval=0.5)
+    return _bar(total=total, desc=what, unit="B", unit_scale=True, unit_divisor=1000)
 
 
 def item_bar(total: int, what: str, unit: str) -> tqdm:
     """A bar over countable things."""
-    return tqdm(total=total, desc=what, unit=unit, mininterval=0.5)
+    return _bar(total=total, desc=what, unit=unit)
+
+
+@contextmanager
+def made(path: Path | str) -> Iterator[None]:
+    """Around what makes a file or a folder: says at the end how large it is, and how long it took."""
+    start = time.monotonic()
+    yield
+    files = [path] if (path := Path(path)).is_file() else [file for file in path.rglob("*") if file.is_file()]
+    seconds = time.monotonic() - start
+    print(
+        f"{path}: {amount(sum(file.stat().st_size for file in files))} in {seconds:.0f} s", file=sys.stderr, flush=True
+    )
+
+
+def amount(nbytes: float) -> str:
+    """`269.1 MB`."""
+    power = min(3, max(0, (len(str(int(nbytes))) - 1) // 3))
+    return f"{nbytes / 1000**power:.{1 if power else 0}f} {('bytes', 'kB', 'MB', 'GB')[power]}"
+
+
+def _bar(**options: Any) -> tqdm:
+    return tqdm(**options, mininterval=0.5) if sys.stderr.isatty() else _Lines(**options)
+
+
+class _Nowhere:
+    def write(self, text: str) -> None: ...
+    def flush(self) -> None: ...
+
+
+class _Lines(tqdm):
+    """A bar in a log: a line every `EVERY` seconds, whether it has moved or not, and a last one if there was any."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, file=_Nowhere())
+        self._said = False
+        self._closed = threading.Event()
+        threading.Thread(target=self._say, daemon=True).start()
+
+    def _say(self) -> None:
+        while not self._closed.wait(EVERY):
+            self._said = True
+            print(self, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if not self._closed.is_set():
+            self._closed.set()
+            if self._said:
+                print(self, file=sys.stderr, flush=True)
+        super().close()

@@ -29,6 +29,8 @@ from trtbuild.yaml_reader import read_yaml
 if TYPE_CHECKING:
     from trtbuild.models.config import ModelConfig
 
+# A program that makes lines of what other libraries' progress bars write over and over.
+LINES = "import os\nwhile text := os.read(0, 1 << 16): os.write(1, text.replace(b'\\r', b'\\n'))"
 SCHEMAS = Path(__file__).parent / "schemas"
 MODELS_SCHEMA = SCHEMAS / "models.schema.yaml"
 RECIPES_SCHEMA = SCHEMAS / "recipes.schema.yaml"
@@ -468,14 +470,18 @@ def rule_log(snakemake: Any) -> Iterator[None]:
     torch.set_num_threads(snakemake.threads)
     log = Path(snakemake.log[0])
     log.parent.mkdir(parents=True, exist_ok=True)
-    # In a session of its own Ctrl-C does not reach it, so that the log keeps what was said.
-    with subprocess.Popen(
-        ["tee", str(log)], stdin=subprocess.PIPE, stdout=sys.stderr.fileno(), start_new_session=True
-    ) as tee:
+    # In sessions of their own Ctrl-C does not reach them, so that the log keeps what was said.
+    apart = functools.partial(subprocess.Popen, stdin=subprocess.PIPE, start_new_session=True)
+    with (
+        apart(["tee", str(log)], stdout=sys.stderr.fileno()) as tee,
+        apart([sys.executable, "-IS", "-c", LINES], stdout=tee.stdin) as lines,
+    ):
         assert tee.stdin
-        for descriptor in (1, 2):
-            os.dup2(tee.stdin.fileno(), descriptor)
+        assert lines.stdin
         tee.stdin.close()
+        for descriptor in (1, 2):
+            os.dup2(lines.stdin.fileno(), descriptor)
+        lines.stdin.close()
         code = 0
         try:
             for output in snakemake.output:

@@ -10,6 +10,7 @@ with rule_log(snakemake):
     from trtbuild.decoder.mapping import Mapping
     from trtbuild.engine.build import build_portable
     from trtbuild.engine.config import BuildLimits
+    from trtbuild.progress import made
     from trtbuild.quantization.kv_cache import cache_of
     from trtbuild.quantization.recipe import Recipe
 
@@ -19,4 +20,5 @@ with rule_log(snakemake):
     recipe = Recipe.parse(snakemake.params.recipe)
     cache = cache_of(recipe, weights, Path(calibration) if calibration else None)
     extrapolate, dtype = snakemake.params.extrapolate_positions, getattr(torch, recipe.dtype)
-    build_portable(weights, Path(snakemake.output[0]), dtype, limits, mapping, cache, extrapolate)
+    with made(snakemake.output[0]):
+        build_portable(weights, Path(snakemake.output[0]), dtype, limits, mapping, cache, extrapolate)

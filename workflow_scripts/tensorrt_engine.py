@@ -6,5 +6,7 @@ from trtbuild.workflow import rule_log
 
 with rule_log(snakemake):
     from trtbuild.engine.build import build_tensorrt
+    from trtbuild.progress import made
 
-    build_tensorrt(Path(snakemake.input.portable), Path(snakemake.output[0]), **snakemake.params.options)
+    with made(snakemake.output[0]):
+        build_tensorrt(Path(snakemake.input.portable), Path(snakemake.output[0]), **snakemake.params.options)

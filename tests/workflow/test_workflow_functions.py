@@ -549,6 +549,7 @@ with rule_log(job):
     print("from Python")
     os.write(1, b"from a library\\n")
     os.write(2, b"to the other stream\\n")
+    os.write(2, b"\\rfile:  50%\\rfile: 100%\\n")
     {body}
 """
 
@@ -575,7 +576,8 @@ def test_rule_log(tmp_path, body, code, last):
     log = (tmp_path / "logs" / "deep" / "rule.log").read_text()
     assert result.returncode == code
     assert result.stderr == log  # the terminal sees what the log holds
-    assert {"from Python", "from a library", "to the other stream"} <= set(log.splitlines())
+    assert {"from Python", "from a library", "to the other stream", "file:  50%"} <= set(log.splitlines())
+    assert b"\r" not in (tmp_path / "logs" / "deep" / "rule.log").read_bytes()
     assert last in log.splitlines() if code == 0 else log.splitlines()[-1] == last
     assert ("Traceback" in log) == (code == 1)
 

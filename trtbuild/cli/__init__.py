@@ -64,6 +64,10 @@ def main() -> None:
         try:
             with _led():
                 app()
+        except SystemExit as end:
+            if end.code == 130:
+                print("interrupted", file=sys.stderr)
+            raise
         finally:
             sys.stdout.flush()  # or a full disk would be found out when the interpreter ends, too late to say so
     except Exception as error:

@@ -27,6 +27,7 @@ from trtbuild.cli.options import (
 )
 from trtbuild.engine.config import BuildLimits
 from trtbuild.errors import UserError
+from trtbuild.progress import made
 from trtbuild.quantization.recipe import Recipe
 
 NO_WEIGHTS = "give --checkpoint-dir, or --dummy MODEL for random weights"
@@ -99,7 +100,7 @@ def build(
         from trtbuild.engine.tensorrt_api import api
 
         api()  # a missing distribution is better said before the work than after
-    with ExitStack() as stack:
+    with made(output_dir), ExitStack() as stack:
         source: Path | Checkpoint
         if dummy:
             name, shape = dummy_of(dummy, models, model_version)

