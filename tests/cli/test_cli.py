@@ -618,6 +618,8 @@ def test_convert_refuses(tmp_path, arguments, message):
         (["--input-text", "x", "--n-best", 2, "--temperature", 1, "--stream"], "--stream prints one output"),
         (["--input-text", "x", "--num-beams", 2, "--stream"], "--stream prints one output"),
         (["--input-text", "x", "--num-beams", 9], "num_beams is 9"),
+        (["--input-text", "x", "--length-penalty", 0.5], "--length-penalty and --early-stopping are for beams"),
+        (["--input-text", "x", "--early-stopping", "never"], "--length-penalty and --early-stopping are for beams"),
         (["--input-text", "x", "--num-beams", 8], "8 beams of 1 prompts are more than the engine's max_batch_size 4"),
         (["--input-text", "x", "--bad-word", ""], "a bad word is empty"),
         (["--input-text", "x", "--bad-word", "</s>"], "a bad word is the end of a sequence"),

@@ -125,6 +125,15 @@ def test_ends_and_scores(llama, early_stopping, length_penalty):
     check(outputs, expected(model, PROMPTS, 16, ENDS, **options), ENDS)
 
 
+def test_more_ends_than_beams(llama):
+    """Every other token is one: of twice as many candidates as beams hardly any would go on."""
+    session, model = llama
+    ends, options = tuple(range(0, 320, 2)), {"num_beams": 4, "num_return_sequences": 4, "length_penalty": 3.0}
+    outputs = generate(session, PROMPTS, SamplingParams(16, eos_token_ids=ends, early_stopping="never", **options))
+    check(outputs, expected(model, PROMPTS, 16, ends, early_stopping="never", **options), ends)
+    assert max(len(output.output_ids) for output in outputs) > 4
+
+
 def test_options_matter(llama):
     """Or the test above would not see one that is not looked at."""
     session, _ = llama
@@ -150,7 +159,7 @@ def test_with_penalties_and_what_must_not_come(llama):
     """Which depend on a beam's own tokens, and so go with it when it moves."""
     session, model = llama
     plain = generate(session, PROMPTS, SamplingParams(12, eos_token_ids=ENDS, num_beams=4))
-    words = (*(tuple(output.output_ids[i : i + 2]) for i, output in enumerate(plain)), (7, 8, 9))
+    words = tuple(tuple(output.output_ids[i : i + n]) for output in plain for i, n in ((0, 3), (2, 3), (1, 4), (4, 2)))
     ours = {"repetition_penalty": 1.6, "min_output_len": 5, "bad_words": words}
     theirs = {"repetition_penalty": 1.6, "min_new_tokens": 5, "bad_words_ids": [list(word) for word in words]}
     options = {"num_beams": 4, "num_return_sequences": 4}

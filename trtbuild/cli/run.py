@@ -104,6 +104,8 @@ def run(
         raise UserError(
             "temperature 0 is greedy, where --top-k and --top-p have no effect; add --temperature 1, or leave them out"
         )
+    if num_beams == 1 and (length_penalty != 1 or early_stopping != EarlyStopping.false):
+        raise UserError("--length-penalty and --early-stopping are for beams; add --num-beams, or leave them out")
     tokenizer = Tokenizer(tokenizer_dir, read_template(chat_template) if chat_template else None)
     given: list[str | list[int]] = [*(input_text or [])]
     if input_file:
