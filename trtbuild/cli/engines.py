@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from trtbuild.cli.config import Config
 from trtbuild.cli.options import (
     MODELS,
     RECIPE,
@@ -71,6 +72,7 @@ def build(
     model: Annotated[
         str | None, typer.Option(help="Model name to record; default: the checkpoint folder's, or dummy/NAME.")
     ] = None,
+    config: Config = None,
 ) -> None:
     """Build an engine folder: one file per rank and config.json.
 

@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
+from trtbuild.cli.config import Config, template_of
 from trtbuild.cli.options import (
+    MODELS,
     RECIPE,
     BaselineDtype,
     BaselineEngineDir,
@@ -20,6 +22,7 @@ from trtbuild.cli.options import (
     DeviceOption,
     Dtype,
     EngineDir,
+    Models,
     Peer,
     Recipes,
     Runtime,
@@ -30,6 +33,7 @@ from trtbuild.cli.options import (
     recipe_of,
     writable,
 )
+from trtbuild.engine.config import read_config
 from trtbuild.errors import UserError
 
 
@@ -46,8 +50,9 @@ def summarize(
     split: Split = "evaluation",
     samples: Samples = 16,
     prompt: Annotated[str, typer.Option(help="Template with {article}.")] = "{article}\n\nTL;DR:",
-    chat: Annotated[bool, typer.Option("--chat", help="Send the prompt through a chat template.")] = False,
+    chat: Annotated[bool, typer.Option("--chat/--no-chat", help="Send the prompt through a chat template.")] = False,
     chat_template: ChatTemplate = None,
+    models: Models = MODELS,
     max_input_len: Annotated[
         int, typer.Option(help="Hugging Face model: articles are cut to fit; an engine has its own.")
     ] = 1024,
@@ -55,16 +60,23 @@ def summarize(
     runtime: RuntimeOption = Runtime.auto,
     device: DeviceOption = Device.auto,
     check: Check = False,
+    config: Config = None,
 ) -> None:
     """Summarize articles with an engine, or with the Hugging Face model.
 
     Example: trtbuild summarize --engine-dir engine --checkpoint-dir checkpoint --chat --output summaries.jsonl
+
+    As the workflow does: trtbuild summarize --config config/config.yaml --engine-dir results/qwen7b-chat/int8kv/engine
+    --checkpoint-dir results/qwen7b-chat/checkpoint --output summaries.jsonl
     """
     from trtbuild.evaluation.stages import summarize_articles
     from trtbuild.tokenizer.chat_template import read as read_template
 
     if chat_template and not chat:
         raise UserError("--chat-template is for a chat; add --chat, or leave it out")
+    if config and chat and not chat_template:
+        name = read_config(engine_dir)["model"] if engine_dir else checkpoint_dir.resolve().parent.name
+        chat_template = template_of(name, models)
     summarize_articles(
         output=output,
         engine_dir=engine_dir,
@@ -162,6 +174,7 @@ def perplexity(
     runtime: RuntimeOption = Runtime.auto,
     device: DeviceOption = Device.auto,
     check: Check = False,
+    config: Config = None,
 ) -> None:
     """Perplexity of articles under an engine, or under the Hugging Face model.
 
@@ -244,6 +257,7 @@ def benchmark(
     runtime: RuntimeOption = Runtime.auto,
     device: DeviceOption = Device.auto,
     check: Check = False,
+    config: Config = None,
 ) -> None:
     """Measure speed and memory: first token, time a token, and the floor that reading its bytes sets.
 
