@@ -163,6 +163,28 @@ def test_all_at_once_in_the_order_of_transformers():
             sequence.append(token)
 
 
+def test_rows_go_on_as_others_of_their_prompt():
+    """What a sequence has said goes with it, and beams of one prompt go on from any of them."""
+    prompt, rows, least = [4, 0], 6, 9
+    params = {"bad_words": BAD, "repetition_penalty": 1.4, "min_output_len": least, "eos_token_ids": (7,)}
+    sample = sampler(rows, prompts=[prompt] * rows, vocab=8, **params)
+    processors = LogitsProcessorList(
+        [
+            RepetitionPenaltyLogitsProcessor(1.4),
+            NoBadWordsLogitsProcessor([list(word) for word in BAD], 7),
+            MinNewTokensLengthLogitsProcessor(len(prompt), least, [7]),
+        ]
+    )
+    sequences = [prompt] * rows
+    for _ in range(12):
+        logits = random_logits(rows, 8)
+        torch.testing.assert_close(sample.processed(logits), processors(torch.tensor(sequences), logits))
+        parents, tokens = torch.randint(rows, (rows,)), torch.randint(7, (rows,), dtype=torch.int32)
+        sample.follow(parents, tokens)
+        pairs = zip(parents.tolist(), tokens.tolist(), strict=True)
+        sequences = [[*sequences[parent], token] for parent, token in pairs]
+
+
 def test_no_end_to_wait_for():
     logits = random_logits()
     assert sampler(8, min_output_len=3).processed(logits).equal(logits)
