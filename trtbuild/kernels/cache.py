@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from trtbuild.kernels import has_type
-from trtbuild.kernels.conversion import from_int8
+from trtbuild.kernels.conversion import divided, from_int8
 
 
 def takes(x: torch.Tensor, head_dim: int, cache: torch.Tensor) -> bool:
@@ -73,7 +73,7 @@ def stored(x, scale, dtype: tl.constexpr):
     if scale is None:
         return x.to(dtype)
     else:
-        x = tl.div_rn(x.to(tl.float32), scale + tl.zeros(x.shape, tl.float32))
+        x = divided(x.to(tl.float32), scale)
         if dtype == tl.int8:  # a float32 of 1.5 * 2**23 and more has no fraction: adding that rounds to nearest even
             return ((tl.clamp(x, -128.0, 127.0) + 12582912.0) - 12582912.0).to(dtype)
         else:

@@ -99,6 +99,21 @@ NIBBLES_TO_FLOAT32 = tl.constexpr("""{
 
 
 @triton.jit
+def divided(x, divisor):
+    """`x / divisor` of float32, to nearest, where few divisors have many `x`: by their inverses (Markstein 1990).
+
+    Of a divisor whose fraction is all ones a last bit may be another.
+    """
+    if ASSEMBLY:
+        inverse = tl.div_rn(tl.zeros_like(divisor) + 1.0, divisor)
+        quotient = x * inverse
+        nearest = tl.fma(tl.fma(-quotient, divisor, x), inverse, quotient)
+        return tl.where(tl.abs(quotient) < float("inf"), nearest, quotient)
+    else:  # which has no product and sum that are rounded once
+        return tl.div_rn(x, divisor + tl.zeros_like(x))
+
+
+@triton.jit
 def from_int8(q, like):
     """int8 in the dtype of `like`: equals `q.to(like.dtype)`."""
     if ASSEMBLY and like.dtype != tl.float32:

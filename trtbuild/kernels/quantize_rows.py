@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from trtbuild.kernels.conversion import divided
 from trtbuild.kernels.dependent_launch import dependent_launch, trigger, wait
 from trtbuild.tensors.rounding import LIMIT
 
@@ -86,7 +87,7 @@ def row_scale(magnitude, LIMIT: tl.constexpr):
 @triton.jit
 def rounded(values, scale, LIMIT: tl.constexpr, dtype: tl.constexpr):
     """`quantize`."""
-    values = tl.div_rn(values.to(tl.float32), tl.full(values.shape, scale, tl.float32))
+    values = divided(values.to(tl.float32), scale)
     if dtype == tl.int8:  # a float32 of 1.5 * 2**23 and more has no fraction: adding that rounds to nearest even
         values = (tl.clamp(values, -LIMIT - 1, LIMIT) + 12582912.0) - 12582912.0
     else:
