@@ -259,12 +259,10 @@ def pages(table: Table) -> None:
                 scales = tuple(torch.rand(2, kv_heads, device="cuda") * 0.02 + 0.01)
                 held = [(x * 50).clamp_(-128, 127).to(dtype) for x in random]
             dense_us = math.nan
-            for size in (length, 32, 64, 128, 256):
+            for size in (length, *(size for size in (32, 64, 128, 256) if length % size == 0 and size < length)):
                 count = batch * length // size
                 where = None
                 if size < length:
-                    if length % size:
-                        continue
                     where = torch.randperm(count, device="cuda").int().view(batch, -1)
                 caches = [x.view(count, kv_heads, size, head_dim) for x in held]
                 call = (qkv, None, None, None, positions, *caches, *scales, None, length, heads, None, where)
