@@ -201,6 +201,17 @@ def test_quantized_cache(cache):
             assert alone[0].score == pytest.approx(total / len(ids), rel=1e-4)
 
 
+def test_after_and_before_sequences_in_flight(llama):
+    """Whose pages and the beams' caches are one memory."""
+    session, model = llama
+    options = {"num_beams": 4, "num_return_sequences": 4}
+    for _ in range(2):
+        many = generate(session, PROMPTS * 5, SamplingParams(8))
+        assert [output.output_ids for output in many[:4]] == [output.output_ids for output in many[-4:]]
+        outputs = generate(session, PROMPTS, SamplingParams(12, eos_token_ids=ENDS, **options))
+        check(outputs, expected(model, PROMPTS, 12, ENDS, **options), ENDS)
+
+
 def test_refused():
     for params, message in (
         ({"num_beams": 9}, "num_beams is 9; it must be 1 to 8"),
