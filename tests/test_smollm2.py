@@ -101,7 +101,7 @@ def test_float32_greedy_output_equals_transformers_on_every_article(engines, bas
     eos = Tokenizer(checkpoint).eos_token_ids
     session = open_engine(engines["float32"][0], "portable", "cpu").session
     ours = generate(session, prompts, SamplingParams(max_output_len=100, eos_token_ids=eos))
-    theirs = baseline.generate(prompts, 100, eos)
+    theirs = baseline.generate(prompts, SamplingParams(100, eos_token_ids=eos))
     assert [output.output_ids for output in ours] == [output.output_ids for output in theirs]
     assert sum(len(output.output_ids) for output in ours) > 1000
 

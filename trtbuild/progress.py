@@ -23,6 +23,39 @@ def item_bar(total: int, what: str, unit: str) -> tqdm:
     return _bar(total=total, desc=what, unit=unit)
 
 
+class OutputBar:
+    """A bar over outputs that are generated, with the tokens a second that come."""
+
+    def __init__(self, total: int, what: str, unit: str) -> None:
+        self._bar = _bar(total=total, desc=what, unit=unit, miniters=0)
+        self._tokens, self._said, self._start = 0, "", time.monotonic()
+
+    def __enter__(self) -> "OutputBar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def token(self) -> None:
+        self._tokens += 1
+        if self._tokens % 64 == 0:  # looking at the clock takes longer than counting
+            self._show()
+
+    def output(self) -> None:
+        """One has ended."""
+        self._show()
+        self._bar.update()
+
+    def say(self, line: str) -> None:
+        """Something to stand beside it."""
+        self._said = f", {line}"
+
+    def _show(self) -> None:
+        rate = self._tokens / max(time.monotonic() - self._start, 1e-3)
+        self._bar.set_postfix_str(f"{rate:.0f} tokens/s{self._said}", refresh=False)
+        self._bar.update(0)
+
+
 @contextmanager
 def made(path: Path | str) -> Iterator[None]:
     """Around what makes a file or a folder: says at the end how large it is, and how long it took."""

@@ -35,6 +35,7 @@ from trtbuild.quantization.kv_cache import cache_of
 from trtbuild.quantization.quantize import quantize
 from trtbuild.quantization.recipe import Recipe
 from trtbuild.runtime.open import open_engine
+from trtbuild.runtime.sampling import SamplingParams
 
 EXACT = 2e-6  # norm of the difference over the norm; 4e-7 measured
 TRAINED = 64  # tokens that the small Qwens were trained for
@@ -233,8 +234,8 @@ def test_both_baselines_are_alike(tmp_path):
     assert all(plain < EXACT for plain, _ in errors)
     assert sorted(rounded for _, rounded in errors)[1] < EXACT  # a number between two levels may go either way
     plain = [PortableBaseline(checkpoint, "float32", "cpu", None, BuildLimits(1, 300, 8), ""), baseline_of(checkpoint)]
-    for eos in ((), (plain[1].generate(prompts, 8, ())[1].output_ids[3],)):
-        first, second = (baseline.generate(prompts, 8, eos) for baseline in plain)
+    for eos in ((), (plain[1].generate(prompts, SamplingParams(8))[1].output_ids[3],)):
+        first, second = (baseline.generate(prompts, SamplingParams(8, eos_token_ids=eos)) for baseline in plain)
         assert first == second
     origins = [baseline.provenance("m") for baseline in (ours, theirs)]
     assert origins[0].keys() - origins[1].keys() == {"baseline"}
@@ -253,11 +254,11 @@ def test_generate(folder, name):
             sequence.append(logits(sequence, len(prompt))[-1].argmax().item())
         expected.append(sequence[len(prompt) :])
     baseline = baseline_of(folder(name))
-    outputs = baseline.generate(prompts, 6, ())
+    outputs = baseline.generate(prompts, SamplingParams(6))
     assert [output.output_ids for output in outputs] == expected
     assert {output.finish_reason for output in outputs} == {"length"}
     eos = expected[0][2]
-    (stopped,) = baseline.generate(prompts[:1], 6, (eos,))
+    (stopped,) = baseline.generate(prompts[:1], SamplingParams(6, eos_token_ids=(eos,)))
     assert stopped.output_ids == expected[0][: expected[0].index(eos) + 1]
     assert stopped.finish_reason == "eos"
 
@@ -265,11 +266,11 @@ def test_generate(folder, name):
 def test_refused(folder):
     baseline = baseline_of(folder("v2_13b"), None, 16, 4)
     with pytest.raises(UserError, match="prompt 1 is empty"):
-        baseline.generate([[5], []], 2, ())
+        baseline.generate([[5], []], SamplingParams(2))
     with pytest.raises(UserError, match="max_output_len 5 is more"):
-        baseline.generate([[5]], 5, ())
+        baseline.generate([[5]], SamplingParams(5))
     with pytest.raises(UserError, match="prompt 0 has 17 tokens"):
-        baseline.generate([tokens(17)], 2, ())
+        baseline.generate([tokens(17)], SamplingParams(2))
 
 
 @pytest.mark.parametrize(("name", "reason"), [("qwen", NTK), ("v2_13b", ALIBI)])

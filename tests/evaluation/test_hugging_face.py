@@ -16,6 +16,7 @@ from trtbuild.evaluation.hugging_face import HuggingFaceModel, check_places, spr
 from trtbuild.evaluation.stages import measure_perplexity, rouge_table, score_summaries, summarize_articles
 from trtbuild.evaluation.summarization import read_summaries
 from trtbuild.files import sha256
+from trtbuild.runtime.sampling import SamplingParams
 
 NEWS = {"name": "trtbuild-news", "split": "evaluation", "samples": 2}
 
@@ -28,11 +29,11 @@ def test_logits_and_generation(tiny_checkpoint):
     ids = torch.randint(2, 258, (9,)).tolist()
     with torch.inference_mode():
         assert baseline.logits(ids).equal(model(torch.tensor([ids])).logits[0])
-    (output,) = baseline.generate([ids], 5, ())
+    (output,) = baseline.generate([ids], SamplingParams(5))
     greedy = model.generate(torch.tensor([ids]), max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert output.output_ids == greedy[0, 9:].tolist()
     assert output.finish_reason == "length"
-    (stopped,) = baseline.generate([ids], 5, (output.output_ids[2],))
+    (stopped,) = baseline.generate([ids], SamplingParams(5, eos_token_ids=(output.output_ids[2],)))
     assert stopped.output_ids == output.output_ids[: output.output_ids.index(output.output_ids[2]) + 1]
     assert stopped.finish_reason == "eos"
 
@@ -96,7 +97,7 @@ def test_a_model_in_parts_computes_the_same(tiny_checkpoint):
 
 def test_empty_prompt(tiny_checkpoint):
     with pytest.raises(UserError, match="prompt 1 is empty"):
-        HuggingFaceModel(tiny_checkpoint, device="cpu").generate([[5], []], 2, ())
+        HuggingFaceModel(tiny_checkpoint, device="cpu").generate([[5], []], SamplingParams(2))
 
 
 def test_baseline_and_engine_write_the_same_summaries(tiny_checkpoint, tiny_engine, tmp_path):
@@ -157,10 +158,10 @@ def test_the_baseline_is_greedy_whatever_the_checkpoint_suggests(tiny_checkpoint
     """Penalties of a generation_config.json would make the baseline another decoding than the engine's."""
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
     prompt = [5, 6, 7, 8]
-    (plain,) = HuggingFaceModel(folder, device="cpu").generate([prompt], 8, ())
+    (plain,) = HuggingFaceModel(folder, device="cpu").generate([prompt], SamplingParams(8))
     suggestion = {"repetition_penalty": 5.0, "suppress_tokens": plain.output_ids[:2]}
     (folder / "generation_config.json").write_text(json.dumps(suggestion))
-    assert HuggingFaceModel(folder, device="cpu").generate([prompt], 8, ()) == [plain]
+    assert HuggingFaceModel(folder, device="cpu").generate([prompt], SamplingParams(8)) == [plain]
 
 
 def test_a_key_that_only_transformers_reads(tiny_checkpoint, tmp_path):
@@ -170,4 +171,4 @@ def test_a_key_that_only_transformers_reads(tiny_checkpoint, tmp_path):
     with pytest.raises(
         UserError, match=r"^transformers cannot read .*copy/config\.json \(.*use_cache.*\); fetch the files"
     ):
-        HuggingFaceModel(folder, device="cpu").generate([[5]], 1, ())
+        HuggingFaceModel(folder, device="cpu").generate([[5]], SamplingParams(1))

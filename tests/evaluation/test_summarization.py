@@ -24,6 +24,16 @@ def tokenizer(tiny_checkpoint):
     return Tokenizer(tiny_checkpoint)
 
 
+def given(outputs):
+    """What generates these, the last first."""
+
+    def generate(prompts, on_output):
+        for i in reversed(range(len(prompts))):
+            on_output(i, outputs[i])
+
+    return generate
+
+
 def article(text, name="1"):
     return Article(id=name, article=text, highlights="One line.\nAnother line.")
 
@@ -119,7 +129,7 @@ def test_round_trip(tokenizer, tmp_path, text):
         articles,
         tokenizer,
         [[5] * 3, [5] * 4],
-        lambda prompts: outputs,
+        given(outputs),
         {"engine": "tëst", "dtype": "int1", "model": "m"},
     )
     records, provenance = read_summaries(path)
@@ -137,7 +147,8 @@ def test_round_trip(tokenizer, tmp_path, text):
 
 
 def test_nothing_is_written_when_generation_fails(tokenizer, tmp_path):
-    def fail(prompts):
+    def fail(prompts, on_output):
+        on_output(0, Output([5], "length"))
         raise UserError("no")
 
     with pytest.raises(UserError, match="no"):

@@ -1,5 +1,6 @@
 """What every engine is compared with: `transformers`' model where it has one, elsewhere our own engine in float32."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from trtbuild.evaluation.hugging_face import HuggingFaceModel
 from trtbuild.evaluation.provenance import environment
 from trtbuild.models.config import ModelConfig
 from trtbuild.network import Network
-from trtbuild.progress import item_bar
 from trtbuild.runtime.generation import Output, generate
 from trtbuild.runtime.open import pick_device
 from trtbuild.runtime.sampling import SamplingParams
@@ -112,11 +112,9 @@ class PortableBaseline:
         """As `HuggingFaceModel.hidden_states`."""
         return self.session(headless=True).prefill([ids], all_logits=True)
 
-    def generate(self, prompts: list[list[int]], max_output_len: int, eos_token_ids: tuple[int, ...]) -> list[Output]:
-        """Greedy continuations."""
-        params = SamplingParams(max_output_len, eos_token_ids=eos_token_ids)
-        with item_bar(len(prompts) * max_output_len, "baseline", "token") as bar:
-            return generate(self.session(), prompts, params, on_token=lambda prompt, token: bar.update())
+    def generate(self, prompts: list[list[int]], params: SamplingParams, **watch: Callable) -> list[Output]:
+        """As `generate` of the runtime."""
+        return generate(self.session(), prompts, params, **watch)
 
     def provenance(self, model: str) -> dict:
         """The same keys as `HuggingFaceModel`'s, and `baseline`: why it is not that."""

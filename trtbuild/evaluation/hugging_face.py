@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,18 @@ from trtbuild.decoder.decoder import CacheScales
 from trtbuild.errors import UserError
 from trtbuild.evaluation.fake_quantized import fake_quantized_cache, load_model
 from trtbuild.evaluation.provenance import environment
-from trtbuild.progress import item_bar
-from trtbuild.runtime.generation import Output
+from trtbuild.runtime.generation import OnOutput, Output
 from trtbuild.runtime.open import pick_device
+from trtbuild.runtime.sampling import SamplingParams
 
 ROOM = 0.9  # of a GPU's free memory for weights; the rest is for what is computed with them
+CACHES = 0.5  # of what is free besides weights for keys and values, which each step copies
 
 
 class HuggingFaceModel:
-    """`transformers`' model in a dtype. One prompt at a time: its batches pad, and padding moves its last bits.
+    """`transformers`' model in a dtype.
+
+    Its batches pad, which moves last bits: what it generates is computed in batches, logits a prompt at a time.
 
     One that is larger than a GPU is spread over all of them, whole layers each (`spread`).
 
@@ -62,30 +66,80 @@ class HuggingFaceModel:
         return self.model.base_model(torch.tensor([ids], device=self.device)).last_hidden_state[0]
 
     @torch.inference_mode()
-    def generate(self, prompts: list[list[int]], max_output_len: int, eos_token_ids: tuple[int, ...]) -> list[Output]:
-        """Greedy continuations. Raises `UserError` where logits are not finite."""
-        outputs = []
-        with item_bar(len(prompts), "Hugging Face baseline", "prompt") as bar:
-            for i, prompt in enumerate(prompts):
-                if not prompt:
-                    raise UserError(f"prompt {i} is empty; give at least one token of text")
-                ids = torch.tensor([prompt], device=self.device)
-                result = self.model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=max_output_len,
-                    do_sample=False,
-                    eos_token_id=list(eos_token_ids) or None,
-                    pad_token_id=eos_token_ids[0] if eos_token_ids else 0,
-                    return_dict_in_generate=True,
-                    output_logits=True,
-                )
-                if not result.logits[-1].sum().isfinite():  # what is not finite stays in the cache
-                    raise UserError(f"prompt {i}: logits of the baseline in {self.dtype} are not finite; use bfloat16")
-                new = result.sequences[0, len(prompt) :].tolist()
-                outputs.append(Output(new, "eos" if new[-1] in eos_token_ids else "length"))
-                bar.update()
-        return outputs
+    def generate(
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        on_token: Callable[[int, int], object] = lambda prompt, token: None,
+        on_output: OnOutput = lambda index, output: None,
+        say: Callable[[str], object] = lambda line: None,
+    ) -> list[Output]:
+        """Greedy continuations; `params` say how long, and where they end. Raises `UserError` where logits are not
+        finite.
+
+        Prompts that are about as long are a batch. `on_token`, `on_output` and `say` are as the runtime's.
+        """
+        for i, prompt in enumerate(prompts):
+            if not prompt:
+                raise UserError(f"prompt {i} is empty; give at least one token of text")
+        outputs: dict[int, Output] = {}
+        for batch in self._batches([len(prompt) + params.max_output_len for prompt in prompts]):
+            say(f"batch {len(batch)}")
+            for i, output in zip(batch, self._generate_batch(batch, prompts, params, on_token), strict=True):
+                outputs[i] = output
+                on_output(i, output)
+        return [outputs[i] for i in range(len(prompts))]
+
+    def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
+        """The longest first, so that what has no room has none at once."""
+        config = self.checkpoint.config
+        dtype = getattr(torch, self.dtype)
+        position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+        if self.device.type == "cuda":
+            most, room = 64, CACHES * sum(torch.cuda.mem_get_info(i)[0] for i in range(self.gpus))
+        else:  # what the weights took as they were read, which is free again
+            most, room = 8, 2 * config.parameters
+        left = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        while left:
+            size = max(1, min(most, int(room // (lengths[left[0]] * position))))
+            yield left[:size]
+            del left[:size]
+
+    def _generate_batch(
+        self, batch: list[int], prompts: list[list[int]], params: SamplingParams, on_token: Callable[[int, int], object]
+    ) -> Iterator[Output]:
+        longest = max(len(prompts[i]) for i in batch)
+        ends = params.eos_token_ids
+        ids = torch.full((len(batch), longest), ends[0] if ends else 0)
+        mask = torch.zeros_like(ids)
+        for row, i in enumerate(batch):
+            ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i])
+            mask[row, longest - len(prompts[i]) :] = 1
+        finite = torch.ones(len(batch), dtype=torch.bool, device=self.device)
+
+        def watch(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+            finite.copy_(logits.sum(1).isfinite())  # what is not finite stays in the cache: the last step tells
+            for i in batch:
+                on_token(i, 0)
+            return logits
+
+        from transformers import LogitsProcessorList
+
+        result = self.model.generate(
+            ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            max_new_tokens=params.max_output_len,
+            do_sample=False,
+            eos_token_id=list(ends) or None,
+            pad_token_id=ends[0] if ends else 0,
+            logits_processor=LogitsProcessorList([watch]),
+        )
+        if not finite.all():
+            i = batch[int(finite.int().argmin())]
+            raise UserError(f"prompt {i}: logits of the baseline in {self.dtype} are not finite; use bfloat16")
+        for new in result[:, longest:].tolist():
+            end = next((n for n, token in enumerate(new, 1) if token in ends), None)
+            yield Output(new[:end], "length" if end is None else "eos")
 
     def provenance(self, model: str) -> dict:
         """The same keys as an engine's; the sha256 is that of the first weights file."""

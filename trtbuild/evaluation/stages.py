@@ -23,8 +23,8 @@ from trtbuild.evaluation.provenance import label, provenance, refuse_different, 
 from trtbuild.evaluation.rouge import METRICS, TOKENIZER, check_references, difference, score
 from trtbuild.evaluation.summarization import read_summaries, summarization_prompts, write_summaries
 from trtbuild.evaluation.verify import TOLERANCE, Agreement, verify
-from trtbuild.progress import item_bar
-from trtbuild.runtime.generation import Output, generate
+from trtbuild.progress import OutputBar
+from trtbuild.runtime.generation import OnOutput, Output, generate
 from trtbuild.runtime.open import open_engine
 from trtbuild.runtime.sampling import SamplingParams
 from trtbuild.tokenizer.tokenizer import Tokenizer
@@ -61,11 +61,11 @@ def summarize_articles(
     if engine_dir:
         opened = open_engine(engine_dir, runtime, device, check)
         max_input_len = opened.session.limits.max_input_len
-        run = _with_bar(lambda prompts, **watch: generate(opened.session, prompts, params, **watch), max_output_len)
+        run = _with_bar(lambda prompts, **watch: generate(opened.session, prompts, params, **watch))
         origin = provenance(opened)
     else:
         baseline = open_baseline(checkpoint_dir, baseline_dtype, device, None, max_input_len, max_output_len)
-        run = lambda prompts: baseline.generate(prompts, max_output_len, tokenizer.eos_token_ids)  # noqa: E731
+        run = _with_bar(lambda prompts, **watch: baseline.generate(prompts, params, **watch))
         origin = baseline.provenance(model or checkpoint_dir.resolve().name)
     prompts = summarization_prompts(articles, tokenizer, prompt, chat, max_input_len)
     limits = {"max_input_len": max_input_len, "max_output_len": max_output_len}
@@ -73,10 +73,15 @@ def summarize_articles(
     write_summaries(output, articles, tokenizer, prompts, run, origin | marker(origin["model"]))
 
 
-def _with_bar(run: Callable, max_output_len: int) -> Callable[[list[list[int]]], list[Output]]:
-    def call(prompts: list[list[int]]) -> list[Output]:
-        with item_bar(len(prompts) * max_output_len, "summaries", "token") as bar:
-            return run(prompts, on_token=lambda prompt, token: bar.update(), say=bar.set_postfix_str)
+def _with_bar(run: Callable[..., list[Output]]) -> Callable[[list[list[int]], OnOutput], list[Output]]:
+    def call(prompts: list[list[int]], on_output: OnOutput) -> list[Output]:
+        with OutputBar(len(prompts), "summaries", "article") as bar:
+
+            def ended(index: int, output: Output) -> None:
+                bar.output()
+                on_output(index, output)
+
+            return run(prompts, on_token=lambda prompt, token: bar.token(), on_output=ended, say=bar.say)
 
     return call
 

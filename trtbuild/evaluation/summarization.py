@@ -8,8 +8,9 @@ from pathlib import Path
 
 from trtbuild.datasets import Article
 from trtbuild.errors import UserError
+from trtbuild.evaluation.partial import partial_outputs
 from trtbuild.files import atomic, parse_json, read_json, read_text, write_json
-from trtbuild.runtime.generation import Output
+from trtbuild.runtime.generation import OnOutput, Output
 from trtbuild.tokenizer.tokenizer import Tokenizer
 
 PLACEHOLDER = "{article}"
@@ -63,12 +64,17 @@ def write_summaries(
     articles: list[Article],
     tokenizer: Tokenizer,
     prompts: list[list[int]],
-    generate: Callable[[list[list[int]]], list[Output]],
+    generate: Callable[[list[list[int]], OnOutput], list[Output]],
     provenance: dict,
 ) -> None:
-    """Generates and writes `path` (id, reference, summary, token ids), and `provenance` beside it as .meta.json."""
-    outputs = generate(prompts)
-    with atomic(path) as temporary:
+    """Generates and writes `path` (id, reference, summary, token ids), and `provenance` beside it as .meta.json.
+
+    Those that an interrupted run of the same `provenance` and prompts left are not generated again.
+    """
+    with partial_outputs(path, [provenance, prompts], len(prompts)) as partial, atomic(path) as temporary:
+        missing = [i for i in range(len(prompts)) if i not in partial.there]
+        generate([prompts[i] for i in missing], lambda n, output: partial.add(missing[n], output))
+        outputs = [partial.there[i] for i in range(len(prompts))]
         with open(temporary, "w", encoding="utf-8") as file:
             for article, prompt, output in zip(articles, prompts, outputs, strict=True):
                 record = {

@@ -24,6 +24,9 @@ class Output:
     score: float | None = None
 
 
+OnOutput = Callable[[int, Output], object]
+
+
 @torch.inference_mode()
 def generate(
     session: Session,
@@ -32,15 +35,17 @@ def generate(
     decode: Callable[[list[int]], str] | None = None,
     on_token: Callable[[int, int], object] = lambda prompt, token: None,
     say: Callable[[str], object] = lambda line: None,
+    on_output: OnOutput = lambda index, output: None,
 ) -> list[Output]:
     """Continues every prompt (token ids).
 
     As many as `max_batch_size` are a batch. More are several, or where sequences may be in pages (`session.pages`) they
     run in flight, as many at a time as there is room for, of which `say` is told. The order does not matter to any.
     Each has `num_return_sequences` outputs, one after the other. `decode` turns ids into text and is needed for stop
-    words. `on_token(output's index, token)` is called as tokens come, which beams do not. `output_ids` ends with the
-    end-of-sequence token if there was one. Raises `UserError` for a prompt, an output length or a bad word that is not
-    the engine's, before anything runs, and where numbers are not finite.
+    words. `on_token(output's index, token)` is called as tokens come, which beams do not, and `on_output(its index,
+    output)` where one has ended. `output_ids` ends with the end-of-sequence token if there was one. Raises `UserError`
+    for a prompt, an output length or a bad word that is not the engine's, before anything runs, and where numbers are
+    not finite.
     """
     limits = session.limits
     if params.max_output_len > limits.max_output_len:
@@ -56,29 +61,32 @@ def generate(
         if not 0 <= min(word) <= max(word) < session.vocab_size:
             raise UserError(f"the bad word {list(word)} is outside the engine's vocabulary of {session.vocab_size}")
     if params.num_beams > 1:
-        return _search(session, prompts, params)
+        return _search(session, prompts, params, on_output)
     prompts = [prompt for prompt in prompts for _ in range(params.num_return_sequences)]
     outputs = [Output() for _ in prompts]
     if isinstance(session, PortableSession) and session.pages and len(prompts) > limits.max_batch_size:
-        _generate_in_flight(session, prompts, outputs, params, decode, on_token, say)
+        _generate_in_flight(session, prompts, outputs, params, decode, on_token, say, on_output)
         return outputs
     for first in range(0, len(prompts), limits.max_batch_size):
         end = min(first + limits.max_batch_size, len(prompts))
         going = []
         for part in session.parts(end - first):
             batch = slice(first, min(first + part.limits.max_batch_size, end))
-            going.append(_generate_batch(part, prompts[batch], outputs[batch], first, params, decode, on_token))
+            given = params, decode, on_token, on_output
+            going.append(_generate_batch(part, prompts[batch], outputs[batch], first, *given))
             first = batch.stop
         while going:
             going = [one for one in going if next(one, END) is not END]
     return outputs
 
 
-def _search(session: Session, prompts: list[list[int]], params: SamplingParams) -> list[Output]:
+def _search(session: Session, prompts: list[list[int]], params: SamplingParams, on_output: OnOutput) -> list[Output]:
     size, outputs = max(1, session.limits.max_batch_size // params.num_beams), []
     for first in range(0, len(prompts), size):
         for found in beam_search(session, prompts[first : first + size], params):
-            outputs += [Output(ids, _finish_reason(ids, params, None), score) for ids, score in found]
+            for ids, score in found:
+                outputs.append(Output(ids, _finish_reason(ids, params, None), score))
+                on_output(len(outputs) - 1, outputs[-1])
     return outputs
 
 
@@ -90,12 +98,15 @@ def _generate_in_flight(
     decode: Callable[[list[int]], str] | None,
     on_token: Callable[[int, int], object],
     say: Callable[[str], object],
+    on_output: OnOutput,
 ) -> None:
     def take(sequence: Sequence, token: int) -> bool:
         output = outputs[sequence.index]
         output.output_ids.append(token)
         output.finish_reason = _finish_reason(output.output_ids, params, decode)
         on_token(sequence.index, token)
+        if output.finish_reason:
+            on_output(sequence.index, output)
         return bool(output.finish_reason)
 
     sequences = [Sequence(i, prompt, params.max_output_len) for i, prompt in enumerate(prompts)]
@@ -110,6 +121,7 @@ def _generate_batch(
     params: SamplingParams,
     decode: Callable[[list[int]], str] | None,
     on_token: Callable[[int, int], object],
+    on_output: OnOutput,
 ) -> Iterator[None]:
     """Comes back wherever it has started a step, so that others can be started before its logits are asked for."""
     sampler = session.sampler(params, prompts, first)
@@ -135,6 +147,8 @@ def _generate_batch(
                     output.output_ids.append(token)
                     output.finish_reason = _finish_reason(output.output_ids, params, decode)
                     on_token(first + index, token)
+                    if output.finish_reason:
+                        on_output(first + index, output)
     # What is not finite stays in the cache, so the last step tells of those before; what follows an end does not count.
     going = [len(output.output_ids) == params.max_output_len for output in outputs]
     session.check_finite(prompts, logits[torch.tensor(going, device=logits.device)])
