@@ -38,6 +38,59 @@ def test_logits_and_generation(tiny_checkpoint):
     assert stopped.finish_reason == "eos"
 
 
+def test_batches_generate_what_one_prompt_at_a_time_does(tiny_checkpoint, monkeypatch):
+    baseline = HuggingFaceModel(tiny_checkpoint, device="cpu")
+    prompts = [torch.randint(2, 258, (n,)).tolist() for n in (9, 1, 30, 5, 17, 5, 12, 3, 21, 8)]
+    alone = [baseline.generate([prompt], SamplingParams(12))[0] for prompt in prompts]
+    params = SamplingParams(12, eos_token_ids=(alone[0].output_ids[3], alone[4].output_ids[7]))
+    alone = [baseline.generate([prompt], params)[0] for prompt in prompts]
+    assert {output.finish_reason for output in alone} == {"eos", "length"}
+    sizes, ended, tokens = [], {}, []
+    for room in (2, 1 << 40):
+        monkeypatch.setattr(type(baseline.checkpoint.config), "parameters", room, raising=False)
+        watch = {"on_token": lambda i, _: tokens.append(i), "on_output": ended.__setitem__, "say": sizes.append}
+        assert baseline.generate(prompts, params, **watch) == alone
+        assert [ended[i] for i in range(10)] == alone
+    assert sizes == ["batch 1"] * 10 + ["batch 8", "batch 2"]
+    assert {*tokens} == {*range(10)}
+
+
+def test_interrupted_summaries_go_on_where_they_were(tiny_checkpoint, tmp_path, monkeypatch):
+    """What was there is not generated again, and the result is the same."""
+
+    def summaries(name: str, **changes: object) -> bytes:
+        path = tmp_path / name / "summaries.jsonl"
+        options = {"dataset": NEWS | {"samples": 6}, "prompt": "{article}", "chat": False, "max_output_len": 4}
+        summarize_articles(output=path, checkpoint_dir=tiny_checkpoint, max_input_len=40, **options | changes)
+        return path.read_bytes()
+
+    whole = summaries("whole")
+    generate, seen = HuggingFaceModel._generate_batch, []
+
+    def one_at_a_time(self, lengths):
+        return ([i] for i in range(len(lengths)))
+
+    def watched(self, batch, prompts, *others):
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        seen.append(prompts[batch[0]])
+        return generate(self, batch, prompts, *others)
+
+    monkeypatch.setattr(HuggingFaceModel, "_batches", one_at_a_time)
+    monkeypatch.setattr(HuggingFaceModel, "_generate_batch", watched)
+    with pytest.raises(KeyboardInterrupt):
+        summaries("again")
+    assert [path.name for path in (tmp_path / "again").iterdir()] == [".summaries.jsonl.partial"]
+    first, seen[:] = [*seen], seen[:1]
+    with pytest.raises(KeyboardInterrupt):
+        summaries("again")
+    assert not [prompt for prompt in seen[1:] if prompt in first]
+    seen.clear()
+    assert summaries("again") == whole
+    assert len(seen) == 1
+    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == ["summaries.jsonl", "summaries.meta.json"]
+
+
 # A baseline that is larger than one GPU, as far as it can be tested without
 
 
