@@ -37,7 +37,7 @@ rule all:
 
 if workflow.is_main_process:
     try:
-        trtbuild_workflow.check_files_of_targets(sys.argv[1:], workflow.rules)
+        trtbuild_workflow.check_files_of_targets(sys.argv[1:], MODELS, workflow.rules)
     except UserError as error:
         raise WorkflowError(str(error)) from None
 

@@ -238,14 +238,19 @@ def check_targets(targets: Iterable[str], models: dict, recipes: dict, rehearse:
                 raise UserError(f"{target}: this is no rehearsal; with rehearse=true ask for {right}")
 
 
-def check_files_of_targets(targets: Iterable[str], rules: Iterable[Any]) -> None:
-    """Raises `UserError` for a target that none of Snakemake's rules makes, listing the files that lie beside it."""
+def check_files_of_targets(targets: Iterable[str], models: dict, rules: Iterable[Any]) -> None:
+    """Raises `UserError` for what none of Snakemake's rules makes of a declared model, listing the files beside it."""
     from snakemake.io import strip_wildcard_constraints
 
     rules = list(rules)
     for target in targets:
         match = re.match(rf"results/((?:{REHEARSAL})?[^/]+)(?:/([^/]+))?", os.path.normpath(target))
-        if not match or Path(target).is_file() or any(rule.is_producer(os.path.normpath(target)) for rule in rules):
+        if (
+            not match
+            or match[1] not in models
+            or Path(target).is_file()
+            or any(rule.is_producer(os.path.normpath(target)) for rule in rules)
+        ):
             continue
         model, run = match.groups()
         places = {"{model}": model, "{recipe}{layout}": run or "RECIPE", "{run}": run or "RECIPE", "{rank}": "0"}

