@@ -22,6 +22,7 @@ import gc
 import sys
 import time
 import traceback
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -62,6 +63,7 @@ class Measured(InFlight):
         self.bandwidth, self.rate = bandwidth, RATES.get(recipe, RATE)
         self.floor_of_chunks = self.floor_of_tokens = self.host = self.waited = 0.0
         self.chunk_steps = self.token_steps = self.rows = 0
+        self.marks: list[tuple[str, torch.cuda.Event]] = []
 
     def products(self, operations: float) -> float:
         return max(self.session.weight_bytes / self.bandwidth, operations / self.rate)
@@ -72,7 +74,9 @@ class Measured(InFlight):
         self.floor_of_chunks += self.products(2 * (tokens * self.numbers + len(parts) * self.head))
         self.floor_of_chunks += pairs * self.pair / RATE
         self.chunk_steps += 1
-        return super()._enter(parts)
+        step = super()._enter(parts)
+        self._mark("chunks")
+        return step
 
     def _generate(self):
         start = time.perf_counter()
@@ -83,7 +87,18 @@ class Measured(InFlight):
         self.floor_of_tokens += self.products(2 * count * (self.numbers + self.head)) + read / self.bandwidth
         self.token_steps += 1
         self.rows += count
+        self._mark("tokens")
         return step
+
+    def _mark(self, kind: str) -> None:
+        if self.session.device.type == "cuda":
+            self.marks.append((kind, torch.cuda.Event(enable_timing=True)))
+            self.marks[-1][1].record()
+
+    def seconds(self, kind: str) -> float:
+        """From the end of the step before to the end of each of this kind, on the device's clock."""
+        pairs = pairwise(self.marks)
+        return sum(before.elapsed_time(after) for (_, before), (own, after) in pairs if own == kind) / 1e3
 
     def _wait(self, step):
         start = time.perf_counter()
@@ -141,6 +156,8 @@ def measure(session, config, recipe: str, case: str, args, bandwidth: float) -> 
             session.paged("generation", size, 1)
     captured = time.perf_counter() - start
     flown = flight(requests(case, config, count))
+    flown.scheduler.budget = args.budget or flown.scheduler.budget
+    flown._mark("start")
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -162,29 +179,54 @@ def measure(session, config, recipe: str, case: str, args, bandwidth: float) -> 
     )
     peak = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB of the GPU at most" if cuda else ""
     print(
-        f"  {said[-1]}; {count} requests, {sum(drawn)} tokens{early}; floor of chunks {flown.floor_of_chunks:.2f} s; "
+        f"  {said[-1]}; {count} requests, {sum(drawn)} tokens{early}; "
+        f"chunks {flown.seconds('chunks'):.2f} s, floor {flown.floor_of_chunks:.2f}; "
+        f"tokens {flown.seconds('tokens'):.2f} s, floor {flown.floor_of_tokens:.2f}; "
         f"graphs captured in {captured:.1f} s{peak}",
         flush=True,
     )
 
 
+def step_times(session: PortableSession) -> None:
+    """Of generation steps of every captured size, whose sequences are short."""
+    sizes = session.paged_steps.sizes
+    found = []
+    for size in (size for size in CAPTURED if 64 <= size <= sizes.rows):
+        with torch.inference_mode():
+            session.paged("arrange", Rows.new(sizes).buffer.numpy())
+            session.paged("generation", size, 1)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(10):
+                session.paged("generation", size, 1)
+            end.record()
+            end.synchronize()
+        found.append(f"{size}: {start.elapsed_time(end) / 10:.2f}")
+    print("  ms of steps of so many sequences of one position: " + ", ".join(found), flush=True)
+
+
+def tokens(session: PortableSession, prompts: list[list[int]], size: int) -> list[list[int]]:
+    """In calls of so many prompts."""
+    parts = (prompts[i : i + size] for i in range(0, len(prompts), size))
+    return [output.output_ids for part in parts for output in generate(session, part, SamplingParams(48))]
+
+
 def check(config: ModelConfig, device: str) -> None:
     """Tokens in flight beside those of one prompt at a time."""
     for recipe in ("fp16", "int8kv", "fp8") if device == "cuda" else ("fp16",):
-        session = recipe_session(config, recipe, BuildLimits(2, 512, 48), device)
+        session = recipe_session(config, recipe, BuildLimits(20, 512, 48), device)
         draw = torch.Generator().manual_seed(1)
         begin = torch.randint(1, 256, (150,), generator=draw).tolist()
         prompts = [torch.randint(1, 256, (1 + 13 * i % 300,), generator=draw).tolist() for i in range(40)]
         prompts = [begin + prompt if i % 3 == 0 else prompt for i, prompt in enumerate(prompts)]
-        many = [output.output_ids for output in generate(session, prompts, SamplingParams(48))]
-        again = [output.output_ids for output in generate(session, prompts, SamplingParams(48))]
-        alone = [generate(session, [prompt], SamplingParams(48))[0].output_ids for prompt in prompts]
-        first = sum(a[0] == b[0] for a, b in zip(many, alone, strict=True))
-        equal = sum(a == b for one, other in zip(many, alone, strict=True) for a, b in zip(one, other, strict=True))
-        total = sum(map(len, alone))
-        print(
-            f"{recipe}: {first} of 40 first tokens and {equal} of {total} tokens equal; twice the same: {many == again}"
-        )
+
+        sizes = {"in flight": 40, "again": 40, "batches of 20": 20, "of 2": 2}
+        alone = tokens(session, prompts, 1)
+        for name, size in sizes.items():
+            found = tokens(session, prompts, size)
+            first = sum(a[0] == b[0] for a, b in zip(found, alone, strict=True))
+            same = sum(a == b for x, y in zip(found, alone, strict=True) for a, b in zip(x, y, strict=True))
+            print(f"{recipe}, {name} as alone: {first} of 40 first tokens, {same} of {40 * 48} tokens", flush=True)
         del session
         gc.collect()
 
@@ -231,6 +273,8 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=["128/128", "2048/128", "mixed"])
     parser.add_argument("--pools", type=float, default=1)
     parser.add_argument("--requests", type=int, default=0, help="instead, so many")
+    parser.add_argument("--budget", type=int, default=0, help="tokens of a step of chunks")
+    parser.add_argument("--steps", action="store_true", help="time generation steps by their number of sequences")
     parser.add_argument("--seconds", type=float, default=120, help="of a case at most")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--check", action="store_true")
@@ -260,6 +304,8 @@ def main() -> None:
                 measure(session, config, recipe, case, args, bandwidth)
             except Exception:  # no reason to lose the others
                 traceback.print_exc(file=sys.stdout)
+        if args.steps:
+            step_times(session)
         del session
         gc.collect()
         if cuda:

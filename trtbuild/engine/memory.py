@@ -12,6 +12,7 @@ from trtbuild.network import Network
 from trtbuild.network.step import captured_rows
 
 OTHERS = 512 << 20  # bytes that libraries, kernels and the nodes of captured graphs take
+SPARE = 32  # one such part of what is free is not for pages: gaps between tensors, graphs of many numbers of sequences
 WIDENED = {torch.uint8: 4, torch.int8: 2, torch.float8_e4m3fn: 2}  # times that a weight's 16-bit copy is larger
 
 
@@ -82,7 +83,7 @@ def _widened(network: Network) -> int:
 def room_for_pages(network: Network, sequences: int, tokens: int, free: int) -> int:
     """Bytes of `free` that caches may take beside steps of so many sequences, and of so many tokens of prompts."""
     steps = held(network, sequences, tokens) + held(network, sequences, sequences)
-    return free - steps - 2 * _widened(network) - OTHERS
+    return free - free // SPARE - steps - 2 * _widened(network) - OTHERS
 
 
 def held(network: Network, batch: int, tokens: int) -> int:

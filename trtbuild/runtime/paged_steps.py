@@ -13,7 +13,7 @@ from trtbuild.runtime.kv_cache import KVCache
 from trtbuild.runtime.sampling import Kind, Sampler, SamplingParams
 
 # Sequences of captured steps, up to which others are padded.
-CAPTURED = (1, 2, 4, 8, *range(16, 64, 8), *range(64, 256, 32), *range(256, 1025, 64))
+CAPTURED = (1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 1025, 32))
 
 
 class Sizes(NamedTuple):
