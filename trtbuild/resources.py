@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trtbuild.decoder.mapping import Mapping
-from trtbuild.engine.config import BuildLimits
+from trtbuild.engine.config import PAGES_ON_CPU, BuildLimits
 from trtbuild.evaluation.plan import cache_of_rank, checkpoint_bytes, constants_of_rank, weights_of_rank
 from trtbuild.models.config import ModelConfig
 from trtbuild.quantization.recipe import Quantization, Recipe, Text
@@ -141,7 +141,8 @@ def run(
     Perplexity: LLaMA-7B 1.4, SmolLM2-135M 2.1, on three ranks 2.3; summaries of SmolLM2-135M 4.0.
     """
     size = weights_of_rank(config, recipe, mapping, limits)
-    rank = size + cache_of_rank(config, recipe, mapping, limits) + _step(config, limits.max_input_len)
+    caches = max(cache_of_rank(config, recipe, mapping, limits), PAGES_ON_CPU if device == "cpu" else 0)
+    rank = size + caches + _step(config, limits.max_input_len)
     if device == "cuda":
         rank = max(rank, CUDA_BASE)
     memory = rank * mapping.world_size + BASE * (mapping.world_size - 1)

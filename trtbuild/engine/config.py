@@ -18,6 +18,7 @@ SHAPE = {
     "builders": dict,
     "inputs": dict,
 }
+PAGES_ON_CPU = 1 << 30  # bytes that caches in pages may take there, if a batch's are not more
 REHEARSAL = "rehearsal/"  # begins the names of models that are rehearsed with dummy weights
 
 

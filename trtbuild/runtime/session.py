@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from trtbuild.engine.config import BuildLimits
+from trtbuild.engine.config import PAGES_ON_CPU, BuildLimits
 from trtbuild.engine.memory import room_for_pages
 from trtbuild.engine.portable import NotFinite, PortableEngine, free_memory
 from trtbuild.errors import UserError
@@ -376,16 +376,13 @@ class PortableSession(Session):
         return own(*arguments)
 
     def _paged_room(self, sequences: int, tokens: int) -> int:
-        """Bytes that pages may take beside steps of so many sequences and tokens; what pages and caches had is free.
-
-        On a CPU, whose memory others have, too, no more than a batch's caches.
-        """
+        """Bytes that pages may take beside steps of so many sequences and tokens; what pages and caches had is free."""
         self._graphs.clear()
         self.paged_steps = None
         self.cache.forget()
         self._begin(self.cache)
         if self.device.type != "cuda":
-            return 0
+            return PAGES_ON_CPU
         torch.cuda.empty_cache()
         return room_for_pages(self.engine.network, sequences, tokens, free_memory(self.device))
 
