@@ -102,7 +102,7 @@ def commands() -> str:
         rows = [f"| `{names}` | {text} |" for names, text in cells]
         page += [
             f"## trtbuild {name}",
-            re.sub(r": (trtbuild [^;\n]*)", r": `\1`", command.help),
+            *(re.sub(r": (trtbuild [^;]*)", r": `\1`", " ".join(text.split())) for text in command.help.split("\n\n")),
             "\n".join(["| option | meaning |", "| --- | --- |", *rows]),
         ]
     return "\n\n".join(page) + "\n"
