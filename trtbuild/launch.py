@@ -48,7 +48,7 @@ def launch(ranks: int, stage: Callable, *, mpi: str = "", threads: int = 1, **ar
             "threads": threads,
         }
         write_json(folder / CALL, call)
-        program = [sys.executable, "-m", "trtbuild.launch", str(folder)]
+        program = [sys.executable, "-P", "-m", "trtbuild.launch", str(folder)]
         code, said = _run([*launcher(mpi, threads), "-n", str(ranks), *program])
         if code:
             raise UserError(said or f"its {ranks} processes ended with exit code {code}")

@@ -26,6 +26,13 @@ def test_renders_as_transformers(worker, name):
     assert worker.render(template, messages, **variables) == expected[0]
 
 
+def test_modules_of_the_folder_are_not_imported(tmp_path, monkeypatch):
+    """Where a user works may lie a file that is called as a package; nobody meant to run it."""
+    (tmp_path / "jinja2.py").write_text("import os; os._exit(1)")
+    monkeypatch.chdir(tmp_path)
+    assert TemplateWorker().render("{{ messages[0].content }}", MESSAGES[:1]) == "Be brief.\n"
+
+
 @pytest.mark.parametrize(
     ("template", "reason"),
     [

