@@ -5,12 +5,27 @@ import re
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from trtbuild.errors import UserError
 from trtbuild.files import read_json, read_text
 from trtbuild.limits import TOKEN_CHARACTERS, TOKENIZER_GROWTH
 from trtbuild.tokenizer.damage import refusing
 from trtbuild.tokenizer.template_worker import TemplateWorker
+
+
+def published_tokenizer(folder: Path) -> Any:
+    """The `PreTrainedTokenizerFast` of a folder, to which the names of special tokens in a text are these tokens.
+
+    Raises `UserError` if the folder has none, or a damaged one.
+    """
+    if not (folder / "tokenizer.json").exists():
+        raise UserError(f"{folder} has no tokenizer.json; give the checkpoint's folder, or convert it again")
+    _check_files(folder)
+    with refusing(f"the tokenizer in {folder} cannot be opened"):
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
 
 
 class Tokenizer:
@@ -23,15 +38,8 @@ class Tokenizer:
 
     def __init__(self, folder: Path | str, chat_template: str | None = None) -> None:
         self.folder, self._chat_template, self._worker = Path(folder), chat_template, TemplateWorker()
-        if not (self.folder / "tokenizer.json").exists():
-            raise UserError(f"{self.folder} has no tokenizer.json; give the checkpoint's folder, or convert it again")
-        _check_files(self.folder)
-        with refusing(f"the tokenizer in {self.folder} cannot be opened"):
-            from transformers import PreTrainedTokenizerFast
-
-            self._tokenizer = PreTrainedTokenizerFast.from_pretrained(self.folder, local_files_only=True)
-            own = self._tokenizer.eos_token_id
-        self.eos_token_ids, self._vocab_size = self._read_configs(own)
+        self._tokenizer = published_tokenizer(self.folder)
+        self.eos_token_ids, self._vocab_size = self._read_configs(self._tokenizer.eos_token_id)
         with refusing(f"the tokenizer in {self.folder} cannot be opened"):
             self._add_aliases()
 
