@@ -16,7 +16,7 @@ DEMO := results/smollm2-135m
 	$(PYTHON) is Python %d.%d, too old; call make with $(OLDEST) or later: make PYTHON=python3.12' % sys.version_info[:2])"
 	$(PYTHON) -m venv $$(test "$$($(BIN)/python -V 2>&1)" = "$$($(PYTHON) -V)" || echo --clear) .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[workflow,cluster,tensorrt-rtx,mpi,test]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[workflow,cluster,tensorrt-rtx,mpi,lm-eval,test]'
 	touch $@
 
 demo: .venv/installed

@@ -72,6 +72,7 @@ wildcard_constraints:
     layout=f"(?:{LAYOUT})?",
     run="|".join([*(f"{re.escape(recipe)}(?:{LAYOUT})?" for recipe in RECIPES), "hf"]),
     rank=r"0|[1-9]\d*",
+    task=r"[^/]+",
     quantization="|".join(map(re.escape, QUANTIZATIONS)) or "none",
     calibration="|".join(map(re.escape, CALIBRATIONS)) or "none",
 
@@ -230,6 +231,12 @@ def chat_template(wildcards):
     return CHAT_TEMPLATES[wildcards.model]
 
 
+def task_options(*keys, **options):
+    """The same of an accuracy task."""
+    evaluated = evaluation(*keys, **options)
+    return lambda wildcards: evaluated(wildcards) | trtbuild_workflow.task_options(config_of(wildcards))
+
+
 def articles_to_evaluate(wildcards):
     return articles_state(**config_of(wildcards)["evaluation"]["dataset"])
 
@@ -237,6 +244,11 @@ def articles_to_evaluate(wildcards):
 def baseline_limits():
     """The Hugging Face model sees as much of an article as the engines do."""
     return {"max_input_len": config["build"]["max_input_len"]}
+
+
+def baseline_lengths():
+    """And as long texts, where it has tasks."""
+    return {key: config["build"][key] for key in ("max_input_len", "max_output_len")}
 
 
 # What rules ask of a machine (trtbuild/resources.py). It is no parameter: nothing is made again because of it.
@@ -277,9 +289,9 @@ def run_needs(model, wildcards, prompts, steps):
     return needs_of.run(model, recipe_of(wildcards), mapping, limits, prompts, steps, DEVICE)
 
 
-def baseline_needs(model, wildcards, steps):
+def baseline_needs(model, wildcards, prompts, steps):
     dtype, limits = config["evaluation"]["baseline_dtype"], BuildLimits(**build_limits())
-    return needs_of.baseline(model, dtype, limits, text_of(wildcards), steps, DEVICE)
+    return needs_of.baseline(model, dtype, limits, prompts, steps, DEVICE)
 
 
 def text_of(wildcards):
@@ -288,6 +300,10 @@ def text_of(wildcards):
 
 def summary_steps(wildcards):
     return needs_of.summary_steps(config_of(wildcards))
+
+
+def task_work(wildcards):
+    return needs_of.task_work(config_of(wildcards))
 
 
 def benchmark_needs(model, wildcards):

@@ -44,7 +44,7 @@ rule summarize_hf:
     threads: THREADS
     resources:
         gpu=lambda wildcards: gpus_for(ranks_of_model(wildcards)),
-        **needs(lambda model, wildcards: baseline_needs(model, wildcards, summary_steps(wildcards))),
+        **needs(lambda model, wildcards: baseline_needs(model, wildcards, text_of(wildcards), summary_steps(wildcards))),
     conda:
         "../config/environment.yaml"
     script:
@@ -109,7 +109,7 @@ rule perplexity_hf:
     threads: THREADS
     resources:
         gpu=lambda wildcards: gpus_for(ranks_of_model(wildcards)),
-        **needs(lambda model, wildcards: baseline_needs(model, wildcards, 0)),
+        **needs(lambda model, wildcards: baseline_needs(model, wildcards, text_of(wildcards), 0)),
     conda:
         "../config/environment.yaml"
     script:
@@ -132,6 +132,53 @@ rule gate:
         "../config/environment.yaml"
     script:
         "../workflow_scripts/gate.py"
+
+
+rule lm_eval:
+    input:
+        checkpoint="results/{model}/checkpoint",
+        engine="results/{model}/{recipe}{layout}/engine/config.json",
+        gate="results/{model}/{recipe}{layout}/gate.json",
+    output:
+        "results/{model}/{recipe}{layout}/lm_eval/{task}.json",
+    log:
+        "results/{model}/{recipe}{layout}/logs/lm_eval.{task}.log",
+    params:
+        ranks=ranks_of,
+        options=task_options("runtime", "device"),
+        files=lambda wildcards: trtbuild_workflow.tasks_state(config),
+    threads: threads_of
+    resources:
+        gpu=lambda wildcards: gpus_for(ranks_of(wildcards)),
+        cpus_per_task=threads_of_rank,
+        tasks=ranks_of,
+        tasks_per_gpu=0,
+        mpi=launcher_of,
+        **needs(lambda model, wildcards: run_needs(model, wildcards, *task_work(wildcards))),
+    conda:
+        "../config/environment.yaml"
+    script:
+        "../workflow_scripts/lm_eval.py"
+
+
+rule lm_eval_hf:
+    input:
+        checkpoint="results/{model}/checkpoint",
+    output:
+        "results/{model}/hf/lm_eval/{task}.json",
+    log:
+        "results/{model}/hf/logs/lm_eval.{task}.log",
+    params:
+        options=task_options("baseline_dtype", "device", **baseline_lengths()),
+        files=lambda wildcards: trtbuild_workflow.tasks_state(config),
+    threads: THREADS
+    resources:
+        gpu=lambda wildcards: gpus_for(ranks_of_model(wildcards)),
+        **needs(lambda model, wildcards: baseline_needs(model, wildcards, *task_work(wildcards))),
+    conda:
+        "../config/environment.yaml"
+    script:
+        "../workflow_scripts/lm_eval.py"
 
 
 # On a CPU, nothing must run beside it either: it takes every core.

@@ -19,7 +19,7 @@ wheel=$(echo wheels/*.whl)
 
 say "$wheel into an empty environment"
 .venv/bin/pip install --quiet --constraint constraints.txt torch
-.venv/bin/pip install --quiet --constraint constraints.txt "$wheel[workflow,cluster,tensorrt-rtx,mpi,test]"
+.venv/bin/pip install --quiet --constraint constraints.txt "$wheel[workflow,cluster,tensorrt-rtx,mpi,lm-eval,test]"
 touch .venv/installed
 mv trtbuild sources
 .venv/bin/python -c 'import trtbuild; assert "site-packages" in trtbuild.__file__, trtbuild.__file__'

@@ -42,7 +42,7 @@ def test_every_key_has_a_description(file):
 
 def test_every_command_has_an_example():
     page = (ROOT / "docs" / "reference" / "commands.md").read_text()
-    for command in (registered.callback.__name__ for registered in app.registered_commands):
+    for command in (registered.callback.__name__.replace("_", "-") for registered in app.registered_commands):
         part = page.split(f"## trtbuild {command}\n")[1].split("\n## ")[0]
         assert f"`trtbuild {command}" in part, command
 
@@ -53,7 +53,7 @@ def test_every_target_is_there():
     outputs = set(re.findall(r'"(results/[^"]+)"', "".join(re.findall(r"^    output:\n((?: {8}.*\n)+)", rules, re.M))))
     assert len(outputs) > 12
     words = {"{model}": "MODEL", "{recipe}{layout}": "RUN", "{run}": "RUN", "{rank}": "N"}
-    words |= {"{calibration}": "ID", "{quantization}": "ID"}
+    words |= {"{calibration}": "ID", "{quantization}": "ID", "{task}": "TASK"}
     for wildcard, word in words.items():
         outputs = {output.replace(wildcard, word) for output in outputs}
     page = (ROOT / "docs" / "reference" / "targets.md").read_text()

@@ -1,7 +1,9 @@
 """The real model, from its PyPI package to tokens: SmolLM2-135M-Instruct beside `transformers`."""
 
 import json
+import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -146,3 +148,27 @@ def test_it_answers(engines, checkpoint):
     (output,) = generate(session, [prompt], params)
     assert "Paris" in tokenizer.decode(output.output_ids)
     assert output.finish_reason == "eos"
+
+
+@pytest.mark.parametrize("task", ["opposites", "countries", "stories"])
+def test_tasks_equal_the_harness_own_adapter(checkpoint, tmp_path, tmp_path_factory, monkeypatch, task):
+    """Accuracies to the last digit, perplexities within what float32 makes of sums in another order."""
+    datasets, tasks = pytest.importorskip("datasets"), pytest.importorskip("trtbuild.evaluation.tasks")
+    limits = BuildLimits(4, 96, 32)  # the longest story has several windows
+    engine = tmp_path_factory.getbasetemp() / "for tasks"
+    if not engine.exists():
+        recipe = {"dtype": "float32"}
+        build_engine_dir(checkpoint, engine, model="smollm2-135m", recipe=recipe, limits=limits, engines=["portable"])
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(Path(__file__).parent / "data" / "lm_eval", tmp_path / "tasks")
+    monkeypatch.chdir(tmp_path)
+    options = {"task": task, "checkpoint_dir": checkpoint, "include": "tasks", "device": "cpu"}
+    ours = tasks.measure_task(engine_dir=engine, **options)
+    theirs = tasks.measure_task(max_input_len=96, max_output_len=32, **options)
+    ours, theirs = ours["results"][task], theirs["results"][task]
+    if task == "stories":
+        metrics = ("word_perplexity,none", "byte_perplexity,none", "bits_per_byte,none")
+        assert [ours[metric] for metric in metrics] == pytest.approx([theirs[metric] for metric in metrics], rel=1e-6)
+    else:
+        assert ours == theirs
+        assert 0.5 < ours["acc,none" if task == "opposites" else "exact_match,first"] < 1

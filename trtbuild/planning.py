@@ -175,6 +175,7 @@ def stages(model: Model, settings: dict, recipes: dict[str, Recipe], runs: Seque
     config, limits, device = model.config, _limits(settings), resources.device_of(settings)
     used = {recipe: recipes[recipe] for recipe in dict.fromkeys(split_run(run)[0] for run in runs)}
     text, steps = resources.text_of(settings), resources.summary_steps(settings)
+    tasks = settings.get("lm_eval", {}).get("tasks", ())
     found: dict[str, list[resources.Needs]] = {
         "checkpoint": [resources.checkpoint(config, bytes_of_source(model.entry["source"]))],
         "calibration": [
@@ -204,10 +205,14 @@ def stages(model: Model, settings: dict, recipes: dict[str, Recipe], runs: Seque
         add("gate", short)
         add("summarize", resources.run(*whole, text, steps, device))
         add("rouge", short)
+        for _ in tasks:
+            add("lm_eval", resources.run(*whole, *resources.task_work(settings), device))
         add("benchmark", resources.run(*whole, *resources.benchmark_work(settings), device))
-    baseline = config, settings["evaluation"]["baseline_dtype"], limits, text
-    add("perplexity_hf", resources.baseline(*baseline, 0, device))
-    add("summarize_hf", resources.baseline(*baseline, steps, device))
+    baseline = config, settings["evaluation"]["baseline_dtype"], limits
+    add("perplexity_hf", resources.baseline(*baseline, text, 0, device))
+    add("summarize_hf", resources.baseline(*baseline, text, steps, device))
+    for _ in tasks:
+        add("lm_eval_hf", resources.baseline(*baseline, *resources.task_work(settings), device))
     add("rouge", short)
     add("table", short)
     asked = {rule: [needs.resources(1) for needs in all_needs] for rule, all_needs in found.items() if all_needs}

@@ -48,7 +48,7 @@ def rehearsal_target(target: str) -> str:
 def rehearsal_config(config: dict) -> dict:
     """`config/config.yaml` as it holds for rehearsals: with their models' names and amounts of work."""
     evaluation, benchmark = config["evaluation"], config["benchmark"]
-    dataset = evaluation["dataset"]
+    dataset, tasks = evaluation["dataset"], config.get("lm_eval", {})
     return config | {
         "matrix": [entry | {"model": REHEARSAL + entry["model"]} for entry in config["matrix"]],
         "evaluation": evaluation
@@ -58,6 +58,7 @@ def rehearsal_config(config: dict) -> dict:
             "max_output_len": min(MAX_OUTPUT_LEN, evaluation["max_output_len"]),
         },
         "benchmark": {key: min(value, benchmark[key]) for key, value in BENCHMARK.items()},
+        "lm_eval": tasks | {"limit": min(ARTICLES, tasks.get("limit", ARTICLES))},
     }
 
 

@@ -25,6 +25,7 @@ FILES, TENSORRT = 5e7, 5e6
 # of a CPU 1e11 and 1e10.
 COMPUTE = {"cuda": 5e12, "cpu": 2e10}
 STEPS = {"cuda": 2e11, "cpu": 2e9}
+DOCUMENTS = 20_000  # of a large task: HellaSwag has 10,042, MMLU 14,042
 LARGEST_TENSOR = 152064 * 8192 * 4  # of a model that nobody has seen yet: the largest Qwen's embedding, in float32
 
 
@@ -62,6 +63,12 @@ def text_of(settings: dict) -> int:
 def summary_steps(settings: dict) -> int:
     """Generation steps of all summaries, one after another."""
     return settings["evaluation"]["dataset"]["samples"] * settings["evaluation"]["max_output_len"]
+
+
+def task_work(settings: dict) -> tuple[int, int]:
+    """Tokens of prompts and generation steps of an accuracy task, which may ask anything: of a large one."""
+    documents = settings.get("lm_eval", {}).get("limit", DOCUMENTS)
+    return documents * settings["build"]["max_input_len"], documents * settings["build"]["max_output_len"]
 
 
 def benchmark_work(settings: dict) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from trtbuild.datasets import OWN, load_articles
 from trtbuild.engine.config import REHEARSAL, BuildLimits, marker
 from trtbuild.errors import UserError, one_line
-from trtbuild.files import check_output, read_json, user_path
+from trtbuild.files import check_output, read_json, state_of, user_path
 from trtbuild.folder_lock import local_job
 from trtbuild.gpus import taken
 from trtbuild.layout import LAYOUT, sizes, split_run
@@ -130,14 +130,23 @@ def matrix_targets(config: dict) -> list[str]:
         folder = f"results/{entry['model']}"
         for name in reserved_names() & {*entry["recipes"]}:
             raise UserError(f"config/config.yaml: matrix: {folder}/{name}/benchmark.json: {name!r} is no recipe")
-        targets += [
-            f"{folder}/hf/rouge.json",
-            f"{folder}/hf/perplexity.json",
-            *(f"{folder}/{name}" for name in TABLES[1:]),
-        ]
+        tasks = [f"lm_eval/{task}" for task in config.get("lm_eval", {}).get("tasks", ())]
+        targets += [f"{folder}/hf/{name}.json" for name in ("rouge", "perplexity", *tasks)]
+        targets += [f"{folder}/{name}" for name in TABLES[1:]]
         for recipe in entry["recipes"]:
-            targets += [f"{folder}/{recipe}/{name}.json" for name in ("rouge", "perplexity", "benchmark")]
+            targets += [f"{folder}/{recipe}/{name}.json" for name in ("rouge", "perplexity", "benchmark", *tasks)]
     return targets
+
+
+def task_options(config: dict) -> dict:
+    """How an accuracy task is run: what of the configuration's `lm_eval` is not which."""
+    return {key: value for key, value in config.get("lm_eval", {}).items() if key != "tasks"}
+
+
+def tasks_state(config: dict) -> str | None:
+    """Says whether files of the user's own tasks are those of another time (`files.state_of`)."""
+    include = config.get("lm_eval", {}).get("include")
+    return state_of(user_path(include).rglob("*")) if include else None
 
 
 def runs_of_table(model: str, matrix: list[dict], recipes: Iterable[str], targets: Iterable[str]) -> dict[str, list]:

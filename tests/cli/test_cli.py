@@ -23,7 +23,19 @@ from trtbuild.evaluation import benchmark as benchmark_module
 from trtbuild.files import sha256
 
 COMMANDS = (
-    *("convert", "calibrate", "quantize", "build", "run", "summarize", "score", "perplexity", "gate", "benchmark"),
+    *(
+        "convert",
+        "calibrate",
+        "quantize",
+        "build",
+        "run",
+        "summarize",
+        "score",
+        "perplexity",
+        "gate",
+        "benchmark",
+        "lm-eval",
+    ),
     *("verify", "inspect", "plan", "doctor"),
 )
 SIZES = ("--max-batch-size", 4, "--max-input-len", 32, "--max-output-len", 16)

@@ -101,6 +101,7 @@ def test_a_plan_counts_jobs_and_asks_for_what_rules_ask(cluster, monkeypatch):
     cluster.config["build"] |= {"engines": ["portable", "tensorrt"], "max_input_len": 512}
     runs = ["fp16", "int8wo", "int8kv@tp2", "fp8", "fp16-fp8kv", "awq", "awq-int8kv@tp2pp2"]
     cluster.config["matrix"] = [{"model": "known", "recipes": runs}]
+    cluster.config["lm_eval"] = {"tasks": ["arc_easy", "hellaswag"], "limit": 100}
     output = dry_run(cluster)
     counts = {rule: int(n) for rule, n in re.findall(r"^(\w+) +(\d+)$", output, re.MULTILINE)}
     total = counts.pop("total") - counts.pop("all")

@@ -10,7 +10,7 @@ import typer
 from trtbuild import __version__
 from trtbuild.cli.doctor import doctor
 from trtbuild.cli.engines import build, inspect, verify
-from trtbuild.cli.evaluate import benchmark, gate, perplexity, score, summarize
+from trtbuild.cli.evaluate import benchmark, gate, lm_eval, perplexity, score, summarize
 from trtbuild.cli.names import Commands, with_hyphens
 from trtbuild.cli.plan import plan
 from trtbuild.cli.run import run
@@ -19,7 +19,21 @@ from trtbuild.errors import one_line
 from trtbuild.runtime.world import launched
 
 COMMANDS = (
-    *(convert, calibrate, quantize, build, run, summarize, score, perplexity, gate, benchmark, verify, inspect),
+    *(
+        convert,
+        calibrate,
+        quantize,
+        build,
+        run,
+        summarize,
+        score,
+        perplexity,
+        lm_eval,
+        gate,
+        benchmark,
+        verify,
+        inspect,
+    ),
     *(plan, doctor),
 )
 

@@ -205,6 +205,60 @@ def perplexity(
     write_json(output, result) if output else print(json.dumps(result, indent=2, allow_nan=False))
 
 
+def lm_eval(
+    checkpoint_dir: CheckpointDir,
+    task: Annotated[str, typer.Option(help="Name of one of the harness's tasks or groups, such as arc_easy.")],
+    engine_dir: BaselineEngineDir = None,
+    baseline_dtype: BaselineDtype = Dtype.float32,
+    limit: Annotated[int | None, typer.Option(help="Documents of each task, from the first; default: all.")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Examples before a question; default: as the task says.")
+    ] = None,
+    include: Annotated[
+        Path | None, typer.Option(help="Folder of task files of your own; what they name with !function is run.")
+    ] = None,
+    max_input_len: Annotated[
+        int, typer.Option(help="Hugging Face model: together with --max-output-len its window; an engine has its own.")
+    ] = 1024,
+    max_output_len: Annotated[int, typer.Option(help="And tokens of an answer, where a task does not say.")] = 128,
+    output: Annotated[
+        Path | None, typer.Option(help="Where the JSON goes; default: print it.", callback=writable)
+    ] = None,
+    runtime: RuntimeOption = Runtime.auto,
+    device: DeviceOption = Device.auto,
+    check: Check = False,
+) -> None:
+    """Score an engine, or the Hugging Face model, on a task of lm-evaluation-harness (the extra lm-eval).
+
+    Example: trtbuild lm-eval --engine-dir engine --checkpoint-dir checkpoint --task arc_easy --limit 100 --output
+    arc_easy.json
+    """
+    from trtbuild.evaluation.tasks import measure_task, task_table
+    from trtbuild.files import write_json
+
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit is {limit}; it must be at least 1")
+    result = measure_task(
+        task=task,
+        checkpoint_dir=checkpoint_dir,
+        engine_dir=engine_dir,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        include=str(include) if include else None,
+        max_input_len=max_input_len,
+        max_output_len=max_output_len,
+        baseline_dtype=baseline_dtype.value,
+        runtime=runtime.value,
+        device=device.value,
+        check=check,
+    )
+    if output:
+        write_json(output, result)
+        print(task_table(result))
+    else:
+        print(json.dumps(result, indent=2, allow_nan=False))
+
+
 def gate(
     perplexity: Annotated[Path, typer.Option(help="An engine's perplexity.json, written by 'perplexity'.")],
     baseline: Annotated[Path, typer.Option(help="The Hugging Face model's, of the same articles.")],

@@ -32,13 +32,18 @@ SAMPLING = {"temperature", "top_k", "top_p", "repetition_penalty", "num_beams", 
 class TransformersLM(HFLM):
     """The harness's own adapter, with an engine's lengths. One prompt at a time: batches pad, which moves last bits."""
 
-    def __init__(self, model: "PreTrainedModel", tokenizer: Any, max_length: int, max_output_len: int) -> None:
-        super().__init__(model, tokenizer=tokenizer, backend="causal", batch_size=1, max_length=max_length)
-        self._max_output_len = max_output_len
+    def __init__(self, model: "PreTrainedModel", tokenizer: Any, max_input_len: int, max_output_len: int) -> None:
+        length = max_input_len + max_output_len
+        super().__init__(model, tokenizer=tokenizer, backend="causal", batch_size=1, max_length=length)
+        self._max_input_len, self._max_output_len = max_input_len, max_output_len
 
     @property
     def max_gen_toks(self) -> int:
         return self._max_output_len
+
+    def tok_batch_encode(self, strings: list[str], left_truncate_len: int | None = None, **options: Any) -> Any:
+        room = min(left_truncate_len or self._max_input_len, self._max_input_len)
+        return super().tok_batch_encode(strings, left_truncate_len=room, **options)
 
 
 class Piece(NamedTuple):

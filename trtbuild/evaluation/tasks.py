@@ -19,7 +19,7 @@ from trtbuild.errors import UserError
 from trtbuild.evaluation.baseline import open_baseline
 from trtbuild.evaluation.hugging_face import HuggingFaceModel
 from trtbuild.evaluation.provenance import provenance
-from trtbuild.files import sha256_of
+from trtbuild.files import sha256_of, user_path
 from trtbuild.runtime.open import open_engine
 from trtbuild.tokenizer.tokenizer import published_tokenizer
 
@@ -57,15 +57,14 @@ def measure_task(
         raise UserError("lm-evaluation-harness is not installed; 'pip install trtbuild[lm-eval]' brings it")
     with quiet(), no_code_from_the_hub() as refused:
         tasks = _load(task, include, num_fewshot)
+        _check(task, refused)
         lm, origin = _opened(
             checkpoint_dir, engine_dir, (max_input_len, max_output_len), baseline_dtype, runtime, device, check, model
         )
         try:
             found = _evaluate(lm, tasks, limit)
-        except Exception as error:
-            if refused:
-                raise UserError(f"the task {task} needs {refused[0]}, code of the hub, which is not run") from error
-            raise
+        finally:
+            _check(task, refused)  # what the harness makes of it would be another error, or none
     samples = found.pop("samples")
     hashes = {name: [[s["doc_hash"], s["prompt_hash"], s["target_hash"]] for s in samples[name]] for name in samples}
     origin |= {
@@ -116,13 +115,20 @@ def _opened(
     origin = baseline.provenance(model or checkpoint_dir.resolve().name)
     if not isinstance(baseline, HuggingFaceModel):
         return SessionLM(baseline.session(), tokenizer), origin
-    return TransformersLM(baseline.model, tokenizer, sum(lengths), lengths[1]), origin
+    return TransformersLM(baseline.model, tokenizer, *lengths), origin
+
+
+def _check(task: str, refused: list[str]) -> None:
+    """Raises `UserError` where a task wanted code of the hub."""
+    if refused:
+        raise UserError(f"the task {task} needs {refused[0]}, code of the hub, which is not run")
 
 
 def _load(task: str, include: str | None, num_fewshot: int | None) -> dict:
     """The task or group, with its data. Raises `UserError` for one that is not there, or whose data are not."""
     from lm_eval.tasks import TaskManager
 
+    include = include and str(user_path(include))
     if include and not Path(include).is_dir():
         raise UserError(f"{include} is no folder; lm_eval.include is one of task files")
     manager = TaskManager(include_path=include, include_defaults=False) if include else None
