@@ -200,11 +200,12 @@ def gate_of_run(wildcards):
 def shown(path, result):
     """An output of `results/{model}/` that `snakemake --report` shows, with a text of report/ beside it."""
     _, model, *run, name = path.split("/")
+    kind = run[1] if run[1:] else Path(name).stem
     return report(
         path,
-        caption=f"../report/{Path(name).stem}.rst",
+        caption=f"../report/{kind}.rst",
         category=model,
-        subcategory="".join(run) or "All recipes",
+        subcategory="".join(run[:1]) or "All recipes",
         labels={"result": result},
     )
 

@@ -140,7 +140,7 @@ rule lm_eval:
         engine="results/{model}/{recipe}{layout}/engine/config.json",
         gate="results/{model}/{recipe}{layout}/gate.json",
     output:
-        "results/{model}/{recipe}{layout}/lm_eval/{task}.json",
+        shown("results/{model}/{recipe}{layout}/lm_eval/{task}.json", "{task}"),
     log:
         "results/{model}/{recipe}{layout}/logs/lm_eval.{task}.log",
     params:
@@ -165,7 +165,7 @@ rule lm_eval_hf:
     input:
         checkpoint="results/{model}/checkpoint",
     output:
-        "results/{model}/hf/lm_eval/{task}.json",
+        shown("results/{model}/hf/lm_eval/{task}.json", "{task}"),
     log:
         "results/{model}/hf/logs/lm_eval.{task}.log",
     params:

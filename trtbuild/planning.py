@@ -168,7 +168,7 @@ def plan_of_run(model: Model, settings: dict, recipe: Recipe, run: str, gpus: Se
 
 
 def stages(model: Model, settings: dict, recipes: dict[str, Recipe], runs: Sequence[str]) -> list[dict]:
-    """By rule, what all jobs ask for that make the runs' scores, speed and table from nothing.
+    """By rule, what all jobs ask for that make the runs' scores, speed and tables from nothing.
 
     `jobs`, `mem_mb` of the largest and `disk_mb` of all together: what rules/ asks for with the same functions.
     """
@@ -214,7 +214,8 @@ def stages(model: Model, settings: dict, recipes: dict[str, Recipe], runs: Seque
     for _ in tasks:
         add("lm_eval_hf", resources.baseline(*baseline, *resources.task_work(settings), device))
     add("rouge", short)
-    add("table", short)
+    for rule in ("recipes", "table", "page"):
+        add(rule, short)
     asked = {rule: [needs.resources(1) for needs in all_needs] for rule, all_needs in found.items() if all_needs}
     return [
         {

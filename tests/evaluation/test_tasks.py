@@ -191,7 +191,10 @@ def test_examples_before_a_question(project, tiny_checkpoint, tiny_engine):
     ("change", "message"),
     [
         (("tasks/opposites.jsonl", "tasks/no.jsonl"), "lm-eval cannot load the task opposites: "),
-        (("metric: acc_norm", "metric: squad"), "opposites needs the metric 'squad', code of the hub, which is not run"),
+        (
+            ("metric: acc_norm", "metric: squad"),
+            "opposites needs the metric 'squad', code of the hub, which is not run",
+        ),
         (("metadata:", "unsafe_code: true\nmetadata:"), "the task opposites runs code that the model writes"),
     ],
 )
