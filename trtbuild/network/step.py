@@ -23,6 +23,7 @@ CAPTURED_ROWS = (
 )
 # Multiplications a layer, which an H100 does in half to all of the time in which a host launches the layer's kernels.
 CAPTURED_WORK = 1 << 38
+BLOCK = 1 << 18  # numbers of keys, and of values, that attention on a CPU reads at a time: a megabyte in float32
 ALIGNMENT = 4  # integers: inputs that are copied together begin at multiples of 16 bytes, as kernels like them
 
 
@@ -202,6 +203,7 @@ class Step:
         self._alibi: torch.Tensor | None = None
         self._causal: dict[tuple[int, int], torch.Tensor] = {}
         self._read: dict[tuple, torch.Tensor] = {}
+        self._blocks: list[tuple[slice, int]] | None = None
 
     @classmethod
     def of_chunks(
@@ -292,6 +294,21 @@ class Step:
             heads_of_pages = heads_of_pages.view(torch.int8)
         found = heads_of_pages.index_select(0, self._read[key]).view(cache.dtype)
         return found.view(slots.stop - (slots.start or 0), kv_heads, -1, head_dim)[:, :, :end]
+
+    def blocks(self, position_ids: torch.Tensor, width: int) -> list[tuple[slice, int]]:
+        """Generation phase: sequences that one attention serves, and how many positions it reads; on a GPU all, and
+        `kv_bound`. On a CPU what is gathered or widened for it, `width` numbers a position, is to stay in the cache.
+        """
+        if self._blocks is None:
+            count = len(position_ids)
+            if position_ids.is_cuda:
+                self._blocks = [(slice(0, count), self.kv_bound)]
+            else:
+                ends, size = (position_ids + 1).tolist(), max(1, BLOCK // (self.kv_bound * width))
+                self._blocks = [
+                    (slice(i, min(i + size, count)), max(ends[i : i + size])) for i in range(0, count, size)
+                ]
+        return self._blocks
 
     def mask(self, position_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
         """Generation phase: `[batch, 1, 1, kv_bound]` to add to scores, minus infinity beyond a sequence's end.

@@ -204,13 +204,17 @@ def _generation(
     pages, offsets = step.entries(position_ids, key_cache.shape[2])
     key_cache[pages, :, offsets] = k
     value_cache[pages, :, offsets] = v
-    keys, values = (step.read(cache, slice(0, len(q)), step.kv_bound) for cache in (key_cache, value_cache))
-    if scales:
-        keys, values = (_loaded(x, q.dtype, s) for x, s in zip((keys, values), scales, strict=True))
-    kv_heads = key_cache.shape[1]
+    _, kv_heads, _, head_dim = key_cache.shape
     grouped = q.unflatten(1, (kv_heads, -1))  # the heads of a group are the queries of its KV head
     mask = step.mask(position_ids, q.dtype) if slopes is None else step.alibi(position_ids, slopes, kv_heads, q.dtype)
-    return _attend(grouped, keys, values, mask).flatten(1)
+    outputs = []
+    for rows, end in step.blocks(position_ids, kv_heads * head_dim):
+        keys, values = (step.read(cache, rows, end) for cache in (key_cache, value_cache))
+        if scales:
+            keys, values = (_loaded(x, q.dtype, s) for x, s in zip((keys, values), scales, strict=True))
+        own = None if mask is None else mask[rows, ..., :end]
+        outputs.append(_attend(grouped[rows], keys, values, own))
+    return torch.cat(outputs).flatten(1)
 
 
 def _stored(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None) -> torch.Tensor:
