@@ -8,6 +8,7 @@ import pytest
 from result_files import RUNS, measured, write_results
 from safetensors import safe_open
 
+from trtbuild.errors import UserError
 from trtbuild.evaluation.gate import gate
 from trtbuild.evaluation.recipes import collect, pareto_front, recommended
 from trtbuild.files import read_json, write_json
@@ -35,7 +36,7 @@ def test_a_run_has_its_results(made, data):
     run = of(data, "static")
     assert (data["model"], [run["run"] for run in data["runs"]], data["baseline"]["run"]) == ("tiny", [*RUNS], "hf")
     assert run["gate"] == read_json(folder / "static/gate.json")
-    assert run["provenance"]["benchmark"]["device"] == "cuda: a GPU"
+    assert run["provenance"]["benchmark"]["device"] == "cuda: NVIDIA L4"
     assert run["benchmark"] | {"provenance": run["provenance"]["benchmark"]} == read_json(
         folder / "static/benchmark.json"
     )
@@ -60,6 +61,33 @@ def test_parts_are_all_of_an_engine(made, data):
         assert sum(parts.values()) == sum(sizes.values())
         assert parts["embedding"] == sizes["model.embed_tokens.weight"]
         assert parts["MLP"] == sum(size for name, size in sizes.items() if ".mlp." in name)
+
+
+def test_accuracy_tasks(made, data, tmp_path):
+    """The normalized accuracy where there is one, within 1.96 standard errors; nothing where it has none."""
+    assert of(data, "static")["lm_eval"] == {"quiz": {"metric": "acc_norm", "value": 0.35, "low": None, "high": None}}
+    assert data["baseline"]["lm_eval"]["quiz"]["value"] == 0.6
+    assert "lm_eval" not in of(data, "fp16")
+    scores = {"alias": "quiz", "f1,none": 0.5, "f1_stderr,none": 0.1, "other,none": 1.0}
+    write_json(tmp_path / "hf/lm_eval/quiz.json", {"groups": {"quiz": scores}, "results": {"part": {}}})
+    expected = {"metric": "f1", "value": 0.5, "low": pytest.approx(0.304), "high": pytest.approx(0.696)}
+    assert collect(tmp_path, {})["baseline"]["lm_eval"]["quiz"] == expected
+    write_json(tmp_path / "hf/lm_eval/quiz.json", {"results": {"quiz": {"alias": "quiz"}}})
+    with pytest.raises(UserError, match=r"lm_eval/quiz\.json holds no score of quiz"):
+        collect(tmp_path, {})
+
+
+def test_predictions(made, data):
+    """Weights to the byte; the floor at an L4's 300 GB/s; nothing of a device that is not known."""
+    for name in ("fp16", "static"):
+        run = of(data, name)
+        assert run["predicted"]["weight_bytes"] == run["engine"]["weight_bytes"]
+        assert run["predicted"]["peak_memory_bytes"] > run["predicted"]["weight_bytes"]
+    # An average step reads the weights, and of 2 layers, 2 x 2 heads of 16 channels in float16, 8 + 4 / 2 positions.
+    read = of(data, "fp16")["engine"]["weight_bytes"] - of(data, "fp16")["engine"]["parts"]["embedding"]
+    assert of(data, "fp16")["predicted"]["floor_per_output_token_s"] == pytest.approx(
+        (read + 10 * 2 * 2 * 2 * 16 * 2) / 300e9, rel=1e-3
+    )
 
 
 def test_files_are_there_with_their_times(made, data):

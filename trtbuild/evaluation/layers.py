@@ -29,7 +29,7 @@ def ranges(path: Path, checkpoint: Checkpoint) -> dict:
     return {"origin": calibration.origin, "ranges": found}
 
 
-def quantized(weights: Path, calibration: Path | None, original: Path) -> dict:
+def quantized(weights: Path, calibration: Path | None, original: Checkpoint | None) -> dict:
     """Of a folder of quantized weights, by layer; nothing of published ones, or where the files are gone.
 
     `relative_errors` of projections' weights, None where they are kept; of activations with one scale a tensor
@@ -47,21 +47,19 @@ def quantized(weights: Path, calibration: Path | None, original: Path) -> dict:
             for part in parts
         }
     quantization = Quantization.parse(origin["quantization"])
-    if quantization.rounding == "static" and calibration and calibration.exists() and original.exists():
+    if quantization.rounding == "static" and calibration and calibration.exists() and original:
         assert quantization.activations
         limit = ZERO[quantization.activations.dtype]
         found["zeroed_percent"] = {
             product: [100 * (x <= limit * x.amax()).double().mean().item() for x in inputs]
-            for product, inputs in _smoothed_inputs(weights, calibration, original, quantization).items()
+            for product, inputs in _smoothed_inputs(weights, calibration, original).items()
         }
     return found
 
 
-def _smoothed_inputs(
-    weights: Path, calibration: Path, original: Path, quantization: Quantization
-) -> dict[str, list[torch.Tensor]]:
-    """Channels' largest magnitudes by product, layer by layer, as they are rounded; an empty one where they are not."""
-    checkpoint, smoothing = Checkpoint(original), read_smoothing(Checkpoint(weights))
+def _smoothed_inputs(weights: Path, calibration: Path, checkpoint: Checkpoint) -> dict[str, list[torch.Tensor]]:
+    """Channels' largest magnitudes by product, layer by layer, as they are rounded."""
+    smoothing = read_smoothing(Checkpoint(weights))
     config, measured = checkpoint.config, read_calibration(calibration, checkpoint)
     found: dict[str, list[torch.Tensor]] = {product: [] for product in PRODUCTS}
     for product, inputs in found.items():

@@ -119,7 +119,7 @@ def cell(run: dict, column: Column) -> dict:
 
 
 def _task(task: str) -> Column:
-    return Column(task, f"lm_eval.{task}.value", "{:.1f}", 100, "tasks, %", True, "of lm-evaluation-harness")
+    return Column(task, f"lm_eval.{task}.value", "{:.3f}", 1, "tasks", True, "of lm-evaluation-harness")
 
 
 def _tradeoffs(data: dict) -> list[str]:

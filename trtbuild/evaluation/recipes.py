@@ -8,16 +8,24 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from trtbuild.checkpoint.canonical import Checkpoint
+from trtbuild.decoder.mapping import Mapping
+from trtbuild.engine.config import BuildLimits
+from trtbuild.engine.memory import OTHERS, needed
 from trtbuild.engine.portable import read_portable
 from trtbuild.errors import UserError
 from trtbuild.evaluation import layers
+from trtbuild.evaluation.floor import decode_floor
 from trtbuild.evaluation.gate import GATE, PERPLEXITY
+from trtbuild.evaluation.gpu_table import GPUS, known
 from trtbuild.evaluation.paired import mean_nll
 from trtbuild.evaluation.provenance import refuse_different
 from trtbuild.evaluation.rouge import METRICS, SHAPE, difference
 from trtbuild.evaluation.summarization import read_summaries
 from trtbuild.files import check_shape, read_json, read_text
 from trtbuild.layout import split_run
+from trtbuild.models.config import ModelConfig
+from trtbuild.quantization.declared import declared_network
+from trtbuild.quantization.recipe import Recipe
 
 RESULTS: dict[str, dict] = {
     "perplexity": PERPLEXITY,
@@ -25,6 +33,8 @@ RESULTS: dict[str, dict] = {
     "rouge": SHAPE,
     "benchmark": {"peak_memory_bytes": int},
 }
+TASK_METRICS = ("acc_norm", "acc", "exact_match")
+Z = 1.96  # standard errors on either side, of 95%
 DIVERGENCE = dict.fromkeys(("mean_kl", "p99_kl", "top1_percent"), float)
 KINDS = {".safetensors": "portable", ".engine": "tensorrt"}  # of engine files
 PARTS = {"embed_tokens": "embedding", "lm_head": "output product", "self_attn": "attention", "mlp": "MLP"}
@@ -41,19 +51,22 @@ def collect(folder: Path, runs: dict[str, dict[str, str]]) -> dict:
     Face model's.
     """
     theirs = _results(folder / "hf")
-    found = [_run(folder, run, made_of, theirs) for run, made_of in runs.items()]
+    checkpoint = folder / "checkpoint"
+    original = Checkpoint(checkpoint) if checkpoint.exists() else None
+    found = [_run(folder, run, made_of, theirs, original) for run, made_of in runs.items()]
+    calibrations = sorted({made_of["calibration"] for made_of in runs.values() if "calibration" in made_of})
     front = pareto_front(found)
     return {
         "model": folder.as_posix().rpartition("results/")[2],
         **({"rehearsal": True} if "rehearsal" in theirs.get("perplexity", {}) else {}),
-        "baseline": _run(folder, "hf", {}, {}),
+        "baseline": _run(folder, "hf", {}, {}, original),
         "runs": found,
         "front": front,
         "recommended": recommended(found, front),
         "calibrations": {
-            path: layers.ranges(folder / path, Checkpoint(folder / "checkpoint"))
-            for path in sorted({made_of["calibration"] for made_of in runs.values() if "calibration" in made_of})
-            if (folder / path).exists() and (folder / "checkpoint").exists()
+            path: layers.ranges(folder / path, original)
+            for path in calibrations
+            if original and (folder / path).exists()
         },
         "articles": _articles(folder, ["hf", *runs]),
     }
@@ -136,7 +149,9 @@ def _results(folder: Path) -> dict[str, dict]:
     return {name: read_json(file, RESULTS[name]) for name, file in files.items() if file.exists()}
 
 
-def _run(folder: Path, run: str, made_of: dict[str, str], baseline: dict[str, dict]) -> dict:
+def _run(
+    folder: Path, run: str, made_of: dict[str, str], baseline: dict[str, dict], original: Checkpoint | None
+) -> dict:
     results = _results(folder / run)
     for name in results.keys() & baseline.keys() & {"perplexity", "rouge"}:
         try:
@@ -167,30 +182,70 @@ def _run(folder: Path, run: str, made_of: dict[str, str], baseline: dict[str, di
         }
     if benchmark := results.get("benchmark"):
         found["benchmark"] = {key: value for key, value in benchmark.items() if key != "provenance"}
-    found |= _engine(folder, run, made_of)
+    if tasks := sorted((folder / run / "lm_eval").glob("*.json")):
+        found["lm_eval"] = {task.stem: _task(task) for task in tasks}
+    found |= _engine(folder, run, made_of, original, results.get("benchmark", {}))
     found["provenance"] = {name: result["provenance"] for name, result in results.items() if "provenance" in result}
     found["files"] = _files(folder, run, made_of)
     return found
 
 
-def _engine(folder: Path, run: str, made_of: dict[str, str]) -> dict:
+def _task(path: Path) -> dict:
+    """A task's score, as lm-evaluation-harness has it: of `TASK_METRICS` the first, else the file's first."""
+    result = read_json(path, {"results": dict})
+    scores: dict[str, float] = {}
+    for name, value in (result.get("groups", {}).get(path.stem) or result["results"].get(path.stem, {})).items():
+        metric, _, way = name.partition(",")
+        if way and isinstance(value, float | int):
+            scores.setdefault(metric, value)
+    found = next((metric for metric in (*TASK_METRICS, *scores) if metric in scores), None)
+    if found is None:
+        raise UserError(f"{path} holds no score of {path.stem}; make it again")
+    value, error = scores[found], scores.get(f"{found}_stderr")
+    low, high = (None, None) if error is None else (value - Z * error, value + Z * error)
+    return {"metric": found, "value": value, "low": low, "high": high}
+
+
+def _engine(folder: Path, run: str, made_of: dict[str, str], original: Checkpoint | None, benchmark: dict) -> dict:
     """Its recipe, bytes and parts; seconds that it took; what calibration and quantization say of its layers."""
     config = folder / run / "engine" / "config.json"
     if not config.exists():
         return {}
     content = read_json(config, {"outputs": dict, "recipe": {"dtype": str}})
+    recipe = Recipe.parse(content["recipe"])
     sizes: Counter[str] = Counter()
     for name, output in content["outputs"].items():
         sizes[KINDS[Path(name).suffix]] += output["bytes"]
     engine = {"recipe": content["recipe"], "bytes": dict(sizes), "parts": _parts(config.parent, content["outputs"])}
+    engine["weight_bytes"] = sum(engine["parts"].values()) or None
     weights, calibration = made_of["weights"], made_of.get("calibration")
     quantize = folder / "logs" / f"quantize.{Path(weights).name}.tsv"
     logs = [f"{KINDS[Path(name).suffix]}_engine.{Path(name).stem}.tsv" for name in content["outputs"]]
     seconds = {"build": sum(_seconds(folder / run / "logs" / log) for log in logs)}
     if weights != "checkpoint" and quantize.exists():
         seconds["quantize"] = _seconds(quantize)
-    known = layers.quantized(folder / weights, folder / calibration if calibration else None, folder / "checkpoint")
-    return {"engine": engine, "seconds": seconds, "calibration": calibration, "layers": known}
+    of_layers = layers.quantized(folder / weights, folder / calibration if calibration else None, original)
+    found = {"engine": engine, "seconds": seconds, "calibration": calibration, "layers": of_layers}
+    if original and not recipe.quant_checkpoint and {"mapping", "limits"} <= content.keys():
+        found["predicted"] = _predicted(original.config, recipe, content, benchmark)
+    return found
+
+
+def _predicted(model: ModelConfig, recipe: Recipe, engine: dict, benchmark: dict) -> dict[str, float]:
+    """From shapes alone, under the names of what was measured.
+
+    On a GPU that is known also the peak of memory, at the engine's limits, and the floor at the published bandwidth.
+    """
+    first = Mapping(**engine["mapping"])
+    mapping, limits = first.ranks, BuildLimits(**engine["limits"])
+    stages = [declared_network(model, recipe, rank, limits.max_length) for rank in mapping[:: first.tp_size]]
+    memory = [needed(stage, limits) for stage in stages]
+    found: dict[str, float] = {"weight_bytes": first.tp_size * sum(stage.weights for stage in memory)}
+    if gpu := known(benchmark.get("provenance", {}).get("device", "")):
+        found["peak_memory_bytes"] = max(stage.total for stage in memory) - OTHERS  # which torch does not count
+        sizes = {key: benchmark[key] for key in ("batch_size", "input_len", "output_len")}
+        found["floor_per_output_token_s"] = decode_floor(stages, first, GPUS[gpu], **sizes)
+    return found
 
 
 def _parts(folder: Path, outputs: Iterable[str]) -> dict[str, int]:
