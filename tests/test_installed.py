@@ -54,6 +54,11 @@ def test_the_chain_in_an_empty_folder(scripts, tiny_config, tmp_path):
 
     package = Path(run(tmp_path, scripts / "python", "-c", "import trtbuild; print(trtbuild.__file__)"))
     assert package.is_relative_to(scripts.parent)
+    code = (
+        "from pathlib import Path; from trtbuild.evaluation.page import page; "
+        "from trtbuild.evaluation.recipes import collect; print(page(collect(Path('none'), {})))"
+    )
+    assert "</html>" in run(tmp_path, scripts / "python", "-c", code)  # its template is no module
     (tmp_path / "config.json").write_text(json.dumps(tiny_config | {"intermediate_size": 128}))
     original, quantized = ("--checkpoint-dir", "checkpoint"), ("--checkpoint-dir", "quantized")
     engine = ("--engine-dir", "engine")
