@@ -4,8 +4,8 @@
 
 LLaMA-7B's shapes with dummy weights (`run.py`). Each engine runs its largest steps: `max_batch_size` prompts of
 `max_input_len` tokens, the longest captured ones, and generation to the last position; then the same with the largest
-batch of these lengths that the plan says fits into what is free. `used` is what the GPU has less at the end than before
-torch began: torch's allocator gives nothing back, so it is the most that there was.
+batch of these lengths that the plan says fits into what is free. `torch` is the most that tensors took, `used` the most
+that torch had for them, and what libraries and kernels took besides.
 """
 
 import argparse
@@ -63,18 +63,18 @@ def main() -> None:
     print("| --- " * 9 + "|")
     for recipe in options.recipes:
         network = recipe_network(config, recipe, limits)
-        batches = limits.max_batch_size, largest_batch(network, limits, free)
-        for batch in batches:
+        for batch in (limits.max_batch_size, None):
+            gc.collect()
+            torch.cuda.empty_cache()
+            batch = batch or largest_batch(network, limits, torch.cuda.mem_get_info()[0])
             sizes = replace(limits, max_batch_size=batch)
             before, plan = used(), needed(network, sizes)
             allocated = run(network, sizes)
-            taken = used() - before
+            taken = torch.cuda.max_memory_reserved() + used() - torch.cuda.memory_reserved() - before
             parts = (plan.total, allocated, taken)
             cells = [*(f"{x / 1e9:.2f}" for x in parts), f"{plan.total / taken:.3f}"]
             cells += [f"{x / 1e9:.2f}" for x in (plan.weights, plan.caches, plan.step)]
             print("| " + " | ".join([recipe, str(batch), *cells]) + " |", flush=True)
-            gc.collect()
-            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
