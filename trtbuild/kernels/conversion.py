@@ -60,6 +60,24 @@ FP8_TO_BFLOAT16 = tl.constexpr(
         "fma.rn.bf16x2 $0, $0, sign, low; fma.rn.bf16x2 $1, $1, sign, low;",
     )
 )
+# Two words of two numbers each to a register of the low ones and another of the high ones, in float16.
+PAIRS_OF_INT8 = tl.constexpr("""{
+    .reg .b32 biased, power;
+    mov.b32 power, 0x64806480;
+    xor.b32 biased, $2, 0x80808080;
+    prmt.b32 $0, biased, 0x64646464, 0x4240;
+    prmt.b32 $1, biased, 0x64646464, 0x4341;
+    sub.f16x2 $0, $0, power;
+    sub.f16x2 $1, $1, power;
+}""")
+PAIRS_OF_FP8 = tl.constexpr("""{
+    .reg .b32 sorted;
+    .reg .b16 low, high;
+    prmt.b32 sorted, $2, 0, 0x3120;
+    mov.b32 {low, high}, sorted;
+    cvt.rn.f16x2.e4m3x2 $0, low;
+    cvt.rn.f16x2.e4m3x2 $1, high;
+}""")
 # Two 16-bit words to the four pairs of their nibbles. In float16 the first and the third are added to 1024, the others
 # times 16, which saves shifts; bfloat16, with fewer bits, has each added to 128.
 NIBBLES_TO_FLOAT16 = tl.constexpr("""{
@@ -132,6 +150,20 @@ def from_fp8(x, like):
         return tl.inline_asm_elementwise(asm, "=r,=r,r", [x], dtype=like.dtype, is_pure=True, pack=4)
     else:
         return x.to(like.dtype)
+
+
+@triton.jit
+def from_pairs(words, dtype: tl.constexpr, like):
+    """The low and the high bytes of int16, each an int8 or a float8_e4m3fn (`dtype`), in the dtype of `like`."""
+    if ASSEMBLY:
+        asm: tl.constexpr = PAIRS_OF_INT8 if dtype == tl.int8 else PAIRS_OF_FP8
+        low, high = tl.inline_asm_elementwise(
+            asm, "=r,=r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+        )
+        return low.to(like.dtype), high.to(like.dtype)
+    else:
+        low, high = (words & 255).to(tl.uint8), (words >> 8 & 255).to(tl.uint8)
+        return low.to(dtype, bitcast=True).to(like.dtype), high.to(dtype, bitcast=True).to(like.dtype)
 
 
 @triton.jit

@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 
 from trtbuild.kernels.cache import origin, page_of, rotated, scaled, stored, table, widened
+from trtbuild.kernels.conversion import from_pairs
 from trtbuild.kernels.dependent_launch import dependent_launch, trigger, wait
 from trtbuild.kernels.processors import processors
 from trtbuild.kernels.quantize_rows import Quantize, narrow_rows, rounded
@@ -169,7 +170,8 @@ def _decode_attention_kernel(
     value_cache += start_of_head
     page = page_of(pages, begin, end, PAGE, BLOCK)
     held = origin(pages, page, begin, cache_stride, PAGE, BLOCK, HEAD_DIM)
-    k, v = _tile(key_cache + held, at, d, end, HEAD_DIM), _tile(value_cache + held, at, d, end, HEAD_DIM)
+    PAIRS: tl.constexpr = not PLAIN and value_cache.dtype.element_ty.primitive_bitwidth == 8
+    k, v = _tile(key_cache + held, at, d, end, HEAD_DIM), _values(value_cache + held, at, end, PAIRS, HEAD_DIM, BLOCK_D)
     page = page_of(pages, begin + BLOCK, end, PAGE, BLOCK)  # the next tile's
     k_factor, v_factor = None, None
     if key_scale is not None:
@@ -239,18 +241,23 @@ def _decode_attention_kernel(
         weight_sum = tl.full((1,), tl.sum(rows[1] * weights, 0), tl.float32)
         total = tl.sum(rows[2] * weights[:, None], 0)[None, :]
     else:
+        NARROW: tl.constexpr = BLOCK_D // 2 if PAIRS else BLOCK_D
         state = (
             tl.full((BLOCK_H,), LOWEST, tl.float32), tl.zeros((BLOCK_H,), tl.float32),
-            tl.zeros((BLOCK_H, BLOCK_D), tl.float32),
+            tl.zeros((BLOCK_H, NARROW), tl.float32), tl.zeros((BLOCK_H, NARROW if PAIRS else 1), tl.float32),
         )  # fmt: skip
-        state = _dots(state, q, k, v, at, past, end, slope, score_scale)
+        dtype: tl.constexpr = value_cache.dtype.element_ty
+        state = _dots(state, q, k, v, at, past, end, slope, score_scale, PAIRS, dtype)
         for start in tl.range(begin + BLOCK, end, BLOCK, num_stages=STAGES):
             at = start + tl.arange(0, BLOCK)
             held = origin(pages, page, start, cache_stride, PAGE, BLOCK, HEAD_DIM)
             page = page_of(pages, start + BLOCK, end, PAGE, BLOCK)
-            k, v = _tile(key_cache + held, at, d, end, HEAD_DIM), _tile(value_cache + held, at, d, end, HEAD_DIM)
-            state = _dots(state, q, k, v, at, past, end, slope, score_scale)
-        highest, weight_sum, total = state
+            k = _tile(key_cache + held, at, d, end, HEAD_DIM)
+            v = _values(value_cache + held, at, end, PAIRS, HEAD_DIM, BLOCK_D)
+            state = _dots(state, q, k, v, at, past, end, slope, score_scale, PAIRS, dtype)
+        highest, weight_sum, total, odd = state
+        if PAIRS:
+            total = tl.reshape(tl.join(total, odd), (BLOCK_H, BLOCK_D))
     if LATE:
         trigger(DEPENDENT)
     higher = tl.maximum(highest, own_score)
@@ -342,6 +349,16 @@ def _tile(cache, at, d, end, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
+def _values(cache, at, end, PAIRS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A tile; of 8-bit values in words of two, since tensor cores' transposed operands are read from 16-bit ones."""
+    if PAIRS:
+        words = cache.to(tl.pointer_type(tl.int16), bitcast=True)
+        return _tile(words, at, tl.arange(0, BLOCK_D // 2), end, HEAD_DIM // 2)
+    else:
+        return _tile(cache, at, tl.arange(0, BLOCK_D), end, HEAD_DIM)
+
+
+@triton.jit
 def _read(x, like):
     """`widened`; FP8 by the GPU's own conversion: fewer instructions, of the units of `exp2`, which are idle here."""
     if x.dtype == tl.float8e4nv:
@@ -365,14 +382,20 @@ def _plain(rows, q, k, v, at, past, end, slope, like):
 
 
 @triton.jit
-def _dots(state, q, k, v, at, past, end, slope, score_scale):
+def _dots(state, q, k, v, at, past, end, slope, score_scale, PAIRS: tl.constexpr, dtype: tl.constexpr):
     """A tile of keys and values for the queries of a group."""
-    highest, weight_sum, total = state
+    highest, weight_sum, total, odd = state
     scores = tl.dot(q, _read(k, q).T) * score_scale
     if slope is not None:
         scores += slope[:, None] * (at - past)[None, :]
     scores = tl.where(at[None, :] < end, scores, float("-inf"))
     higher = tl.maximum(highest, tl.max(scores, 1))
     weights, shrink = tl.exp2(scores - higher[:, None]), tl.exp2(highest - higher)
-    total = tl.dot(weights.to(q.dtype), _read(v, q), total * shrink[:, None])
-    return higher, weight_sum * shrink + tl.sum(weights, 1), total
+    narrow = weights.to(q.dtype)
+    if PAIRS:
+        low, high = from_pairs(v, dtype, q)
+        total = tl.dot(narrow, low, total * shrink[:, None])
+        odd = tl.dot(narrow, high, odd * shrink[:, None])
+    else:
+        total = tl.dot(narrow, _read(v, q), total * shrink[:, None])
+    return higher, weight_sum * shrink + tl.sum(weights, 1), total, odd
