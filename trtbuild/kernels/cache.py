@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from trtbuild.kernels import has_type
-from trtbuild.kernels.conversion import divided, from_fp8, from_int8
+from trtbuild.kernels.conversion import divided, from_int8
 
 
 def takes(x: torch.Tensor, head_dim: int, cache: torch.Tensor) -> bool:
@@ -82,10 +82,10 @@ def stored(x, scale, dtype: tl.constexpr):
 
 @triton.jit
 def widened(x, like):
-    """What was read from a cache in the dtype of `like`, without its scale."""
+    """What was read from a cache in the dtype of `like`, without its scale; FP8 by the GPU's own conversion."""
     if x.dtype == tl.int8:
         return from_int8(x, like)
     elif x.dtype == tl.float8e4nv:
-        return from_fp8(x, like)
+        return x.to(tl.float16).to(like.dtype)
     else:
         return x.to(like.dtype)

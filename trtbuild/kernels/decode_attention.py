@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 
 from trtbuild.kernels.cache import origin, page_of, rotated, scaled, stored, table, widened
-from trtbuild.kernels.conversion import from_pairs
+from trtbuild.kernels.conversion import from_fp8, from_pairs
 from trtbuild.kernels.dependent_launch import dependent_launch, trigger, wait
 from trtbuild.kernels.processors import processors
 from trtbuild.kernels.quantize_rows import Quantize, narrow_rows, rounded
@@ -206,8 +206,7 @@ def _decode_attention_kernel(
     own_v = stored(own_v, v_factor, value_cache.dtype.element_ty)
     tl.store(key_cache + own + d, own_k, mask=in_head & newest)
     tl.store(value_cache + own + d, own_v, mask=in_head & newest)
-    # Read as the cache is: ptxas 12.8 lost every fourth value of FP8's own conversion of what was just rounded.
-    own_k, own_v = widened(own_k, q).to(tl.float32), widened(own_v, q).to(tl.float32)
+    own_k, own_v = _just_rounded(own_k, q), _just_rounded(own_v, q)
     own_score = tl.sum(q.to(tl.float32) * own_k, len(q.shape) - 1) * score_scale
     own_score = tl.where(newest, own_score, tl.full((BLOCK_H,), LOWEST, tl.float32))
 
@@ -291,6 +290,15 @@ def _decode_attention_kernel(
 
 
 @triton.jit
+def _just_rounded(x, like):
+    """`widened` in float32; of what was just rounded to FP8 ptxas 12.8 lost every fourth value: its bits are moved."""
+    if x.dtype == tl.float8e4nv:
+        return from_fp8(x, like).to(tl.float32)
+    else:
+        return widened(x, like).to(tl.float32)
+
+
+@triton.jit
 def _head(x, at, partner, cos, sin, inside):
     """What is at `x + at`, rotated if there are `cos` and `sin`."""
     values = tl.load(x + at, mask=inside, other=0.0)
@@ -359,25 +367,16 @@ def _values(cache, at, end, PAIRS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D
 
 
 @triton.jit
-def _read(x, like):
-    """`widened`; FP8 by the GPU's own conversion: fewer instructions, of the units of `exp2`, which are idle here."""
-    if x.dtype == tl.float8e4nv:
-        return x.to(tl.float16).to(like.dtype)
-    else:
-        return widened(x, like)
-
-
-@triton.jit
 def _plain(rows, q, k, v, at, past, end, slope, like):
     """A tile of keys and values `[BLOCK, BLOCK_D]` for one query, float32 and scaled; the rows' own sums."""
     highest, weight_sum, total = rows
-    scores = tl.sum(_read(k, like).to(tl.float32) * q[None, :], 1)
+    scores = tl.sum(widened(k, like).to(tl.float32) * q[None, :], 1)
     if slope is not None:
         scores += slope * (at - past)
     scores = tl.where(at < end, scores, float("-inf"))
     higher = tl.maximum(highest, scores)
     weights, shrink = tl.exp2(scores - higher), tl.exp2(highest - higher)
-    total = total * shrink[:, None] + weights[:, None] * _read(v, like).to(tl.float32)
+    total = total * shrink[:, None] + weights[:, None] * widened(v, like).to(tl.float32)
     return higher, weight_sum * shrink + weights, total
 
 
@@ -385,7 +384,7 @@ def _plain(rows, q, k, v, at, past, end, slope, like):
 def _dots(state, q, k, v, at, past, end, slope, score_scale, PAIRS: tl.constexpr, dtype: tl.constexpr):
     """A tile of keys and values for the queries of a group."""
     highest, weight_sum, total, odd = state
-    scores = tl.dot(q, _read(k, q).T) * score_scale
+    scores = tl.dot(q, widened(k, q).T) * score_scale
     if slope is not None:
         scores += slope[:, None] * (at - past)[None, :]
     scores = tl.where(at[None, :] < end, scores, float("-inf"))
@@ -397,5 +396,5 @@ def _dots(state, q, k, v, at, past, end, slope, score_scale, PAIRS: tl.constexpr
         total = tl.dot(narrow, low, total * shrink[:, None])
         odd = tl.dot(narrow, high, odd * shrink[:, None])
     else:
-        total = tl.dot(narrow, _read(v, q), total * shrink[:, None])
+        total = tl.dot(narrow, widened(v, q), total * shrink[:, None])
     return higher, weight_sum * shrink + tl.sum(weights, 1), total, odd
