@@ -200,6 +200,14 @@ def test_run_token_ids_of_every_file(made, tmp_path):
         assert [one["prompt"] for one in found] == texts
 
 
+@pytest.mark.parametrize("token", [320, 1 << 40, 10**30])
+def test_run_tokens_that_the_engine_has_not(made, tmp_path, token):
+    """Those that no tokenizer could take for tokens, too."""
+    (tmp_path / "p.jsonl").write_text(json.dumps({"input_ids": [5, token]}))
+    message = f"prompt 0 has the token {token}, the engine's vocabulary has 320"
+    refused(message, *made.run, "--input-file", tmp_path / "p.jsonl", "--json")
+
+
 def test_run_beams_and_several_outputs(made):
     prompts = ["--input-text", "Wind", "--input-text", "star"]
     lines = invoke(*made.run, *prompts, "--num-beams", 4, "--n-best", 3, "--json").splitlines()

@@ -57,6 +57,17 @@ def test_what_another_run_or_nobody_left_does_not_count(tmp_path, text):
     assert interrupted(path, []) == {0: OUTPUTS[0]}
 
 
+def test_outputs_of_two_runs_at_once_are_not_mixed(tmp_path):
+    """Of two that were asked for different things, and that write one file, the one that came last is gone on with."""
+    path = tmp_path / "summaries.jsonl"
+    with pytest.raises(KeyboardInterrupt), partial_outputs(path, ASKED, 3) as first:  # noqa: PT012
+        first.add(0, OUTPUTS[0])
+        interrupted(path, [2], "another")
+        first.add(1, OUTPUTS[1])
+        raise KeyboardInterrupt
+    assert interrupted(path, [], "another") == {2: OUTPUTS[2]}
+
+
 def test_nothing_is_left_where_the_user_is_told_what_is_wrong(tmp_path):
     path = tmp_path / "summaries.jsonl"
     with pytest.raises(UserError, match="not finite"), partial_outputs(path, ASKED, 3) as partial:  # noqa: PT012

@@ -10,6 +10,7 @@ from trtbuild.errors import UserError
 from trtbuild.runtime.prompts import padded_rows, read_prompts, write_csv, write_npy
 
 ROWS = [[5], [3, 2, 319], [7, 7, 7, 7]]
+HEADER = "{'descr': '<i4', 'fortran_order': False, 'shape': %s}\n"
 
 
 @pytest.mark.parametrize("name", ["prompts.txt", "prompts", "prompts.md"])
@@ -94,6 +95,16 @@ def test_a_wrong_array_is_refused(tmp_path, array, message):
 
 def test_nothing_is_unpickled(tmp_path):
     np.save(tmp_path / "p.npy", np.array([[{}]], dtype=object), allow_pickle=True)
+    with pytest.raises(UserError, match=r"is no \.npy file that can be read"):
+        read_prompts(tmp_path / "p.npy")
+
+
+@pytest.mark.parametrize(
+    "header", ["{'descr': (", "-" * 9000 + "1", HEADER % "(True, True)", HEADER % f"({10**40}, 2)"]
+)
+def test_a_header_that_numpy_stumbles_over(tmp_path, header):
+    """Unfinished, nested too deeply, and with shapes that are none: each is another exception of numpy's."""
+    (tmp_path / "p.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode())
     with pytest.raises(UserError, match=r"is no \.npy file that can be read"):
         read_prompts(tmp_path / "p.npy")
 

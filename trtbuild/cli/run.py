@@ -120,7 +120,6 @@ def run(
     if (output_csv or output_npy) and not tokenizer.eos_token_ids:
         raise UserError(f"{tokenizer_dir} knows no end of sequence to pad rows with; take --json")
     prompts = [tokenizer.encode(one, chat, special_tokens, system) if isinstance(one, str) else one for one in given]
-    texts = [one if isinstance(one, str) else tokenizer.decode(one) for one in given]
     stop_words = tuple(stop_word or ())
     params = SamplingParams(
         max_output_len=max_output_len,
@@ -157,6 +156,7 @@ def run(
             write_npy(output_npy, rows)
         if not as_json:
             return
+    texts = [one if isinstance(one, str) else tokenizer.decode(one) for one in given]
     for number, output in enumerate(outputs):
         index = number // num_return_sequences
         answer = tokenizer.text(output.output_ids, stop_words)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from trtbuild.errors import UserError
 from trtbuild.files import atomic, output_path, sha256_of
@@ -18,7 +19,8 @@ class PartialOutputs:
 
     def __init__(self, path: Path, asked: object, count: int) -> None:
         self.path = path.with_name(f".{path.name}.partial")
-        self._head, self._written = json.dumps({"asked": sha256_of(asked)}), False
+        self._head = json.dumps({"asked": sha256_of(asked)})
+        self._file: TextIO | None = None  # kept open: where another run replaces it, lines of both are not mixed
         self.there = dict(self._read(count))
 
     def _read(self, count: int) -> Iterator[tuple[int, Output]]:
@@ -36,13 +38,16 @@ class PartialOutputs:
 
     def add(self, index: int, output: Output) -> None:
         self.there[index] = output
-        if self._written:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(self._line(index))
+        if self._file:
+            self._file.write(self._line(index))
         else:
             with atomic(self.path) as temporary:
-                temporary.write_text("".join([self._head, "\n", *map(self._line, self.there)]), encoding="utf-8")
-            self._written = True
+                self._file = open(temporary, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed by `close`)
+                self._file.write("".join([self._head, "\n", *map(self._line, self.there)]))
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
 
     def _line(self, index: int) -> str:
         output = self.there[index]
@@ -61,4 +66,6 @@ def partial_outputs(path: Path, asked: object, count: int) -> Iterator[PartialOu
     except UserError:
         partial.path.unlink(missing_ok=True)
         raise
+    finally:
+        partial.close()
     partial.path.unlink(missing_ok=True)

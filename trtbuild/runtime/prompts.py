@@ -70,7 +70,7 @@ def _npy(path: Path, ends: tuple[int, ...]) -> Iterator[list[int]]:
     check_input(path)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except Exception as error:  # of a broken header numpy lets through what its parsers raise, MemoryError among them
         raise UserError(f"{path} is no .npy file that can be read: {' '.join(str(error).split())}") from error
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "iu":
         found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "no array"
