@@ -130,14 +130,16 @@ def test_five_articles_with_every_runs_summary(data):
     assert data["articles"][0]["summaries"].keys() == {"hf", *RUNS}
 
 
-def test_what_is_gone_is_left_out(made, tmp_path):
-    """As where somebody made room: engines, quantized weights, calibration, checkpoint."""
+def test_what_is_gone_is_left_out(made, data, tmp_path):
+    """As where somebody made room: engines, quantized weights, calibration, checkpoint, logs."""
     folder = shutil.copytree(made[0], tmp_path / "results/tiny")
-    for name in ("checkpoint", "quantized", "calibration", "static/engine/rank0.safetensors", "hf/summaries.jsonl"):
+    gone = "checkpoint", "quantized", "calibration", "logs", "static/logs"
+    for name in (*gone, "static/engine/rank0.safetensors", "hf/summaries.jsonl"):
         shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
     left = collect(folder, made[1])
     run = of(left, "static")
     assert (run["engine"]["parts"], run["layers"], left["calibrations"]) == ({}, {}, {})
+    assert (of(data, "static")["seconds"].keys(), run["seconds"]) == ({"quantize", "build"}, {})
     assert left["articles"][0]["summaries"].keys() == {*RUNS}
 
 

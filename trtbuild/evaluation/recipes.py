@@ -221,7 +221,8 @@ def _engine(folder: Path, run: str, made_of: dict[str, str], original: Checkpoin
     weights, calibration = made_of["weights"], made_of.get("calibration")
     quantize = folder / "logs" / f"quantize.{Path(weights).name}.tsv"
     logs = [f"{KINDS[Path(name).suffix]}_engine.{Path(name).stem}.tsv" for name in content["outputs"]]
-    seconds = {"build": sum(_seconds(folder / run / "logs" / log) for log in logs)}
+    built = [folder / run / "logs" / log for log in logs]
+    seconds = {"build": sum(map(_seconds, built))} if all(log.exists() for log in built) else {}
     if weights != "checkpoint" and quantize.exists():
         seconds["quantize"] = _seconds(quantize)
     of_layers = layers.quantized(folder / weights, folder / calibration if calibration else None, original)
