@@ -65,9 +65,9 @@ def test_every_flag_has_a_row(script):
 
 def commands():
     """Each `trtbuild COMMAND --option ...` of the text."""
-    code = [*re.findall(r"`(?:mpiexec -n 2 )?trtbuild (\w+)([^`]*)`", TEXT)]
+    code = [*re.findall(r"`(?:mpiexec -n 2 )?trtbuild ([\w-]+)([^`]*)`", TEXT)]
     blocks = "\n".join(line for line in TEXT.split("\n") if line.startswith("    ")).replace("\\\n", " ")
-    return [*code, *re.findall(r"trtbuild (\w+)(.*)", blocks)]
+    return [*code, *re.findall(r"trtbuild ([\w-]+)(.*)", blocks)]
 
 
 def test_every_command_and_option_is_there():

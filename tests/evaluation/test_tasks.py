@@ -220,3 +220,8 @@ def test_without_the_harness(monkeypatch, tiny_checkpoint):
     monkeypatch.setattr("trtbuild.evaluation.tasks.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"not installed; 'pip install trtbuild\[lm-eval\]' brings it"):
         measure_task(task="opposites", checkpoint_dir=tiny_checkpoint)
+
+
+def test_an_engine_that_is_not_there_is_found_before_the_task_is_looked_for(tmp_path, tiny_checkpoint):
+    with pytest.raises(UserError, match="nowhere"):
+        measure_task(task="oposites", checkpoint_dir=tiny_checkpoint, engine_dir=tmp_path / "nowhere")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from trtbuild.engine.config import marker
+from trtbuild.engine.config import marker, read_config
 from trtbuild.errors import UserError
 from trtbuild.evaluation.baseline import open_baseline
 from trtbuild.evaluation.hugging_face import HuggingFaceModel
@@ -55,6 +55,8 @@ def measure_task(
     """
     if find_spec("lm_eval") is None:
         raise UserError("lm-evaluation-harness is not installed; 'pip install trtbuild[lm-eval]' brings it")
+    if engine_dir:
+        read_config(engine_dir)  # what is wrong there is said before the task's data are fetched
     with quiet(), no_code_from_the_hub() as refused:
         tasks = _load(task, include, num_fewshot)
         _check(task, refused)
