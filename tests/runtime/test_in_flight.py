@@ -215,6 +215,21 @@ def test_a_batch_of_its_own_follows_and_precedes():
     assert pair == first[:2]
 
 
+def test_batches_go_on_where_pages_had_no_memory(monkeypatch):
+    session, some = session_of("yi"), [prompts()[i] for i in (4, 9, 14)]
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("there is none")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trtbuild.runtime.session.PagedSteps", full)
+        session.paged_steps = None  # of other tests
+        with pytest.raises(torch.OutOfMemoryError):
+            generate(session, some, SamplingParams(9))
+    pair = generate(session, some[:2], SamplingParams(9))
+    assert generate(session, some, SamplingParams(9))[:2] == pair
+
+
 def test_too_long_for_the_pool_is_refused_with_its_number():
     session = session_of("llama")
     with pytest.raises(UserError, match="prompt 1 needs 76 positions and the caches have 64; shorten it"):

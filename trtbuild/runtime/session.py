@@ -388,7 +388,11 @@ class PortableSession(Session):
 
     def _paged_open(self, sizes: Sizes) -> None:
         """Makes them, at least as much as a batch's caches, which have their memory when these are not in use."""
-        self.paged_steps = PagedSteps(self.engine, self.ranks, sizes)
+        try:
+            self.paged_steps = PagedSteps(self.engine, self.ranks, sizes)
+        except Exception:  # no memory, as others took some; batches go on
+            self._begin(KVCache(self.engine.network, self.limits.max_batch_size, self.device))
+            raise
         self.cache.move_into(self.paged_steps.cache)
 
     def _paged_generation(self, count: int, longest: int) -> None:
