@@ -86,6 +86,7 @@ def test_runs():
         "awq@tp2",
     ]
     assert planning.runs(Model("new", {}, None), CONFIG, RECIPES, None, None) == list(RECIPES)
+    assert planning.runs(model, CONFIG, RECIPES, ["fp16", "awq", "fp16"], None) == ["fp16", "awq"]  # once
 
 
 def test_a_config_json(project):

@@ -100,11 +100,12 @@ def runs(
     """Recipes by name, with each of the layouts where their names have none: the matrix's by default, or all."""
     matrix = [run for entry in settings["matrix"] if entry["model"] == model.name for run in entry["recipes"]]
     asked = names or matrix or list(recipes)
-    return [
+    found = (
         run
         for name in asked
         for run in ([name] if "@" in name or not layouts else [f"{name}@{layout}" for layout in layouts])
-    ]
+    )
+    return list(dict.fromkeys(found))
 
 
 def plan(model: Model, settings: dict, recipes: dict[str, Recipe], runs: Sequence[str], gpus: Sequence[str]) -> dict:
