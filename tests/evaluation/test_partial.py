@@ -1,11 +1,13 @@
 """Outputs that an interrupted run leaves, and what the next one makes of them."""
 
+import errno
 import json
 
 import pytest
 
 from trtbuild.errors import UserError
 from trtbuild.evaluation.partial import partial_outputs
+from trtbuild.files import atomic
 from trtbuild.runtime.generation import Output
 
 ASKED = {"model": "tëst", "prompts": [[1, 2], [3]]}
@@ -74,3 +76,11 @@ def test_nothing_is_left_where_the_user_is_told_what_is_wrong(tmp_path):
         partial.add(0, OUTPUTS[0])
         raise UserError("numbers are not finite")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_loses_nothing(tmp_path):
+    path = tmp_path / "summaries.jsonl"
+    interrupted(path, [0, 1])
+    with pytest.raises(UserError, match="disk full"), partial_outputs(path, ASKED, 3), atomic(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert interrupted(path, []) == {0: OUTPUTS[0], 1: OUTPUTS[1]}

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -47,7 +47,8 @@ class PartialOutputs:
 
     def close(self) -> None:
         if self._file:
-            self._file.close()
+            with suppress(OSError):  # what the disk had no room for is not a whole line
+                self._file.close()
 
     def _line(self, index: int) -> str:
         output = self.there[index]
@@ -63,8 +64,9 @@ def partial_outputs(path: Path, asked: object, count: int) -> Iterator[PartialOu
     partial = PartialOutputs(output_path(path), asked, count)
     try:
         yield partial
-    except UserError:
-        partial.path.unlink(missing_ok=True)
+    except UserError as error:
+        if not isinstance(error.__cause__, OSError):  # of a full disk the user is told as well
+            partial.path.unlink(missing_ok=True)
         raise
     finally:
         partial.close()
