@@ -109,7 +109,8 @@ def test_validate_names_missing_and_unknown_keys(shipped, refused):
     unknown = copy.deepcopy(shipped) | {"benchmarks": {}}
     assert refused(unknown) == (
         "here.yaml: the file: Additional properties are not allowed ('benchmarks' was unexpected); "
-        "known keys: models, recipes, matrix, build, evaluation, benchmark, rehearse, mpi, container, local_rules"
+        "known keys: models, recipes, matrix, build, evaluation, benchmark, lm_eval, rehearse, mpi, container, "
+        "local_rules"
     )
     del shipped["benchmark"]["repeats"]
     assert refused(shipped) == "here.yaml: benchmark: 'repeats' is a required property"

@@ -181,7 +181,7 @@ def test_sensible_recipe(load, recipe):
         ({"kv_cache": {}}, "mine.kv_cache: 'dtype' is a required property"),
         ({"weights": {}}, "mine.weights: 'dtype' is a required property"),
         ({"weights": {"method": "gptq", "group_size": 64}}, "mine.weights: 'dtype' is a required property"),
-        ({"weights": "int8"}, "mine.weights: 'int8' is not of type 'object'"),
+        ({"weights": "int8"}, "mine.weights: write weights: {dtype: int8}"),
         ({"weights": INT8, "activations": {"per": "token"}}, "mine.activations: 'dtype' is a required property"),
         ({"weights": INT8, "keep_16bit": "lm_head"}, "mine.keep_16bit: 'lm_head' is not of type 'array'"),
         (

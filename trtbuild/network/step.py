@@ -300,7 +300,7 @@ class Step:
         `kv_bound`. On a CPU what is gathered or widened for it, `width` numbers a position, is to stay in the cache.
         """
         if self._blocks is None:
-            count = len(position_ids)
+            count = position_ids.shape[0]
             if position_ids.is_cuda:
                 self._blocks = [(slice(0, count), self.kv_bound)]
             else:
