@@ -213,6 +213,10 @@ def test_a_batch_of_its_own_follows_and_precedes():
     again = generate(session, many, SamplingParams(9))
     assert first == again
     assert pair == first[:2]
+    session.prefill(many[:2])
+    generate(session, many, SamplingParams(9))
+    with pytest.raises(RuntimeError, match="begin with prefill"):  # its caches are gone
+        session.decode(torch.zeros(2, dtype=torch.int32))
 
 
 def test_batches_go_on_where_pages_had_no_memory(monkeypatch):

@@ -19,6 +19,12 @@ def test_text(tmp_path, name):
     assert read_prompts(tmp_path / name) == ["  one ", "1,2,3", "{}", "last"]
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\ufeffWhat is a star?\nAnd a planet?\n", encoding="utf-8")
+    assert read_prompts(path) == ["What is a star?", "And a planet?"]
+
+
 def test_csv(tmp_path):
     """As Python's own module writes it, and by hand."""
     path = tmp_path / "prompts.csv"

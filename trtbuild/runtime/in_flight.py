@@ -41,6 +41,7 @@ def schedule(session: PortableSession, sequences: list[Sequence], page_size: int
         has = Sizes(min(wanted, max(room, least)), page_size, rows, width)
         session.paged("open", has)
         session.pages_are_all = has.pages < wanted
+    session.lengths, session.prompt_lengths = [], []  # of a batch, whose caches have the same memory
     allotted = Pages(pages or has.pages, page_size, LENGTHS.isdisjoint(session.engine.network.inputs))
     return Scheduler(sequences, allotted, rows, budget)
 

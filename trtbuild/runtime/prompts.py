@@ -49,7 +49,7 @@ def write_npy(path: Path, rows: np.ndarray) -> None:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Number and content of each line in which something is."""
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path).removeprefix("\ufeff").split("\n"), 1):
         if line.strip():
             yield number, line.removesuffix("\r")
 

@@ -188,6 +188,8 @@ class Session(ABC):
         return self._start_generate(sampler)
 
     def _lengthen(self) -> None:
+        if not self.lengths:
+            raise RuntimeError("there is no sequence to go on with; begin with prefill")
         if max(self.lengths) >= self.limits.max_length:
             raise UserError(
                 f"a sequence has reached max_length {self.limits.max_length}; build with a larger max_output_len"
