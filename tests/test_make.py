@@ -1,5 +1,6 @@
 """`make` makes `.venv`: one line where Python is too old, and a new one where another Python made it."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -33,7 +34,9 @@ def make(tmp_path):
         python.write_text(PYTHON.format(real=sys.executable, minor=minor))
         python.chmod(0o755)
         command = ["make", f"PYTHON=./{python.name}", *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        outer = {name for name in os.environ if name.startswith(("MAKE", "MFLAGS"))}  # of `make test`
+        own = {name: value for name, value in os.environ.items() if name not in outer}
+        return subprocess.run(command, cwd=tmp_path, env=own, capture_output=True, text=True, timeout=60)
 
     return run
 
