@@ -38,7 +38,7 @@ class OutputBar:
 
     def token(self) -> None:
         self._tokens += 1
-        if self._tokens % 64 == 0:  # looking at the clock takes longer than counting
+        if self._tokens < 64 or self._tokens % 64 == 0:  # looking at the clock takes longer than counting
             self._show()
 
     def output(self) -> None:

@@ -234,7 +234,8 @@ def made_from_files(tmp_path_factory, dummy_models) -> Workspace:
         "sq": FLOAT16 | calibration | W8A8,
         "published": FLOAT16 | {"quant_checkpoint": {"local": {"path": "published"}}},
     }
-    workspace = Workspace(folder, CONFIG, {"tiny": {"source": {"local": {"path": "model"}}}}, recipes)
+    model = {"source": {"local": {"path": "model"}}, "chat_template": "plain"}
+    workspace = Workspace(folder, CONFIG, {"tiny": model}, recipes)
     workspace.config["matrix"] = []
     workspace.succeed(*targets_from_files(workspace))
     return workspace
