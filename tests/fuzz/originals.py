@@ -251,11 +251,14 @@ def results(kitchen: Kitchen) -> None:
     kitchen.add("gated", rouge, files=summaries | {"gate.json": "gate.json"})
 
     (kitchen.made / "time.tsv").write_text("s\th:m:s\n1.5\t0:00:01\n")
-    where, recipes = {"model": "/proc/self/cwd/in"}, {"recipes": {"fp32": "checkpoint"}}
+    where, runs = {"model": "/proc/self/cwd/in"}, {"runs": {"fp32": {"weights": "checkpoint"}}}
     files = {f"{run}/{name}.json": f"{name}{side}.json" for run, side in (("hf", "-hf"), ("fp32", ""))
              for name in ("perplexity", "rouge")}  # fmt: skip
     files |= {"fp32/engine": "engine", "fp32/logs/portable_engine.rank0.tsv": "time.tsv"}
-    kitchen.add("table", rule("table", wildcards=where, params=recipes, output={"table": "out/table.md"}), files=files)
+    data = {"data": "out/recipes.json"}
+    recipes = rule("recipes", wildcards=where, params=runs, output=data)
+    table, page = (rule(name, input=data, output={name: f"out/{name}"}) for name in ("table", "page"))
+    kitchen.add("table", recipes, table, page, files=files)
 
 
 def workflow(kitchen: Kitchen) -> None:

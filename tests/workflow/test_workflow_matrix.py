@@ -80,7 +80,8 @@ def test_every_job_leaves_a_log(made):
     engine_logs = {f"{run}/logs/{stage}.log" for run in RUNS if not run.endswith("hf") for stage in stages}
     baseline = {"summarize", "rouge", "perplexity"}
     expected = engine_logs | {f"{run}/logs/{stage}.log" for run in RUNS if run.endswith("hf") for stage in baseline}
-    expected |= {f"{model}/logs/{stage}.log" for model in ("tiny", "other") for stage in ("checkpoint", "table")}
+    of_a_model = "checkpoint", "recipes", "table", "page"
+    expected |= {f"{model}/logs/{stage}.log" for model in ("tiny", "other") for stage in of_a_model}
     assert found == expected
     assert "rouge1" in (workspace.results / "tiny/fp32/logs/rouge.log").read_text()
     assert set(re.findall(r"^ +log: results/(\S+)", output, re.MULTILINE)) == expected
