@@ -73,7 +73,7 @@ def speed(checkpoint_dir: Path) -> None:
         theirs(model, prompt)
         turns = [(ours(session, prompt), theirs(model, prompt)) for _ in range(TURNS)]
         a, b, c, d = (statistics.median(turn[who][what] for turn in turns) for what in (0, 1) for who in (0, 1))
-        read = session.weight_bytes + (INPUT_LEN + OUTPUT_LEN / 2) * session.cache.bytes_per_position()
+        read = session.weight_bytes + (INPUT_LEN + OUTPUT_LEN / 2) * session.bytes_per_position
         cells = [f"{a * 1e3:.0f}", f"{b * 1e3:.0f}", f"{b / a:.2f}", f"{c * 1e3:.1f}", f"{d * 1e3:.1f}", f"{d / c:.2f}"]
         print(f"| {dtype} | {' | '.join(cells)} | {c * bandwidth / read:.2f} |", flush=True)
 

@@ -345,7 +345,7 @@ def main() -> None:
         for batch, context in cases:
             first, at_once, step, host = ours(session, prompts[batch, context])
             length = context + NEW_TOKENS / 2
-            read = session.weight_bytes + batch * length * session.cache.bytes_per_position()
+            read = session.weight_bytes + batch * length * session.bytes_per_position
             floor = read / bandwidth
             rows.append([recipe, batch, context, first * 1e3, step * 1e3, floor * 1e3, step / floor])
             print(

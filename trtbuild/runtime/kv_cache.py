@@ -64,7 +64,3 @@ class KVCache:
         """Zeroes it again."""
         for buffer in self.buffers.values():
             buffer.zero_()
-
-    def bytes_per_position(self) -> int:
-        """Bytes of keys and values that one position of one sequence takes over all layers."""
-        return sum(buffer[0, :, 0].nbytes for buffer in self.buffers.values())

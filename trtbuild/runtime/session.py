@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from trtbuild.engine.config import PAGES_ON_CPU, BuildLimits
-from trtbuild.engine.memory import room_for_pages
+from trtbuild.engine.memory import bytes_per_position, room_for_pages
 from trtbuild.engine.portable import NotFinite, PortableEngine, free_memory
 from trtbuild.errors import UserError
 from trtbuild.network import Network
@@ -41,7 +41,7 @@ class Session(ABC):
         self.weight_bytes = network.weight_bytes
         self._is_float16 = network.holds(torch.float16)
         self.cache = KVCache(network, limits.max_batch_size, device)
-        self.bytes_per_position = self.cache.bytes_per_position()
+        self.bytes_per_position = bytes_per_position(network)
         self.lengths: list[int] = []
         self.prompt_lengths: list[int] = []
 
