@@ -114,6 +114,10 @@ def test_help_lists_every_command():
     assert set(listed) == set(COMMANDS)
 
 
+def test_help_cuts_no_line_at_80_columns():
+    assert "..." not in CliRunner().invoke(app, ["--help"], terminal_width=80).stdout.split("Commands:")[1]
+
+
 def test_same_files_as_the_functions_make(made, tiny_checkpoint, tiny_engine):
     """`convert` and `build` write what the fixtures of all tests hold."""
     for ours, theirs in ((made.checkpoint, tiny_checkpoint), (made.engine, tiny_engine)):

@@ -28,7 +28,7 @@ class Finding(NamedTuple):
 
 
 def doctor() -> None:
-    """Try what this machine has, and say what each missing thing costs; exit 1 where nothing can run.
+    """Try what works here, and what each missing thing costs. Exit 1 where nothing can run.
 
     Example: trtbuild doctor
     """

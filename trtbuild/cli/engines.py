@@ -172,7 +172,7 @@ def verify(
         list[Runtime] | None, typer.Option(help="What to compare; default: interpreted (where TensorRT is), portable.")
     ] = None,
 ) -> None:
-    """Compare an engine with the float32 Hugging Face model, logits and greedy tokens; exit 1 on disagreement.
+    """Compare an engine with the Hugging Face model in float32. Logits and greedy tokens; exit 1 on disagreement.
 
     Where transformers has no such model (ALiBi), the portable engine in float32 is what is compared with.
 

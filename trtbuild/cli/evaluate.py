@@ -62,7 +62,7 @@ def summarize(
     check: Check = False,
     config: Config = None,
 ) -> None:
-    """Summarize articles with an engine, or with the Hugging Face model.
+    """Summarize articles with an engine or the Hugging Face model.
 
     Example: trtbuild summarize --engine-dir engine --checkpoint-dir checkpoint --chat --output summaries.jsonl
 
@@ -115,7 +115,7 @@ def score(
     rouge1_threshold: Annotated[float, typer.Option(help="Per cent.")] = 15.0,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
 ) -> None:
-    """ROUGE of summaries: mean F1 in per cent and its 95% bootstrap interval.
+    """ROUGE of summaries: mean F1 in per cent, with 95% intervals.
 
     Example: trtbuild score --summaries summaries.jsonl --output rouge.json
 
@@ -176,7 +176,7 @@ def perplexity(
     check: Check = False,
     config: Config = None,
 ) -> None:
-    """Perplexity of articles under an engine, or under the Hugging Face model.
+    """Perplexity of articles by an engine or the Hugging Face model.
 
     Example: trtbuild perplexity --engine-dir engine --checkpoint-dir checkpoint
 
@@ -228,7 +228,7 @@ def lm_eval(
     device: DeviceOption = Device.auto,
     check: Check = False,
 ) -> None:
-    """Score an engine, or the Hugging Face model, on a task of lm-evaluation-harness (the extra lm-eval).
+    """Score an engine on a task of lm-evaluation-harness. Or the Hugging Face model. The harness is the extra lm-eval.
 
     Example: trtbuild lm-eval --engine-dir engine --checkpoint-dir checkpoint --task arc_easy --limit 100 --output
     arc_easy.json
@@ -269,7 +269,7 @@ def gate(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Where gate.json goes.", callback=writable)] = None,
 ) -> None:
-    """Judge an engine's perplexity beside the Hugging Face model's, and say how sure that is; exit 2 where it stops.
+    """Judge an engine's perplexity by the Hugging Face model's. Says how sure that is; exit 2 where it stops.
 
     Example: trtbuild gate --perplexity perplexity.json --baseline hf.json --max-increase 1
     """
@@ -313,7 +313,7 @@ def benchmark(
     check: Check = False,
     config: Config = None,
 ) -> None:
-    """Measure speed and memory: first token, time a token, and the floor that reading its bytes sets.
+    """Measure speed and memory. First token, time a token, and the floor that reading its bytes sets.
 
     Example: trtbuild benchmark --engine-dir engine --batch-size 1 --input-len 512 --output-len 64 --json
 

@@ -42,7 +42,7 @@ def plan(
     model_version: ModelVersion = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object (docs/formats.md).")] = False,
 ) -> None:
-    """What a model's recipes take on a GPU, and what making them takes: from shapes alone, before anything is built.
+    """What recipes of a model take on a GPU, before they are built. And what making them takes, from shapes alone.
 
     Example: trtbuild plan llama2-70b --gpu h100-80gb --gpu a100-40gb --recipe fp16 --recipe awq --layout tp2
     """

@@ -52,7 +52,7 @@ def convert(
     dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the random weights; default: the model's own.")] = None,
     model_version: ModelVersion = None,
 ) -> None:
-    """Make a canonical checkpoint from a published model, a file, or random weights.
+    """Make a canonical checkpoint of published or random weights.
 
     Example: trtbuild convert --gguf model.gguf --output-dir checkpoint
 
@@ -101,7 +101,7 @@ def calibrate(
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
     device: DeviceOption = Device.auto,
 ) -> None:
-    """Measure the ranges of a model's activations, keys and values over some text.
+    """Measure the ranges of activations, keys and values over text.
 
     Example: trtbuild calibrate --checkpoint-dir checkpoint --output calibration.npz
     """
