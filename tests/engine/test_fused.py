@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from numerics import relative_error
@@ -22,6 +23,7 @@ from trtbuild.models.families import config_from_hugging_face
 from trtbuild.network import Network
 from trtbuild.network.step import Chunk
 from trtbuild.runtime import session
+from trtbuild.runtime.paged_steps import Sizes
 from trtbuild.runtime.session import PortableSession
 from trtbuild.tensors.lazy import from_tensor
 
@@ -106,4 +108,25 @@ TOLERANCES = {"int8 token": 4e-3, "fp8 static": 8e-2}
 def test_steps(interpreted, name):
     expected = logits(PortableSession(PortableEngine(made(name), LIMITS, CPU)))
     actual = logits(interpreted(made(name)))
+    assert relative_error(actual, expected) < TOLERANCES.get(CASES[name][1], 1e-3)
+
+
+def logits_over_pages(tested: PortableSession) -> torch.Tensor:
+    """Of steps of 1, 3 and 2 chunks, the second one's padded to 4; prompts of 4 and 3 tokens come in two."""
+    tested.paged("open", Sizes(pages=12, page_size=4, rows=3, width=4))
+    pages = np.random.default_rng(0).permutation(np.arange(1, 13, dtype=np.int32)).reshape(3, 4)
+    rows = [tested.paged("chunks", [Chunk([3, 1, 5], 4)], pages[:1]).clone()]
+    later = [Chunk([9], 4, past=3), Chunk([4], 3, slot=1), Chunk([2], 1, slot=2)]
+    rows.append(tested.paged("chunks", later, pages).clone())
+    last = [Chunk([7, 6], 3, past=1), Chunk([8], 1, past=1, slot=1)]
+    rows.append(tested.paged("chunks", last, pages[1:]).clone())
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_steps_over_pages(interpreted, name):
+    expected = logits_over_pages(PortableSession(PortableEngine(made(name), LIMITS, CPU)))
+    tested = interpreted(made(name))
+    actual = logits_over_pages(tested)
+    assert {key[:2] for key in tested._seen} == {("pages", "chunks")}
     assert relative_error(actual, expected) < TOLERANCES.get(CASES[name][1], 1e-3)

@@ -110,7 +110,7 @@ def test_steps_in_flight_are_launched_without_waiting(model):
     tested = session(model, torch.float16, "cuda")
     lengths = [5 + 3 * i % 30 for i in range(len(MANY))]
     counts = []
-    for kind in (InFlight, Watched):  # the first one captures
+    for kind in (InFlight, InFlight, Watched):  # the first ones capture
         sequences = [Sequence(i, prompt, n) for i, (prompt, n) in enumerate(zip(MANY, lengths, strict=True))]
         drawn = [0] * len(MANY)
 
@@ -120,7 +120,8 @@ def test_steps_in_flight_are_launched_without_waiting(model):
 
         kind(tested, schedule(tested, sequences), SamplingParams(40), take).run()
         counts.append(drawn)
-    assert counts == [lengths, lengths]
+    assert counts == [lengths] * 3
+    assert {key[:2] for key in tested._graphs if "chunks" in key} == {("pages", "chunks")}
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 1e-2), (torch.bfloat16, 6e-2)])

@@ -82,7 +82,8 @@ def _widened(network: Network) -> int:
 
 def room_for_pages(network: Network, sequences: int, tokens: int, free: int) -> int:
     """Bytes of `free` that caches may take beside steps of so many sequences, and of so many tokens of prompts."""
-    steps = held(network, sequences, tokens) + held(network, sequences, sequences)
+    captured = max(sequences, min(tokens, captured_rows(network)))
+    steps = held(network, sequences, tokens) + held(network, sequences, captured)
     return free - free // SPARE - steps - 2 * _widened(network) - OTHERS
 
 

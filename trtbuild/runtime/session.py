@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from trtbuild.engine.config import PAGES_ON_CPU, BuildLimits
@@ -16,7 +17,7 @@ from trtbuild.network import Network
 from trtbuild.network.ranks import Ranks
 from trtbuild.network.step import CAPTURED_ROWS, Chunk, Step, sent, step_tensors, step_values, whole_prompts
 from trtbuild.runtime.kv_cache import KVCache
-from trtbuild.runtime.paged_steps import PagedSteps, Sizes
+from trtbuild.runtime.paged_steps import CAPTURED, PagedSteps, Sizes
 from trtbuild.runtime.sampling import Kind, Sampler, SamplingParams
 
 MIN_KV_STEP = 256
@@ -279,28 +280,37 @@ class PortableSession(Session):
 
     def _step(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:
         self._begin_generation()
-        batch = len(self.lengths)
-        rows = sum(len(chunk.tokens) for chunk in chunks)
-        size = next((size for size in CAPTURED_ROWS if rows <= size <= self.engine.captured_rows), 0)
-        if size and not any(chunk.all_logits for chunk in chunks):
-            return self._padded_step(chunks, size)
+        size = self._captured_size(chunks)
+        if size:
+            return self._padded_step(chunks, size, self.cache.views(self.limits.max_batch_size))
         inputs = step_tensors(chunks, (*self.engine.network.inputs, "slots"), self.device)
         step = Step.of_chunks(chunks, self.ranks, inputs["slots"])
-        return self.engine.run(step, inputs | self.cache.views(batch))
+        return self.engine.run(step, inputs | self.cache.views(len(self.lengths)))
 
-    def _padded_step(self, chunks: Sequence[Chunk], size: int) -> torch.Tensor | None:
+    def _captured_size(self, chunks: Sequence[Chunk]) -> int:
+        """Rows of the captured step that serves these; 0 where none does."""
+        if any(chunk.all_logits for chunk in chunks):
+            return 0
+        rows = sum(len(chunk.tokens) for chunk in chunks)
+        return next((size for size in CAPTURED_ROWS if rows <= size <= self.engine.captured_rows), 0)
+
+    def _padded_step(
+        self, chunks: Sequence[Chunk], size: int, caches: dict[str, torch.Tensor], pages: np.ndarray | None = None
+    ) -> torch.Tensor | None:
         """Padded up to `size` rows. A size's first step is no graph: there may be no second one."""
-        key = self._own, "chunks", size, len(chunks)
+        key = self._own if pages is None else "pages", "chunks", size, len(chunks)
         values, places = step_values(chunks, (*self.engine.network.inputs, "slots"), size)
+        if pages is not None:
+            values = torch.cat((values, torch.from_numpy(pages).view(-1)))
         there = sent(values, self.device)
         captured = self._graphs.get(key)
         if captured and captured.inputs is not None:
             there = captured.inputs.copy_(there)
-        inputs = {name: there[place] for name, place in places.items()}
-        inputs |= self.cache.views(self.limits.max_batch_size)
+        inputs = {name: there[place] for name, place in places.items()} | caches
+        table = None if pages is None else there[-pages.size :].view(pages.shape)
 
         def run() -> torch.Tensor | None:
-            return self.engine.run(Step.captured(inputs["slots"], self.ranks), inputs)
+            return self.engine.run(Step.captured(inputs["slots"], self.ranks, table), inputs)
 
         if key in self._seen:
             return self._replay(key, run, inputs=there)
@@ -397,6 +407,18 @@ class PortableSession(Session):
             raise
         self.cache.move_into(self.paged_steps.cache)
 
+    @torch.inference_mode()
+    def _paged_chunks(self, chunks: Sequence[Chunk], pages: np.ndarray) -> torch.Tensor | None:
+        """As `PagedSteps.chunks`; a captured step has some more chunks, which are empty."""
+        steps, size, count = self.paged_steps, self._captured_size(chunks), len(chunks)
+        assert steps
+        if not size:
+            return steps.chunks(chunks, pages)
+        more = next((size for size in CAPTURED if size >= count), count) - count
+        chunks = [*chunks, *[Chunk((), 1)] * more]
+        logits = self._padded_step(chunks, size, steps.cache.buffers, np.pad(pages, ((0, more), (0, 0))))
+        return None if logits is None else logits[:count]
+
     def _paged_generation(self, count: int, longest: int) -> None:
         """One more token of each of the first `count` sequences, which have at most `longest` positions then."""
         steps = self.paged_steps
@@ -438,11 +460,8 @@ class PortableSession(Session):
         sampler: Callable[[torch.Tensor], object] | None,
         inputs: torch.Tensor | None,
     ) -> Captured:
-        warm_up = torch.cuda.Stream()
-        warm_up.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(warm_up):
-            run()  # libraries allocate their workspaces; writes the same cache entries as the replay will
-        torch.cuda.current_stream().wait_stream(warm_up)
+        if inputs is None:  # else it has run already
+            run()  # loads kernels; writes the same cache entries as the replay will
         graph = torch.cuda.CUDAGraph()
         pool = next((other.graph.pool() for other in self._graphs.values()), None)
         with torch.cuda.graph(graph, pool=pool):
