@@ -44,6 +44,7 @@ try:
     trtbuild_workflow.check_targets([*sys.argv[1:], *TARGETS], MODELS, RECIPES, REHEARSE)
     trtbuild_workflow.check_layouts_of_targets([*sys.argv[1:], *TARGETS], MODELS, RECIPES)
     trtbuild_workflow.check_positions_of_targets([*sys.argv[1:], *TARGETS], MODELS, RECIPES, config["build"])
+    trtbuild_workflow.check_fp8_of_targets(sys.argv[1:], config, RECIPES)
     trtbuild_workflow.check_rehearsal(sys.argv[1:], config, MODELS, RECIPES)
     DECLARED = MODELS
     MODELS = MODELS | rehearsal.rehearsal_models(MODELS)
@@ -130,8 +131,9 @@ def ranks_of_model(wildcards):
 
 
 def default_targets(wildcards):
-    """What `snakemake` alone makes; said only here, where it is asked for: what of it cannot be rehearsed."""
+    """What `snakemake` alone makes; said only here, where it is asked for: what of it cannot be built or rehearsed."""
     try:
+        trtbuild_workflow.check_fp8_of_targets(TARGETS, config, RECIPES)
         trtbuild_workflow.check_rehearsal(TARGETS, config, DECLARED, RECIPES)
     except UserError as error:
         raise WorkflowError(str(error)) from None

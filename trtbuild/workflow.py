@@ -248,18 +248,25 @@ def check_targets(targets: Iterable[str], models: dict, recipes: dict, rehearse:
 
 
 def check_files_of_targets(targets: Iterable[str], models: dict, rules: Iterable[Any]) -> None:
-    """Raises `UserError` for what none of Snakemake's rules makes of a declared model, listing the files beside it."""
+    """Raises `UserError` for what none of Snakemake's rules makes of a declared model, listing the files beside it.
+
+    And for a result that is asked for in another folder than `results/`, or in none.
+    """
     from snakemake.io import strip_wildcard_constraints
 
     rules = list(rules)
-    for target in targets:
-        match = re.match(rf"results/((?:{REHEARSAL})?[^/]+)(?:/([^/]+))?", os.path.normpath(target))
-        if (
-            not match
-            or match[1] not in models
-            or Path(target).is_file()
-            or any(rule.is_producer(os.path.normpath(target)) for rule in rules)
-        ):
+    makes = lambda file: any(rule.is_producer(file) for rule in rules)  # noqa: E731
+    targets = list(targets)
+    for before, target in zip(["", *targets], targets, strict=False):
+        path = os.path.normpath(target)
+        if makes(path) or Path(target).is_file():
+            continue
+        names = path.split("/")
+        for right in ("/".join(["results", *names[i:]]) for i in range(len(names))):
+            if makes(right) and not before.startswith("--"):  # --report shown/MODEL/report.html
+                raise UserError(f"{target}: nothing makes this; ask for {right}")
+        match = re.match(rf"results/((?:{REHEARSAL})?[^/]+)(?:/([^/]+))?", path)
+        if not match or match[1] not in models:
             continue
         model, run = match.groups()
         places = {"{model}": model, "{recipe}{layout}": run or "RECIPE", "{run}": run or "RECIPE", "{rank}": "0"}
@@ -269,7 +276,7 @@ def check_files_of_targets(targets: Iterable[str], models: dict, rules: Iterable
         folder = f"results/{model}/{run or ''}"
         files = {file for file in files if file.startswith(folder)}
         if run:
-            files = {file for file in files if any(rule.is_producer(file) for rule in rules)} or files
+            files = set(filter(makes, files)) or files
         closest = difflib.get_close_matches(target, files, 1)
         raise UserError(
             f"{target}: nothing makes this; {f'closest: {closest[0]}; ' if closest else ''}ask for "
@@ -325,20 +332,41 @@ def check_layouts_of_targets(targets: Iterable[str], models: dict, recipes: dict
             raise UserError(f"{target}: {error}") from error
 
 
+def check_fp8_of_targets(targets: Iterable[str], config: dict, recipes: dict[str, Recipe]) -> None:
+    """Raises `UserError` where a target's TensorRT engine would have FP8 and be for a GPU that has none.
+
+    Of published weights the build itself says it.
+    """
+    build = config["build"]
+    if "tensorrt" not in build["engines"] or build["compute_capabilities"] == "auto":
+        return  # as mostly; to know better takes torch
+    from trtbuild.engine.tensorrt_api import target_capabilities
+
+    for target in targets:
+        match = _parts(target)
+        for run in _runs(match, config) if match else ():
+            if recipe := recipes.get(split_run(run)[0]):
+                try:
+                    target_capabilities(build["compute_capabilities"], recipe.fp8)
+                except UserError as error:
+                    raise UserError(
+                        f"config/config.yaml: build.compute_capabilities: {target} needs {run}, which has FP8: {error}"
+                    ) from error
+
+
 def check_rehearsal(targets: Iterable[str], config: dict, models: dict, recipes: dict[str, Recipe]) -> None:
     """Raises `UserError` for a rehearsal that cannot be; configuration, models and recipes are the declared ones."""
     for target in targets:
         match = _parts(target)
         if not match or not match[1] or match[2] not in models:
             continue
-        model, folder = match[2], match[3]
+        model = match[2]
         if not shape_of(models[model]):
             raise UserError(
                 f"{target}: the model {model} cannot be rehearsed; add its published config.json to {config['models']} "
                 "as 'config'"
             )
-        matrix = [run for entry in config["matrix"] if entry["model"] == model for run in entry["recipes"]]
-        for run in matrix if folder in TABLES else [folder]:
+        for run in _runs(match, config):
             recipe, _ = split_run(run)
             if recipe in recipes and recipes[recipe].quant_checkpoint:
                 raise UserError(
@@ -349,6 +377,13 @@ def check_rehearsal(targets: Iterable[str], config: dict, models: dict, recipes:
 
 def _recipe_of(match: re.Match) -> str:
     return split_run(match[3])[0]
+
+
+def _runs(match: re.Match, config: dict) -> list[str]:
+    """The run that a target is a file of, or those of the matrix that a table shows."""
+    model, folder = match[2], match[3]
+    matrix = [run for entry in config["matrix"] if entry["model"] == model for run in entry["recipes"]]
+    return matrix if folder in TABLES else [folder]
 
 
 def _published_config(model: dict) -> dict | None:

@@ -118,6 +118,22 @@ def test_help_cuts_no_line_at_80_columns():
     assert "..." not in CliRunner().invoke(app, ["--help"], terminal_width=80).stdout.split("Commands:")[1]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "capability", "message"),
+    [
+        ("fp8", "8.6", "GPUs of compute capability 8.6 have no FP8; build for 8.9, 12.0"),
+        ("fp16", "9.0", "compute capability 9.0 is not one that tensorrt_rtx builds for: 7.5, 8.0"),
+    ],
+)
+def test_a_gpu_that_no_engine_is_compiled_for_is_refused_before_any_work(tmp_path, recipe, capability, message):
+    """Before it is seen that there is no checkpoint."""
+    pytest.importorskip("tensorrt_rtx")
+    engines = ["--engine", "portable", "--engine", "tensorrt", "--compute-capability", capability]
+    folders = ["--checkpoint-dir", tmp_path / "nowhere", "--output-dir", tmp_path / "engine"]
+    refused(message, "build", *folders, "--recipe", recipe, *engines)
+    assert not list(tmp_path.iterdir())
+
+
 def test_same_files_as_the_functions_make(made, tiny_checkpoint, tiny_engine):
     """`convert` and `build` write what the fixtures of all tests hold."""
     for ours, theirs in ((made.checkpoint, tiny_checkpoint), (made.engine, tiny_engine)):

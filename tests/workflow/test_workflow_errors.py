@@ -153,6 +153,11 @@ def test_bad_configuration(empty, name):
         ("results/tiny/fp32@tp2/", "results/tiny/fp32@tp2/: nothing makes this; "),
         ("results/tiny/hf", "results/tiny/hf: nothing makes this; closest: results/tiny/hf/rouge.json; ask for "),
         ("results/tiny/", "results/tiny/: nothing makes this; "),
+        ("tiny/fp32/rouge.json", "tiny/fp32/rouge.json: nothing makes this; ask for results/tiny/fp32/rouge.json"),
+        (
+            "result/tiny/hf/rouge.json",
+            "result/tiny/hf/rouge.json: nothing makes this; ask for results/tiny/hf/rouge.json",
+        ),
         ("results/tiny/fp32/engine", "closest: results/tiny/fp32/engine/"),
     ],
 )

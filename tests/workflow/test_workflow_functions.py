@@ -23,6 +23,7 @@ from trtbuild.workflow import (
     RECIPES_SCHEMA,
     SCHEMAS,
     SHIPPED_RECIPES,
+    check_fp8_of_targets,
     check_layouts_of_targets,
     check_limits,
     check_positions_of_targets,
@@ -534,6 +535,36 @@ def test_layouts_of_targets(shipped, target, reason):
         check_layouts_of_targets(["-n", target], models, recipes)
     assert str(caught.value).startswith(f"{target}: ")
     assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("target", "build", "run"),
+    [
+        ("results/smollm2-135m/fp8/rouge.json", {}, "fp8"),
+        ("results/llama2-70b/fp16-fp8kv@tp2/engine/config.json", {}, "fp16-fp8kv@tp2"),
+        ("results/rehearsal/qwen7b/fp8-dynamic/gate.json", {}, "fp8-dynamic"),
+        ("results/smollm2-135m/report.html", {}, "fp16-fp8kv"),  # the first of the matrix that has FP8
+        ("results/smollm2-135m/fp8/rouge.json", {"engines": ["portable"]}, None),
+        ("results/smollm2-135m/fp8/rouge.json", {"compute_capabilities": "auto"}, None),
+        ("results/smollm2-135m/fp8/rouge.json", {"compute_capabilities": ["8.9"]}, None),
+        ("results/smollm2-135m/int8kv/rouge.json", {}, None),
+        ("results/smollm2-135m/hf/rouge.json", {}, None),
+        ("results/llama2-70b/report.html", {}, None),  # not in the matrix
+        ("elsewhere", {}, None),
+    ],
+)
+def test_fp8_of_targets(shipped, target, build, run):
+    recipes = load_recipes(shipped["recipes"])
+    shipped["build"] |= {"compute_capabilities": ["7.5", "8.9", "8.6"]} | build
+    if run is None:
+        check_fp8_of_targets([target], shipped, recipes)
+        return
+    with pytest.raises(UserError) as caught:
+        check_fp8_of_targets(["-n", target], shipped, recipes)
+    assert str(caught.value) == (
+        f"config/config.yaml: build.compute_capabilities: {target} needs {run}, which has FP8: GPUs of compute "
+        "capability 7.5, 8.6 have no FP8; build for 8.9, 12.0"
+    )
 
 
 RULE = """

@@ -99,9 +99,9 @@ def build(
     limits = BuildLimits(max_batch_size, max_input_len, max_output_len)
     mapping = Mapping(tp_size, pp_size, use_parallel_embedding=use_parallel_embedding)
     if Engine.tensorrt in engine:
-        from trtbuild.engine.tensorrt_api import api
+        from trtbuild.engine.tensorrt_api import describe_builder
 
-        api()  # a missing distribution is better said before the work than after
+        describe_builder(compute_capability, content.fp8)  # what it refuses is better said before the work than after
     with made(output_dir), ExitStack() as stack:
         source: Path | Checkpoint
         if dummy:

@@ -16,8 +16,6 @@ from trtbuild.tensors.rounding import FP8_CAPABILITY
 DISTRIBUTIONS = ("tensorrt", "tensorrt_rtx")
 # What one engine of TensorRT-RTX may be compiled for; a `tensorrt` engine is for the GPU it is built on.
 DEFAULT_COMPUTE_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
-# GPUs for which no engine with FP8 in it can be compiled.
-NO_FP8 = tuple(c for c in DEFAULT_COMPUTE_CAPABILITIES if tuple(map(int, c.split("."))) < FP8_CAPABILITY)
 
 
 @cache
@@ -40,19 +38,36 @@ def api() -> ModuleType:
 
 
 def describe_builder(compute_capabilities: list[str] | None, fp8: bool = False) -> dict:
-    """Distribution, version and targets, for an engine's `config.json`; `fp8`: whether there is FP8 in the engine."""
-    targets = target_capabilities(compute_capabilities, fp8) if is_rtx() else "the GPU it was built on"
+    """Distribution, version and targets, for an engine's `config.json`; `fp8`: whether there is FP8 in the engine.
+
+    Raises `UserError` for a compute capability that the distribution does not build for, or not with FP8.
+    """
+    targets = [*_targets(compute_capabilities, fp8)] if is_rtx() else "the GPU it was built on"
     return {"distribution": api().__name__, "version": api().__version__, "compute_capabilities": targets}
 
 
 def target_capabilities(compute_capabilities: list[str] | None, fp8: bool) -> list[str]:
     """The given compute capabilities, or the default ones. Raises `UserError` where FP8 needs a newer GPU."""
-    if not compute_capabilities:
-        return [c for c in DEFAULT_COMPUTE_CAPABILITIES if not (fp8 and c in NO_FP8)]
-    if fp8 and (old := [c for c in compute_capabilities if c in NO_FP8]):
-        able = [c for c in DEFAULT_COMPUTE_CAPABILITIES if c not in NO_FP8]
+    able = [c for c in DEFAULT_COMPUTE_CAPABILITIES if not (fp8 and _is_before_fp8(c))]
+    if fp8 and (old := [c for c in compute_capabilities or () if _is_before_fp8(c)]):
         raise UserError(f"GPUs of compute capability {', '.join(old)} have no FP8; build for {', '.join(able)}")
-    return list(compute_capabilities)
+    return list(compute_capabilities or able)
+
+
+def _is_before_fp8(capability: str) -> bool:
+    return tuple(map(int, capability.split("."))) < FP8_CAPABILITY
+
+
+def _targets(compute_capabilities: list[str] | None, fp8: bool) -> dict[str, Any]:
+    """`target_capabilities`, and what TensorRT-RTX has for each. Raises `UserError` also for one that it has not."""
+    names = api().ComputeCapability.__members__.items()
+    known = {f"{name[2:-1]}.{name[-1]}": value for name, value in names if name.startswith("SM")}
+    for capability in compute_capabilities or ():
+        if capability not in known:
+            raise UserError(
+                f"compute capability {capability} is not one that {api().__name__} builds for: {', '.join(known)}"
+            )
+    return {capability: known[capability] for capability in target_capabilities(compute_capabilities, fp8)}
 
 
 def is_rtx() -> bool:
@@ -66,23 +81,13 @@ def logger() -> Any:
 
 
 def set_target(config: Any, compute_capabilities: list[str] | None, fp8: bool) -> None:
-    """Tells a builder configuration for which GPUs to compile (None: the default ones).
-
-    Raises `UserError` for a compute capability that the distribution does not build for, or not with FP8.
-    """
+    """Tells a builder configuration for which GPUs to compile (None: the default); raises as `describe_builder`."""
     if not is_rtx():
         return
-    trt = api()
-    compute_capabilities = target_capabilities(compute_capabilities, fp8)
-    config.num_compute_capabilities = len(compute_capabilities)
-    for i, capability in enumerate(compute_capabilities):
-        name = "SM" + capability.replace(".", "")
-        if name not in trt.ComputeCapability.__members__:
-            known = [f"{n[2:-1]}.{n[-1]}" for n in trt.ComputeCapability.__members__ if n.startswith("SM")]
-            raise UserError(
-                f"compute capability {capability} is not one that {trt.__name__} builds for: {', '.join(known)}"
-            )
-        config.set_compute_capability(trt.ComputeCapability.__members__[name], i)
+    targets = _targets(compute_capabilities, fp8)
+    config.num_compute_capabilities = len(targets)
+    for i, target in enumerate(targets.values()):
+        config.set_compute_capability(target, i)
 
 
 def runs_here(builder: dict) -> bool:

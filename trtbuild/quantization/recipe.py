@@ -181,6 +181,12 @@ class Recipe:
         return self.kv_cache is not None or (self.quantization is not None and self.quantization.needs_ranges)
 
     @property
+    def fp8(self) -> bool:
+        """Whether there is FP8 in its engines, as far as is declared: published weights say it themselves."""
+        parts = (self.settings.get(part, {}) for part in ("weights", "activations", "kv_cache"))
+        return any(part.get("dtype") == "fp8" for part in parts)
+
+    @property
     def engine_settings(self) -> dict:
         """The part that an engine depends on, given its weights: all but how it is judged."""
         judged = ("max_perplexity_increase", "max_mean_kl", "gate")
