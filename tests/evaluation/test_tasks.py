@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -148,6 +149,29 @@ def test_generation_that_there_is_not(both, options, message):
 def test_a_continuation_that_is_too_long(both):
     with pytest.raises(UserError, match=r"a continuation of 60 tokens, and the engine's max_length is 48; build with"):
         both[0].loglikelihood(requests("loglikelihood", [("a", "b" * 60)]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        ("loglikelihood", ("", ""), "a task has an empty answer (continuation), after ''; give it text"),
+        ("loglikelihood", ("abc", ""), "a task has an empty answer (continuation), after 'abc'; give it text"),
+        ("loglikelihood", (" ", "a"), "a task has a context without tokens in (' ', 'a'); give it text that is not"),
+        ("loglikelihood", ("", "<s>"), "a task has a continuation without tokens in ('', '<s>'); give it text"),
+        (
+            "generate_until",
+            ("", {"until": []}),
+            "a task has an empty prompt, and the tokenizer begins none with a token",
+        ),
+    ],
+)
+def test_what_has_no_tokens(both, kind, arguments, message):
+    """The harness's own adapter fails as well, without a word; this tokenizer puts nothing before a text."""
+    ours, theirs = both
+    with pytest.raises(UserError, match=re.escape(message)):
+        getattr(ours, kind)(requests(kind, [("abc", arguments[1] or "d"), arguments]))
+    with pytest.raises((IndexError, AssertionError, RuntimeError)):
+        getattr(theirs, kind)(requests(kind, [arguments]))
 
 
 def test_a_task_and_where_it_comes_from(project, tiny_checkpoint, tiny_engine):

@@ -76,6 +76,14 @@ class SessionLM(TemplateLM):
             add_special_tokens = False
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens is not False)
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Raises `UserError` for an answer without text, of which the harness's own adapter says nothing either."""
+        for request in requests:
+            context, continuation = request.args
+            if not continuation:
+                raise UserError(f"a task has an empty answer (continuation), after {context[-60:]!r}; give it text")
+        return super().loglikelihood(requests, disable_tqdm)
+
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Of whole texts, each token in one window of at most `max_length`."""
         windows: list[Request] = []
@@ -92,12 +100,15 @@ class SessionLM(TemplateLM):
     def _loglikelihood_tokens(self, requests: Sequence[Request], **kwargs: Any) -> list[tuple[float, bool]]:
         """Log-likelihood (nats) of each continuation, and whether it is what greedy generation would give.
 
-        Contexts are cut on the left to what the engine holds. Raises `UserError` for a continuation that it does not
-        hold, and where logits are not finite.
+        Contexts are cut on the left to what the engine holds. Raises `UserError` for a context or continuation without
+        tokens, for a continuation that the engine does not hold, and where logits are not finite.
         """
         continuations = [continuation for _, _, continuation in requests]
         by_context: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for i, (_, context, continuation) in enumerate(requests):
+        for i, (texts, context, continuation) in enumerate(requests):
+            if not (context and continuation):
+                empty = "continuation" if context else "context"
+                raise UserError(f"a task has a {empty} without tokens in {texts!r:.80}; give it text that is not blank")
             whole = (context + continuation)[-(self.max_length + 1) :]
             if len(whole) <= len(continuation):
                 raise UserError(
@@ -192,6 +203,8 @@ class SessionLM(TemplateLM):
                 )
             room = min(self.session.limits.max_input_len, self.max_length - length)
             prompts = [self.tok_encode(requests[i].args[0])[-room:] for i in indices]
+            if [] in prompts:
+                raise UserError("a task has an empty prompt, and the tokenizer begins none with a token; give it text")
             stop_words = tuple(word for word in until if word)
             params = SamplingParams(length, stop_words=stop_words, eos_token_ids=(self.eot_token_id,), **options)
             with item_bar(len(prompts) * length, "lm-eval", "token") as bar:
