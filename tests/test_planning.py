@@ -118,6 +118,11 @@ def test_what_is_refused(project, model, runs, gpus, message):
         plan(model, runs, gpus)
 
 
+def test_a_version_of_a_declared_model(project):
+    with pytest.raises(UserError, match=r"which version llama-7b is, config/models\.yaml says"):
+        planning.declared("llama-7b", None, "v2_13b")
+
+
 def test_more_positions_than_a_model_has(project):
     file = Path("config/config.yaml")
     file.write_text(file.read_text().replace("max_input_len: 1024", "max_input_len: 4096"))

@@ -67,7 +67,7 @@ def declared(name: str, file: Path | None, model_version: str | None = None) -> 
     """A model by its name in config/models.yaml, or its config.json; the configuration in `file`, and its recipes.
 
     Without a file that is config/config.yaml, or where there is none what the shipped one says. Raises `UserError` for
-    a name that is not declared, and for a model that does not say what it looks like.
+    a name that is not declared, for a version of one that is, and for a model that does not say what it looks like.
     """
     settings = DEFAULTS
     if file is None and CONFIG.exists():
@@ -87,6 +87,8 @@ def declared(name: str, file: Path | None, model_version: str | None = None) -> 
     models = load_table(settings["models"], MODELS_SCHEMA)
     if name not in models:
         raise UserError(f"{unknown('model', name, models)}; or give a config.json")
+    if model_version:
+        raise UserError(f"--model-version is for a config.json; which version {name} is, {settings['models']} says")
     if (config := model_config(name, models[name])) is None:
         raise UserError(
             f"{settings['models']} has no 'config' for {name}; add its published config.json there, or give that file"

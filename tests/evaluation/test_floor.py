@@ -74,6 +74,37 @@ def test_bytes_per_step():
     assert bytes_per_step(1000, 10, 4, 100, 8, parts=2) == 1000 + 2 * 104 * 10
 
 
+# What rates are products of: multiprocessors, boost clock in MHz with tensor cores at work, float16 operations of each
+# in a clock (by its architecture), and float32 units.
+CLOCKS = {
+    "t4": (40, 1590, 1024, 64),
+    "a10": (72, 1695, 1024, 128),
+    "a10g": (80, 1710, 512, 128),
+    "a100-40gb": (108, 1410, 2048, 64),
+    "a100-80gb": (108, 1410, 2048, 64),
+    "a100-80gb-pcie": (108, 1410, 2048, 64),
+    "l4": (58, 2040, 1024, 128),
+    "l40s": (142, 2520, 1024, 128),
+    "h100-80gb": (132, 1830, 4096, 128),
+    "h200": (132, 1830, 4096, 128),
+    "h100-pcie": (114, 1620, 4096, 128),
+    "h100-nvl": (132, 1545, 4096, 128),
+    "b200": (148, 1850, 8192, 128),
+    "rtx3090": (82, 1695, 512, 128),
+    "rtx4090": (128, 2520, 512, 128),
+    "rtx5090": (170, 2407, 512, 128),
+    "rtx6000-ada": (142, 2505, 1024, 128),
+}
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_rates_are_what_multiprocessors_do(name):
+    count, megahertz, operations, units = CLOCKS[name]
+    assert GPUS[name].rate("float16") == pytest.approx(count * megahertz * 1e6 * operations, rel=0.005)
+    # Without tensor cores Hopper and Blackwell run at a higher clock.
+    assert 0.99 < GPUS[name].rate("float32") / (count * megahertz * 1e6 * 2 * units) < 1.17
+
+
 @pytest.mark.parametrize("name", GPUS)
 def test_table_of_gpus(name):
     """Units: a slip by a thousand, and rates that are with sparsity, would show."""

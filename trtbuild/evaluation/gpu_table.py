@@ -35,10 +35,12 @@ def _gpu(device: str, memory_mib: int, gigabytes: float, source: str, **teras: f
 
 
 # Data sheets give tensor cores' rates with 2:4 sparsity where a footnote says so; here they are dense, half of that.
+# The L40S' says 362 beside 733 with sparsity, of which half is what its multiprocessors do at the boost clock.
 # GeForce: whitepapers' tables, with FP32 accumulation.
 GPUS = {
     "t4": _gpu("Tesla T4", 15360, 320, "T4 data sheet", float32=8.1, float16=65, int8=130),
     "a10": _gpu("NVIDIA A10", 23028, 600, "A10 data sheet", float32=31.2, float16=125, int8=250),
+    "a10g": _gpu("NVIDIA A10G", 23028, 600, "A10G data sheet (AWS)", float32=35, float16=70, int8=140),
     "a100-40gb": _gpu(
         "NVIDIA A100-SXM4-40GB", 40960, 1555, "A100 data sheet, SXM", float32=19.5, float16=312, int8=624
     ),
@@ -49,18 +51,18 @@ GPUS = {
         "NVIDIA A100 80GB PCIe", 81920, 1935, "A100 data sheet, PCIe", float32=19.5, float16=312, int8=624
     ),
     "l4": _gpu("NVIDIA L4", 23034, 300, "L4 data sheet", float32=30.3, float16=121, int8=242.5, fp8=242.5),
-    "l40s": _gpu("NVIDIA L40S", 46068, 864, "L40S data sheet", float32=91.6, float16=362, int8=733, fp8=733),
+    "l40s": _gpu("NVIDIA L40S", 46068, 864, "L40S data sheet", float32=91.6, float16=366.5, int8=733, fp8=733),
     "h100-80gb": _gpu(
         "NVIDIA H100 80GB HBM3", 81559, 3350, "H100 data sheet, SXM", float32=67, float16=989.5, int8=1979, fp8=1979
     ),
     "h100-pcie": _gpu(
-        "NVIDIA H100 PCIe", 81559, 2039, "H100 data sheet, PCIe", float32=51, float16=756, int8=1513, fp8=1513
+        "NVIDIA H100 PCIe", 81559, 2039, "H100 whitepaper, PCIe", float32=51, float16=756, int8=1513, fp8=1513
     ),
     "h100-nvl": _gpu(
-        "NVIDIA H100 NVL", 95830, 3900, "H100 data sheet, NVL", float32=60, float16=835.5, int8=1671, fp8=1671
+        "NVIDIA H100 NVL", 95830, 3900, "H100 data sheet, NVL", float32=60, float16=835.5, int8=1670.5, fp8=1670.5
     ),
     "h200": _gpu("NVIDIA H200", 143771, 4800, "H200 data sheet, SXM", float32=67, float16=989.5, int8=1979, fp8=1979),
-    "b200": _gpu("NVIDIA B200", 183359, 8000, "HGX B200 data sheet", float32=75, float16=2250, int8=4500, fp8=4500),
+    "b200": _gpu("NVIDIA B200", 183359, 7700, "HGX B200 data sheet", float32=75, float16=2250, int8=4500, fp8=4500),
     "rtx3090": _gpu("NVIDIA GeForce RTX 3090", 24576, 936, "GA102 whitepaper", float32=35.6, float16=71, int8=284),
     "rtx4090": _gpu(
         "NVIDIA GeForce RTX 4090", 24564, 1008, "Ada whitepaper", float32=82.6, float16=165.2, int8=660.6, fp8=330.3
