@@ -13,9 +13,9 @@ from tqdm import tqdm
 EVERY = 10  # seconds between two lines of a log
 
 
-def byte_bar(total: int, what: str) -> tqdm:
-    """A bar over bytes; call `.update(nbytes)`."""
-    return _bar(total=total, desc=what, unit="B", unit_scale=True, unit_divisor=1000)
+def byte_bar(total: int, what: str, delay: float = 0) -> tqdm:
+    """A bar over bytes, on a terminal from `delay` seconds on; call `.update(nbytes)`."""
+    return _bar(total=total, desc=what, unit="B", unit_scale=True, unit_divisor=1000, delay=delay)
 
 
 def item_bar(total: int, what: str, unit: str) -> tqdm:

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import sys
+import time
 import weakref
 from contextlib import nullcontext
 
@@ -13,6 +15,7 @@ from numerics import run_reference
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from trtbuild import progress
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.engine import portable
 from trtbuild.engine.build import build_engine_dir
@@ -132,6 +135,25 @@ def test_a_bad_engine_file_is_refused(copied_engine, damage, message):
     damage(copied_engine / FILE)
     with pytest.raises(UserError, match=f"{FILE}.*{message}|{message}.*{FILE}"):
         PortableEngine.load(copied_engine / FILE)
+
+
+def test_a_long_load_shows_a_bar(tiny_engine, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "EVERY", 0.1)
+    PortableEngine.load(tiny_engine / FILE)
+    assert capsys.readouterr().err == ""
+    prepare = DenseLinear.prepare
+
+    def slow(*args, **weights):
+        time.sleep(0.1)
+        return prepare(*args, **weights)
+
+    monkeypatch.setattr(DenseLinear, "prepare", slow)
+    PortableEngine.load(tiny_engine / FILE, show=True)
+    lines = capsys.readouterr().err.splitlines()
+    percent = [int(re.match(r"rank0\.safetensors to cpu: +(\d+)%", line)[1]) for line in lines]
+    assert percent == sorted(percent)
+    assert percent[-1] == 100
+    assert any(0 < part < 100 for part in percent)
 
 
 # Weights, as operations want them

@@ -22,7 +22,7 @@ BATCH = 2  # steps of more rows are prompts'
 MEETING = {"prompt": 2, "generation": 7}  # in the middle of a step
 
 
-def fail(*_: object) -> None:
+def fail(*_: object, **__: object) -> None:
     if path := os.environ.get("FAILED"):
         Path(path).write_text(str(time.time()))
     if HOW == "killed":

@@ -18,11 +18,14 @@ from trtbuild.files import atomic
 from trtbuild.linear import linear  # noqa: F401 (makes the weight formats' operations known)
 from trtbuild.network import Network, Node, Op, ops  # noqa: F401 (makes the operations known)
 from trtbuild.network.step import Step, captured_rows
+from trtbuild.progress import byte_bar
 from trtbuild.tensors.safetensors_stream import open_file, write_file
 from trtbuild.tensors.upload import Upload
 
 METADATA_KEY = "trtbuild"
 FORMAT_VERSION = 3
+SHORT = 2  # seconds of loading for which no terminal needs a bar
+OnBytes = Callable[[int], object]
 Call = tuple[Callable, tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # what runs, slots: read, written, then free
 WEIGHTS = ("model.", "lm_head.")  # how names of a model's own constants begin; ALiBi's slopes are computed
 
@@ -61,10 +64,13 @@ class PortableEngine:
 
     Every weight is mapped from the file and, on a GPU, copied there once. There the network's nodes run fused, in one
     of two ways, by the number of a step's rows; all share slots and weights. A network of several ranks needs a step
-    that leads to the others. Raises `UserError` for one that a GPU's memory does not hold.
+    that leads to the others. `loaded(nbytes)` is called as each weight is there. Raises `UserError` for a network that
+    a GPU's memory does not hold.
     """
 
-    def __init__(self, network: Network, limits: BuildLimits, device: torch.device) -> None:
+    def __init__(
+        self, network: Network, limits: BuildLimits, device: torch.device, loaded: OnBytes = lambda nbytes: None
+    ) -> None:
         self.network, self.limits, self.device = network, limits, device
         if device.type == "cuda":
             check_memory(network, limits, free_memory(device))
@@ -76,7 +82,7 @@ class PortableEngine:
         self._values: list[torch.Tensor | None] = [None] * len(names)
         self._inputs = {name: self._slots[name] for name in network.inputs}
         self._logits = self._slots.get("logits", ABSENT)
-        constants = _Constants(network, device, self._values)
+        constants = _Constants(network, device, self._values, loaded)
         try:
             self._plans = {kind: self._plan(kind, constants) for kind in dict.fromkeys((network, self.few, self.many))}
         finally:
@@ -99,9 +105,17 @@ class PortableEngine:
         return plan
 
     @classmethod
-    def load(cls, path: Path, device: torch.device | str = "cpu") -> "PortableEngine":
-        """Opens an engine file; raises `UserError` if it is missing, truncated, or no engine."""
-        return cls(*read_portable(path), torch.device(device))
+    def load(cls, path: Path, device: torch.device | str = "cpu", show: bool = False) -> "PortableEngine":
+        """Opens an engine file, with `show` under a bar where that takes long.
+
+        Raises `UserError` if it is missing, truncated, or no engine.
+        """
+        network, limits = read_portable(path)
+        if not show:
+            return cls(network, limits, torch.device(device))
+        total = sum(constant.nbytes for constant in network.constants.values())
+        with byte_bar(total, f"{path.name} to {device}", SHORT) as bar:
+            return cls(network, limits, torch.device(device), bar.update)
 
     @torch.inference_mode()
     def run(self, step: Step, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
@@ -188,8 +202,11 @@ class _Constants:
     Operations that want one layout share it; the original stays only where somebody reads it as it is.
     """
 
-    def __init__(self, network: Network, device: torch.device, values: list[torch.Tensor | None]) -> None:
+    def __init__(
+        self, network: Network, device: torch.device, values: list[torch.Tensor | None], loaded: OnBytes
+    ) -> None:
         self.constants, self.device, self.values = network.constants, device, values
+        self._tell, self._told = loaded, set[str]()
         used = [name for node in network.nodes for name in node.inputs.values() if name in network.constants]
         self._upload = Upload(network.constants, list(dict.fromkeys(used)), device) if device.type == "cuda" else None
         self._loaded: dict[str, torch.Tensor] = {}
@@ -210,6 +227,9 @@ class _Constants:
             for name in names.values():
                 if name not in self._loaded:
                     self._loaded[name] = self._upload.take(name) if self._upload else self.constants[name].load()
+                if name not in self._told:  # nodes that want it in another layout may load it again
+                    self._told.add(name)
+                    self._tell(self.constants[name].nbytes)
             given = {parameter: self._loaded[name] for parameter, name in names.items()}
             prepared = node.op.prepare(self.device, **given)
             self._prepared[key] = {

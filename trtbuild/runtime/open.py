@@ -72,7 +72,7 @@ def open_engine(folder: Path | str, runtime: str = "auto", device: str = "auto",
     if mapping.world_size > 1:
         session = open_together(folder, pick_device(device))
     elif runtime == "portable":
-        session = PortableSession(PortableEngine.load(folder / portable, pick_device(device)))
+        session = PortableSession(PortableEngine.load(folder / portable, pick_device(device), show=True))
     else:
         from trtbuild.runtime.lowered_session import InterpretedSession, TensorRTSession
 

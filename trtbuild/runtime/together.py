@@ -118,7 +118,7 @@ def open_rank(here: World, folder: Path, kind: str, fingerprint: tuple[str, str]
     else:
         torch.set_num_threads(max(1, min(torch.get_num_threads(), (cpu_count() or 1) // here.local_size)))
     try:
-        engine = PortableEngine.load(folder / rank_file(here.rank, "portable"), device)
+        engine = PortableEngine.load(folder / rank_file(here.rank, "portable"), device, show=here.rank == 0)
     except Exception as error:
         problem = _told(here, error)
     here.agree(problem)
