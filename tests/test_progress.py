@@ -7,7 +7,7 @@ import time
 import pytest
 
 from trtbuild import files, progress
-from trtbuild.progress import amount, byte_bar, item_bar, made
+from trtbuild.progress import OutputBar, amount, byte_bar, item_bar, made
 
 
 class Log:
@@ -58,6 +58,24 @@ def test_a_terminal_has_a_bar(log, monkeypatch):
     with item_bar(3, "summaries", "token") as bar:
         bar.update(3)
     assert log.read().startswith("\rsummaries:   0%")
+
+
+def test_outputs_and_the_time_left():
+    """Two prompts of 30 and 10 tokens, with 10 tokens each at most."""
+    with OutputBar([30, 10], 10, "summaries", "article") as bar:
+        bar.token(0)
+        assert bar._bar.n == 31
+        bar.say("batch 2 of at most 9")
+        bar.token(1)
+        assert bar._bar.n == 31 + 11
+        bar.output(0)  # it has ended early
+        assert bar._bar.n == 40 + 11
+        shown = str(bar._bar)
+        assert re.match(
+            r"summaries:  85%\|#.*\| \[00:00<00:00, 1 of 2 articles, \d+ tokens/s, batch 2 of at most 9\]", shown
+        )
+        bar.output(1)  # beams come without their tokens
+    assert bar._bar.n == 60
 
 
 def test_hashing_a_large_file_shows_a_bar(log, monkeypatch, tmp_path):

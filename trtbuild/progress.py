@@ -3,7 +3,7 @@
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 EVERY = 10  # seconds between two lines of a log
+SHORT = 2  # seconds of what needs no bar on a terminal, where it may not last
 
 
 def byte_bar(total: int, what: str, delay: float = 0) -> tqdm:
@@ -24,10 +25,17 @@ def item_bar(total: int, what: str, unit: str) -> tqdm:
 
 
 class OutputBar:
-    """A bar over outputs that are generated, with the tokens a second that come."""
+    """A bar over outputs that are generated: how many have ended, the tokens a second that come, the time left.
 
-    def __init__(self, total: int, what: str, unit: str) -> None:
-        self._bar = _bar(total=total, desc=what, unit=unit, miniters=0)
+    It moves by tokens: an output's, of `longest` at most, and with the first of them its prompt's, of whose `prompts`
+    are the numbers.
+    """
+
+    def __init__(self, prompts: Sequence[int], longest: int, what: str, unit: str, delay: float = 0) -> None:
+        self._left, self._longest = [length + longest for length in prompts], longest
+        self._ended, self._of = 0, f"{len(prompts)} {unit}s"
+        parts = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]"
+        self._bar = _bar(total=sum(self._left), desc=what, bar_format=parts, miniters=0, smoothing=0, delay=delay)
         self._tokens, self._said, self._start = 0, "", time.monotonic()
 
     def __enter__(self) -> "OutputBar":
@@ -36,23 +44,31 @@ class OutputBar:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def token(self) -> None:
+    def token(self, index: int) -> None:
+        """One of an output."""
         self._tokens += 1
+        self._leave(index, min(self._left[index], self._longest) - 1)
         if self._tokens < 64 or self._tokens % 64 == 0:  # looking at the clock takes longer than counting
             self._show()
 
-    def output(self) -> None:
+    def output(self, index: int) -> None:
         """One has ended."""
+        self._ended += 1
+        self._leave(index, 0)
         self._show()
-        self._bar.update()
 
     def say(self, line: str) -> None:
         """Something to stand beside it."""
         self._said = f", {line}"
+        self._show()
+
+    def _leave(self, index: int, tokens: int) -> None:
+        self._bar.n += self._left[index] - tokens
+        self._left[index] = tokens
 
     def _show(self) -> None:
         rate = self._tokens / max(time.monotonic() - self._start, 1e-3)
-        self._bar.set_postfix_str(f"{rate:.0f} tokens/s{self._said}", refresh=False)
+        self._bar.set_postfix_str(f"{self._ended} of {self._of}, {rate:.0f} tokens/s{self._said}", refresh=False)
         self._bar.update(0)
 
 

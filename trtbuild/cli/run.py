@@ -90,6 +90,7 @@ def run(
     The four best of beam search: trtbuild run --engine-dir engine --tokenizer-dir checkpoint --num-beams 4 --n-best 4
     --input-file prompts.txt --json
     """
+    from trtbuild.progress import SHORT, OutputBar
     from trtbuild.runtime.generation import generate
     from trtbuild.runtime.open import open_engine
     from trtbuild.runtime.prompts import padded_rows, read_prompts, write_csv, write_npy
@@ -146,7 +147,17 @@ def run(
         text_stream.end()
         print()
         return
-    outputs = generate(session, prompts, params, tokenizer.decode)
+    lengths = [len(prompt) for prompt in prompts for _ in range(num_return_sequences)]
+    with OutputBar(lengths, max_output_len, "outputs", "output", SHORT) as bar:
+        outputs = generate(
+            session,
+            prompts,
+            params,
+            tokenizer.decode,
+            on_token=lambda index, token: bar.token(index),
+            on_output=lambda index, output: bar.output(index),
+            say=bar.say,
+        )
     if output_csv or output_npy:
         sequences = [prompts[i // num_return_sequences] + output.output_ids for i, output in enumerate(outputs)]
         rows = padded_rows(sequences, max(map(len, prompts)) + max_output_len, tokenizer.eos_token_ids[0])

@@ -18,13 +18,12 @@ from trtbuild.files import atomic
 from trtbuild.linear import linear  # noqa: F401 (makes the weight formats' operations known)
 from trtbuild.network import Network, Node, Op, ops  # noqa: F401 (makes the operations known)
 from trtbuild.network.step import Step, captured_rows
-from trtbuild.progress import byte_bar
+from trtbuild.progress import SHORT, byte_bar
 from trtbuild.tensors.safetensors_stream import open_file, write_file
 from trtbuild.tensors.upload import Upload
 
 METADATA_KEY = "trtbuild"
 FORMAT_VERSION = 3
-SHORT = 2  # seconds of loading for which no terminal needs a bar
 OnBytes = Callable[[int], object]
 Call = tuple[Callable, tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # what runs, slots: read, written, then free
 WEIGHTS = ("model.", "lm_head.")  # how names of a model's own constants begin; ALiBi's slopes are computed

@@ -29,8 +29,9 @@ def perplexity(
     nll, tokens = [0.0] * len(texts), [0] * len(texts)
     starts = [(i, j) for i, text in enumerate(texts) for j in range(0, len(text), max_input_len)]
     windows = [(i, texts[i][j : j + max_input_len]) for i, j in starts]
-    with item_bar(len(windows), "perplexity", "window") as bar:
+    with item_bar(sum(map(len, texts)), "perplexity", "token") as bar:
         for number, (i, window) in enumerate(windows):
+            bar.set_postfix_str(f"article {i + 1} of {len(texts)}", refresh=False)
             if len(window) > 1:
                 predictions = logits(window)[:-1].float()
                 targets = torch.tensor(window[1:], device=predictions.device)
@@ -42,7 +43,7 @@ def perplexity(
                     )
                 tokens[i] += len(targets)
                 watch(i, predictions)
-            bar.update()
+            bar.update(len(window))
     if not any(tokens):
         raise UserError("there is no text to compute a perplexity of; every text has fewer than two tokens")
     mean = math.fsum(nll) / sum(tokens)

@@ -61,11 +61,11 @@ def summarize_articles(
     if engine_dir:
         opened = open_engine(engine_dir, runtime, device, check)
         max_input_len = opened.session.limits.max_input_len
-        run = _with_bar(lambda prompts, **watch: generate(opened.session, prompts, params, **watch))
+        run = _with_bar(lambda prompts, **watch: generate(opened.session, prompts, params, **watch), max_output_len)
         origin = provenance(opened)
     else:
         baseline = open_baseline(checkpoint_dir, baseline_dtype, device, None, max_input_len, max_output_len)
-        run = _with_bar(lambda prompts, **watch: baseline.generate(prompts, params, **watch))
+        run = _with_bar(lambda prompts, **watch: baseline.generate(prompts, params, **watch), max_output_len)
         origin = baseline.provenance(model or checkpoint_dir.resolve().name)
     prompts = summarization_prompts(articles, tokenizer, prompt, chat, max_input_len)
     limits = {"max_input_len": max_input_len, "max_output_len": max_output_len}
@@ -73,15 +73,15 @@ def summarize_articles(
     write_summaries(output, articles, tokenizer, prompts, run, origin | marker(origin["model"]))
 
 
-def _with_bar(run: Callable[..., list[Output]]) -> Callable[[list[list[int]], OnOutput], list[Output]]:
+def _with_bar(run: Callable[..., list[Output]], longest: int) -> Callable[[list[list[int]], OnOutput], list[Output]]:
     def call(prompts: list[list[int]], on_output: OnOutput) -> list[Output]:
-        with OutputBar(len(prompts), "summaries", "article") as bar:
+        with OutputBar([*map(len, prompts)], longest, "summaries", "article") as bar:
 
             def ended(index: int, output: Output) -> None:
-                bar.output()
+                bar.output(index)
                 on_output(index, output)
 
-            return run(prompts, on_token=lambda prompt, token: bar.token(), on_output=ended, say=bar.say)
+            return run(prompts, on_token=lambda index, token: bar.token(index), on_output=ended, say=bar.say)
 
     return call
 
