@@ -224,8 +224,30 @@ def test_run_token_ids_of_every_file(made, tmp_path):
 def test_run_tokens_that_the_engine_has_not(made, tmp_path, token):
     """Those that no tokenizer could take for tokens, too."""
     (tmp_path / "p.jsonl").write_text(json.dumps({"input_ids": [5, token]}))
-    message = f"prompt 0 has the token {token}, the engine's vocabulary has 320"
+    message = f"p.jsonl: line 1 has the token {token}, the engine's vocabulary has 320"
     refused(message, *made.run, "--input-file", tmp_path / "p.jsonl", "--json")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "place"),
+    [
+        ("p.txt", "one\n\n" + "x" * 33, "p.txt: line 3"),
+        ("p.jsonl", '{"text": "one"}\n\n\n' + json.dumps({"prompt": "x" * 33}), "p.jsonl: line 4"),
+        ("p.csv", "5\n\n" + ",".join("7" * 33), "p.csv: line 3"),
+        ("p.npy", [[7] + [-1] * 32, [7] * 33], "p.npy: row 1"),
+    ],
+)
+def test_run_names_the_line_of_a_prompt_that_is_too_long(made, tmp_path, name, content, place):
+    if name.endswith("npy"):
+        np.save(tmp_path / name, np.array(content))
+    else:
+        (tmp_path / name).write_text(content)
+    message = rf"{tmp_path}/{place} has 33 tokens, the engine's max_input_len is 32"
+    refused(message, *made.run, "--input-text", "first", "--input-file", tmp_path / name)
+
+
+def test_run_numbers_prompts_that_are_in_no_file(made):
+    refused("prompt 1 has 33 tokens", *made.run, "--input-text", "first", "--input-text", "x" * 33)
 
 
 def test_run_beams_and_several_outputs(made):

@@ -108,9 +108,10 @@ def run(
     if num_beams == 1 and (length_penalty != 1 or early_stopping != EarlyStopping.false):
         raise UserError("--length-penalty and --early-stopping are for beams; add --num-beams, or leave them out")
     tokenizer = Tokenizer(tokenizer_dir, read_template(chat_template) if chat_template else None)
-    given: list[str | list[int]] = [*(input_text or [])]
+    named: list[tuple[str, str | list[int]]] = [(f"prompt {i}", text) for i, text in enumerate(input_text or ())]
     if input_file:
-        given += read_prompts(input_file, tokenizer.eos_token_ids)
+        named += read_prompts(input_file, tokenizer.eos_token_ids)
+    given = [one for _, one in named]
     if not given:
         empty = f"{input_file} holds no prompt" if input_file else "there is no prompt"
         raise UserError(f"{empty}; give --input-text or --input-file")
@@ -141,6 +142,8 @@ def run(
         early_stopping="never" if early_stopping == EarlyStopping.never else early_stopping == EarlyStopping.true,
     )
     session = open_engine(engine_dir, runtime, device, check).session
+    for (name, _), prompt in zip(named, prompts, strict=True):
+        session.check_prompt(prompt, name)
     if stream:
         text_stream = TextStream(tokenizer, stop_words, lambda text: print(text, end="", flush=True))
         generate(session, prompts, params, tokenizer.decode, lambda _, token: text_stream.put(token))

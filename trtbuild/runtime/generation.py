@@ -56,7 +56,7 @@ def generate(
     if params.stop_words and decode is None:
         raise ValueError("stop words need a tokenizer's decode")
     for i, prompt in enumerate(prompts):
-        session.check_prompt(prompt, i)
+        session.check_prompt(prompt, f"prompt {i}")
     for word in params.bad_words:
         if not 0 <= min(word) <= max(word) < session.vocab_size:
             raise UserError(f"the bad word {list(word)} is outside the engine's vocabulary of {session.vocab_size}")

@@ -12,8 +12,8 @@ from trtbuild.files import atomic, check_input, parse_json, read_text
 KEYS = ("input_ids", "prompt", "text")  # of an object, in this order
 
 
-def read_prompts(path: Path, ends: tuple[int, ...] = ()) -> list[str | list[int]]:
-    """Texts or token ids, by the file's suffix.
+def read_prompts(path: Path, ends: tuple[int, ...] = ()) -> list[tuple[str, str | list[int]]]:
+    """Texts or token ids, each with its place, such as `prompts.txt: line 3`, by the file's suffix.
 
     `.csv`: a row of token ids a line. `.npy`: an integer array `[prompts, length]`, padded on either side with one of
     `ends` or with negative numbers. `.jsonl`: an object a line with `input_ids`, or else `prompt`, or else `text`. Any
@@ -26,7 +26,7 @@ def read_prompts(path: Path, ends: tuple[int, ...] = ()) -> list[str | list[int]
             return [*_npy(path, ends)]
         case ".jsonl":
             return [*_json_lines(path)]
-    return [line for _, line in _lines(path)]
+    return [*_lines(path)]
 
 
 def padded_rows(sequences: list[list[int]], width: int, end: int) -> np.ndarray:
@@ -47,26 +47,26 @@ def write_npy(path: Path, rows: np.ndarray) -> None:
         np.save(file, rows, allow_pickle=False)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Number and content of each line in which something is."""
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Place and content of each line in which something is."""
     for number, line in enumerate(read_text(path).removeprefix("\ufeff").split("\n"), 1):
         if line.strip():
-            yield number, line.removesuffix("\r")
+            yield f"{path}: line {number}", line.removesuffix("\r")
 
 
-def _csv(path: Path) -> Iterator[list[int]]:
-    for number, line in _lines(path):
+def _csv(path: Path) -> Iterator[tuple[str, list[int]]]:
+    for where, line in _lines(path):
         fields = line.split(",")
         for field in fields:
             if not re.fullmatch(r"\s*[0-9]{1,9}\s*", field):
                 raise UserError(
-                    f"{path}: line {number} has {field[:40]!r} where a token id is expected; a .csv file holds rows of "
+                    f"{where} has {field[:40]!r} where a token id is expected; a .csv file holds rows of "
                     "token ids with commas between them, texts go into a .txt or .jsonl file"
                 )
-        yield [int(field) for field in fields]
+        yield where, [int(field) for field in fields]
 
 
-def _npy(path: Path, ends: tuple[int, ...]) -> Iterator[list[int]]:
+def _npy(path: Path, ends: tuple[int, ...]) -> Iterator[tuple[str, list[int]]]:
     check_input(path)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -77,14 +77,14 @@ def _npy(path: Path, ends: tuple[int, ...]) -> Iterator[list[int]]:
         raise UserError(f"{path} holds {found}; an array of integers [prompts, length] is expected")
     for number, row in enumerate(array):
         (places,) = np.nonzero(~np.isin(row, ends) & (row >= 0))
+        where = f"{path}: row {number}"
         if not len(places):
-            raise UserError(f"{path}: row {number} holds padding alone; a prompt has at least one token")
-        yield row[places[0] : places[-1] + 1].tolist()
+            raise UserError(f"{where} holds padding alone; a prompt has at least one token")
+        yield where, row[places[0] : places[-1] + 1].tolist()
 
 
-def _json_lines(path: Path) -> Iterator[str | list[int]]:
-    for number, line in _lines(path):
-        where = f"{path}: line {number}"
+def _json_lines(path: Path) -> Iterator[tuple[str, str | list[int]]]:
+    for where, line in _lines(path):
         value = parse_json(line, where)
         key = next((key for key in KEYS if key in value), None) if isinstance(value, dict) else None
         if not isinstance(value, dict) or key is None:
@@ -95,4 +95,4 @@ def _json_lines(path: Path) -> Iterator[str | list[int]]:
                 raise UserError(f"{where}: input_ids is {repr(found)[:40]}; a list of token ids is expected")
         elif not isinstance(found, str) or not found:
             raise UserError(f"{where}: {key} is {repr(found)[:40]}; a text is expected")
-        yield found
+        yield where, found

@@ -127,18 +127,18 @@ class Session(ABC):
         """Where numbers stop being finite, as far as can be known."""
         return "in the logits"
 
-    def check_prompt(self, prompt: Sequence[int], index: int) -> None:
-        """Raises `UserError` for a prompt that the engine cannot take."""
+    def check_prompt(self, prompt: Sequence[int], name: str) -> None:
+        """Raises `UserError`, which begins with its name, for a prompt that the engine cannot take."""
         if not prompt:
-            raise UserError(f"prompt {index} is empty; give at least one token of text")
+            raise UserError(f"{name} is empty; give at least one token of text")
         if len(prompt) > self.limits.max_input_len:
             raise UserError(
-                f"prompt {index} has {len(prompt)} tokens, the engine's max_input_len is {self.limits.max_input_len}; "
+                f"{name} has {len(prompt)} tokens, the engine's max_input_len is {self.limits.max_input_len}; "
                 "shorten it or build with a larger --max-input-len"
             )
         if not 0 <= min(prompt) <= max(prompt) < self.vocab_size:
             raise UserError(
-                f"prompt {index} has the token {max(prompt)}, the engine's vocabulary has {self.vocab_size}; "
+                f"{name} has the token {max(prompt)}, the engine's vocabulary has {self.vocab_size}; "
                 "use the tokenizer of the engine's own checkpoint"
             )
 
@@ -146,7 +146,7 @@ class Session(ABC):
         """Raises `UserError` for tokens or places that the engine does not have."""
         if not 0 <= chunk.slot < self.limits.max_batch_size:
             raise UserError(f"slot {chunk.slot} is outside the engine's max_batch_size {self.limits.max_batch_size}")
-        self.check_prompt(chunk.tokens, chunk.slot)
+        self.check_prompt(chunk.tokens, f"prompt {chunk.slot}")
         held = self.lengths[chunk.slot] if chunk.slot < len(self.lengths) else 0
         if not 0 <= chunk.past <= held:
             raise UserError(f"slot {chunk.slot} holds {held} positions; tokens cannot follow {chunk.past}")
