@@ -24,6 +24,7 @@ from trtbuild.network import Network
 from trtbuild.network.step import Chunk
 from trtbuild.runtime import session
 from trtbuild.runtime.paged_steps import Sizes
+from trtbuild.runtime.sampling import SamplingParams
 from trtbuild.runtime.session import PortableSession
 from trtbuild.tensors.lazy import from_tensor
 
@@ -113,7 +114,7 @@ def test_steps(interpreted, name):
 
 def logits_over_pages(tested: PortableSession) -> torch.Tensor:
     """Of steps of 1, 3 and 2 chunks, the second one's padded to 4; prompts of 4 and 3 tokens come in two."""
-    tested.paged("open", Sizes(pages=12, page_size=4, rows=3, width=4))
+    tested.paged("open", Sizes(pages=12, page_size=4, rows=3, width=4, kind=SamplingParams().kind))
     pages = np.random.default_rng(0).permutation(np.arange(1, 13, dtype=np.int32)).reshape(3, 4)
     rows = [tested.paged("chunks", [Chunk([3, 1, 5], 4)], pages[:1]).clone()]
     later = [Chunk([9], 4, past=3), Chunk([4], 3, slot=1), Chunk([2], 1, slot=2)]

@@ -10,6 +10,7 @@ check     small models of every kind, float32 and with quantized weights and cac
 speed     time to the first token and ms a generated token of LLaMA-7B (dummy weights) on one rank and on several
 pipeline  tokens a second of many sequences, of which stages have parts under way at the same time
 large     LLaMA-2 70B shapes, of which one GPU does not hold all formats
+flight    many sequences in flight: in float32 the tokens of one rank, and tokens a second of LLaMA-2 70B's shapes
 gpt-fast  a checkout's speed, with --gpt-fast DIR
 
 Exits with 1 where ranks do not compute what one does. Needs what `run.py` needs. A run that takes longer than --seconds
@@ -36,6 +37,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 import torch.distributed as dist
 from run import MODELS, NEW_TOKENS, RECIPES, copy_bandwidth, ours, recipe_network, timed
+from throughput import HEADINGS
+from throughput import measure as measure_flight
 
 from trtbuild.decoder.mapping import Mapping
 from trtbuild.engine.config import BuildLimits
@@ -386,6 +389,39 @@ def pipeline(bench: Bench, args: argparse.Namespace) -> bool:
     return True
 
 
+def flight(bench: Bench, args: argparse.Namespace) -> bool:
+    """Whether sequences in flight over ranks have the tokens of one rank; how fast 70B's are, of a mixed load."""
+    size, good = bench.here.size, True
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 600, (24,), generator=draw).tolist()
+    prompts = [torch.randint(1000, (n,), generator=draw).tolist() for n in lengths]
+
+    def generated(session: Session) -> list[list[int]]:
+        return [output.output_ids for output in generate(session, prompts, SamplingParams(16))]
+
+    for name in ("llama, float32", "yi, float32, 4 KV heads", "baichuan 13b, float32"):
+        model, recipe, dtype, _ = CHECKS[name]
+        config = published(model, num_hidden_layers=3)
+        alone = generated(bench.alone(config, recipe, SMALL, dtype)) if bench.here.rank == 0 else []
+        free()
+        found = bench.on_ranks(config, recipe, SMALL, dtype, (size, 1), generated)
+        if found:
+            same = sum(a == b for a, b in zip(alone, found, strict=True))
+            good &= same == len(prompts)
+            bench.say(f"tp{size} in flight, {name}: {same} of {len(prompts)} outputs are one rank's")
+    config = published("llama2-70b")
+    bench.say(HEADINGS)
+    options = argparse.Namespace(requests=args.requests, pools=1, budget=0, seconds=args.flight_seconds)
+    for recipe in args.large:
+
+        def lead(session: RanksSession, recipe: str = recipe) -> None:
+            bench.say(f"70B {recipe}: made")
+            measure_flight(session, config, recipe, "mixed", options, bench.bandwidth)
+
+        bench.on_ranks(config, recipe, BuildLimits(1, 2048, 2048), torch.float16, (size, 1), lead)
+    return good
+
+
 def gpt_fast(bench: Bench, args: argparse.Namespace) -> list[Row]:
     """That of a checkout, with its own tensor parallelism, at batch 1."""
     import run
@@ -407,7 +443,15 @@ def gpt_fast(bench: Bench, args: argparse.Namespace) -> list[Row]:
     return rows
 
 
-PARTS = {"sums": sums, "check": check, "speed": speed, "pipeline": pipeline, "large": large, "gpt-fast": gpt_fast}
+PARTS = {
+    "sums": sums,
+    "check": check,
+    "speed": speed,
+    "pipeline": pipeline,
+    "large": large,
+    "flight": flight,
+    "gpt-fast": gpt_fast,
+}
 
 
 def all_layouts(ranks: int) -> dict[str, tuple[int, int]]:
@@ -461,6 +505,8 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 2048])
     parser.add_argument("--sequences", type=int, default=32, help="in a pipeline")
+    parser.add_argument("--requests", type=int, default=1000, help="in flight")
+    parser.add_argument("--flight-seconds", type=float, default=120, help="of a recipe in flight at most")
     parser.add_argument("--gpt-fast", type=Path, metavar="DIR", help="its checkout")
     parser.add_argument("--gpt-fast-formats", nargs="+", default=["fp16"], choices=["fp16", "int8"])
     parser.add_argument("--seconds", type=float, default=230, help="after which a run is ended")

@@ -10,6 +10,7 @@ from trtbuild.checkpoint.dummy import dummy_tensors
 from trtbuild.decoder.decoder import decoder
 from trtbuild.engine import portable
 from trtbuild.engine.config import BuildLimits
+from trtbuild.engine.memory import captured_memory
 from trtbuild.engine.portable import PortableEngine
 from trtbuild.errors import UserError
 from trtbuild.models.families import config_from_hugging_face
@@ -118,7 +119,8 @@ def test_steps_in_flight_are_launched_without_waiting(model):
             drawn[sequence.index] += 1  # noqa: B023
             return drawn[sequence.index] == sequence.max_output_len  # noqa: B023
 
-        kind(tested, schedule(tested, sequences), SamplingParams(40), take).run()
+        params = SamplingParams(40)
+        kind(tested, schedule(tested, sequences, params), params, take).run()
         counts.append(drawn)
     assert counts == [lengths] * 3
     assert {key[:2] for key in tested._graphs if "chunks" in key} == {("pages", "chunks")}
@@ -214,6 +216,34 @@ def test_graphs_used_last_are_kept(model, monkeypatch):
     assert [key[2] for key in tested._graphs] == [32, 64]
     for expected, actual in zip(first, again, strict=True):
         assert torch.equal(actual, expected)
+
+
+def test_long_prompts_go_in_pieces(model, monkeypatch):
+    tested = session(model, torch.float16, "cuda")
+    wanted = tested.prefill(PROMPTS).clone()
+    monkeypatch.setattr(runtime, "LAUNCHED_ROWS", 100)
+    actual = tested.prefill(PROMPTS).clone()
+    assert (actual - wanted).norm() / wanted.norm() < 5e-3
+
+
+def test_captured_steps_have_one_piece_of_memory(tiny_config):
+    """However many sequences they are of, in whatever order: not one of its own for each that is larger than others."""
+    limits = BuildLimits(2, 64, 64)
+    config = config_from_hugging_face(tiny_config | {"vocab_size": 65536}, "test")
+    weights = dummy_tensors(config, 3, torch.float16)
+    network = decoder(config, weights.__getitem__, torch.float16, limits.max_length)
+    tested = PortableSession(PortableEngine(network, limits, torch.device("cuda")))
+    counts = [*range(16, 257, 16)]
+    prompts = [[1 + i % 50] * (3 + i % 5) for i in range(counts[-1])]
+    found = {}
+    for count in (256, *counts, *counts[::-1]):  # the first has pages for all others
+        outputs = [output.output_ids for output in generate(tested, prompts[:count], SamplingParams(8))]
+        assert found.setdefault(count, outputs) == outputs
+    piece = captured_memory(network, 256)
+    own = tested._memory[0].pool()
+    sizes = [x["total_size"] for x in torch.cuda.memory_snapshot() if tuple(x["segment_pool_id"]) == tuple(own)]
+    assert max(sizes) >= piece > 256 * 65536 * 6
+    assert sum(sizes) - max(sizes) < piece / 2  # cuBLAS's work space, and small tensors; logits alone would be 6 pieces
 
 
 def test_a_replayed_prompt_never_waits_for_the_host(model):

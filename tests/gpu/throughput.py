@@ -36,6 +36,7 @@ from trtbuild.models.families import canonical_config, config_from_hugging_face
 from trtbuild.runtime.generation import generate
 from trtbuild.runtime.in_flight import InFlight, schedule
 from trtbuild.runtime.paged_steps import CAPTURED, Rows
+from trtbuild.runtime.ranks_session import RanksSession
 from trtbuild.runtime.sampling import SamplingParams
 from trtbuild.runtime.scheduler import Sequence
 from trtbuild.runtime.session import PortableSession
@@ -44,6 +45,10 @@ RECIPES["int4-int8kv"] = ("int4", "16bit", torch.int8)
 RATES = {"fp8": 1340e12, "sq": 816e12}  # operations a second of products; the others' are in 16 bits
 RATE = 730e12
 MIXED = 2000
+HEADINGS = (
+    "| recipe | in/out | tokens/s | mean batch | s | floor s | x floor | chunk steps | token steps | "
+    "host ms a step | busy |"
+)
 
 
 class TimeIsUp(Exception):
@@ -60,7 +65,8 @@ class Measured(InFlight):
         self.numbers = layers * hidden * (width * 2 * (heads + kv_heads) + 3 * config.intermediate_size)
         self.head = hidden * config.vocab_size
         self.pair = 4 * layers * heads * width  # operations of attention for a pair of positions
-        self.bandwidth, self.rate = bandwidth, RATES.get(recipe, RATE)
+        ranks = session.mapping.tp_size if isinstance(session, RanksSession) else 1  # each has a part of all these
+        self.bandwidth, self.rate, self.rate_of_pairs = bandwidth, ranks * RATES.get(recipe, RATE), ranks * RATE
         self.floor_of_chunks = self.floor_of_tokens = self.host = self.waited = 0.0
         self.chunk_steps = self.token_steps = self.rows = 0
         self.marks: list[tuple[str, torch.cuda.Event]] = []
@@ -72,7 +78,7 @@ class Measured(InFlight):
         tokens = sum(len(part) for _, part in parts)
         pairs = sum((part.start + part.stop) / 2 * len(part) for _, part in parts)
         self.floor_of_chunks += self.products(2 * (tokens * self.numbers + len(parts) * self.head))
-        self.floor_of_chunks += pairs * self.pair / RATE
+        self.floor_of_chunks += pairs * self.pair / self.rate_of_pairs
         self.chunk_steps += 1
         step = super()._enter(parts)
         self._mark("chunks")
@@ -126,10 +132,11 @@ def requests(case: str, config: ModelConfig, count: int) -> list[Sequence]:
 
 def measure(session, config, recipe: str, case: str, args, bandwidth: float) -> None:
     cuda = session.device.type == "cuda"
-    scheduler = schedule(session, requests(case, config, MIXED))
-    one = scheduler.pages.needed(scheduler.waiting[0].positions)
-    fit = min(scheduler.rows, scheduler.pages.count // one)
-    count = args.requests or (MIXED if case == "mixed" else int(fit * args.pools))
+    params = SamplingParams(4096)
+    scheduler = schedule(session, requests(case, config, max(args.requests, MIXED)), params)
+    scheduler.next_chunks()
+    at_once = len(scheduler.running) + len(scheduler.entering)
+    count = args.requests or (MIXED if case == "mixed" else int(at_once * args.pools))
     drawn, deadline = [0] * count, float("inf")
     said: list[str] = []
 
@@ -141,7 +148,7 @@ def measure(session, config, recipe: str, case: str, args, bandwidth: float) -> 
 
     def flight(sequences: list[Sequence]) -> Measured:
         drawn[:] = [0] * count
-        given = session, schedule(session, sequences), SamplingParams(4096), take, said.append
+        given = session, schedule(session, sequences, params), params, take, said.append
         return Measured(config, recipe, bandwidth, *given)
 
     warm = flight(requests(case, config, min(count, 64)))
@@ -177,7 +184,10 @@ def measure(session, config, recipe: str, case: str, args, bandwidth: float) -> 
         f"{1 - flown.waited / seconds:.0%} |",
         flush=True,
     )
-    peak = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB of the GPU at most" if cuda else ""
+    peak = ""
+    if cuda:
+        sizes = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[0]
+        peak = ", {:.1f} GB in tensors and {:.1f} in torch at most, {:.1f} free".format(*(size / 1e9 for size in sizes))
     print(
         f"  {said[-1]}; {count} requests, {sum(drawn)} tokens{early}; "
         f"chunks {flown.seconds('chunks'):.2f} s, floor {flown.floor_of_chunks:.2f}; "
@@ -289,10 +299,7 @@ def main() -> None:
     bandwidth = copy_bandwidth() if cuda else 1e10
     name = torch.cuda.get_device_name() if cuda else "CPU"
     print(f"{args.model} on {name}, torch {torch.__version__}, copy bandwidth {bandwidth / 1e12:.2f} TB/s", flush=True)
-    print(
-        "| recipe | in/out | tokens/s | mean batch | s | floor s | x floor | chunk steps | token steps | "
-        "host ms a step | busy |"
-    )
+    print(HEADINGS)
     for recipe in args.recipes:
         start = time.perf_counter()
         session = recipe_session(config, recipe, BuildLimits(1, 2048, 2048), args.device)

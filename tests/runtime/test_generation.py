@@ -235,3 +235,16 @@ def test_text_of_a_generation(session, model, tokenizer):
     prompt = tokenizer.encode("One small step")
     output = generate(session, [prompt], SamplingParams(8))[0]
     assert tokenizer.text(output.output_ids) == tokenizer.decode(expected_ids(model, prompt, max_new_tokens=8))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 12, 30])
+def test_long_steps_go_in_pieces(session, model, monkeypatch, rows):
+    """Which end within prompts and between them; generation goes on from all of them."""
+    prompts = random_prompts([5, 12, 1, 17])
+    whole = session.prefill(prompts, all_logits=True).clone()
+    last = session.prefill(prompts).clone()
+    monkeypatch.setattr("trtbuild.runtime.session.LAUNCHED_ROWS", rows)
+    torch.testing.assert_close(session.prefill(prompts, all_logits=True), whole)
+    torch.testing.assert_close(session.prefill(prompts), last)
+    for prompt, output in zip(prompts, generate(session, prompts, SamplingParams(8)), strict=True):
+        assert output.output_ids == expected_ids(model, prompt, max_new_tokens=8)

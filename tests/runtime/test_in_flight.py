@@ -24,7 +24,7 @@ from trtbuild.runtime.generation import generate
 from trtbuild.runtime.in_flight import InFlight, schedule
 from trtbuild.runtime.pages import SCRATCH, Pages
 from trtbuild.runtime.sampling import SamplingParams
-from trtbuild.runtime.scheduler import Sequence
+from trtbuild.runtime.scheduler import Scheduler, Sequence
 from trtbuild.runtime.session import PortableSession
 
 LIMITS = BuildLimits(max_batch_size=2, max_input_len=2000, max_output_len=24)
@@ -87,7 +87,7 @@ class Audited(InFlight):
 def run(session, requests, params=SamplingParams(24), page_size=16, pages=0, rows=0, budget=0):
     """Outputs of `requests`, pairs of a prompt's index and an output's length, and how many steps it took."""
     sequences = [Sequence(i, prompts()[index], length) for i, (index, length) in enumerate(requests)]
-    scheduler = schedule(session, sequences, page_size, pages)
+    scheduler = schedule(session, sequences, params, page_size, pages)
     scheduler.rows = min(scheduler.rows, rows or scheduler.rows)
     scheduler.budget = budget or scheduler.budget
     outputs = [[] for _ in requests]
@@ -245,6 +245,34 @@ def test_the_say_of_how_many_run():
     generate(session, prompts()[:12], SamplingParams(4), say=said.append)
     assert said[-1].startswith("batch 12 of at most ")
     assert said[-1].endswith("GB of caches")
+
+
+FITTING = [(66, 64), (79, 64), (80, 80), (132, 128), (150, 150), (207, 192), (280, 280)]
+
+
+@pytest.mark.parametrize(("fit", "at_once"), FITTING)
+def test_a_few_more_rows_than_tiles_have_are_not_worth_a_step(fit, at_once):
+    """But where no others wait."""
+    sequences = [Sequence(i, [7] * 10, 6) for i in range(300)]
+    scheduler = Scheduler(sequences, Pages(fit, 16), 512, 4096)
+    scheduler.next_chunks()
+    assert len(scheduler.running) == at_once
+    scheduler.leave(scheduler.running[:5])
+    scheduler.next_chunks()
+    assert len(scheduler.running) + len(scheduler.entering) == at_once
+    all_fit = Scheduler([Sequence(i, [7] * 10, 6) for i in range(fit)], Pages(fit, 16), 512, 4096)
+    all_fit.next_chunks()
+    assert len(all_fit.running) == fit
+
+
+@pytest.mark.parametrize("params", [SamplingParams(9), SamplingParams(9, temperature=1, top_p=0.9, presence_penalty=1)])
+def test_other_sampling_has_pages_and_memory_of_its_own(params):
+    session, some = session_of("llama"), [prompts()[i] for i in (4, 9, 14)]
+    generate(session, some, SamplingParams(9, repetition_penalty=1.5))
+    before = session.paged_steps
+    generate(session, some, params)
+    assert session.paged_steps is not before
+    assert session.paged_steps.sizes.kind == params.kind
 
 
 def test_pages_refuse_what_does_not_fit_and_give_all_back():

@@ -9,10 +9,10 @@ import torch
 from trtbuild.engine.config import BuildLimits
 from trtbuild.errors import UserError
 from trtbuild.network import Network
-from trtbuild.network.step import captured_rows
+from trtbuild.network.step import LAUNCHED_ROWS, captured_rows
 
 OTHERS = 512 << 20  # bytes that libraries, kernels and the nodes of captured graphs take
-SPARE = 32  # one such part of what is free is not for pages: gaps between tensors, graphs of many numbers of sequences
+SPARE = 128  # one such part of what is free is not for pages
 WIDENED = {torch.uint8: 4, torch.int8: 2, torch.float8_e4m3fn: 2}  # times that a weight's 16-bit copy is larger
 
 
@@ -32,11 +32,11 @@ class Memory:
 def needed(network: Network, limits: BuildLimits) -> Memory:
     """What a rank's engine takes on a GPU; nothing of the network is loaded.
 
-    The largest step has `max_batch_size` prompts of `max_input_len` tokens, and the logits of one token each.
+    The largest step has `max_batch_size` prompts of `max_input_len` tokens, or as many as run at a time, and the logits
+    of one token each.
     """
     batch, rows = limits.max_batch_size, limits.max_batch_size * limits.max_input_len
-    # The largest captured step has memory of its own.
-    step = held(network, batch, rows) + held(network, batch, min(rows, captured_rows(network))) + OTHERS
+    step = launched_memory(network, batch, rows) + captured_memory(network, batch, rows) + OTHERS
     weights = sum(constant.nbytes for constant in network.constants.values())
     return Memory(weights, batch * limits.max_length * bytes_per_position(network), step + 2 * _widened(network))
 
@@ -80,11 +80,27 @@ def _widened(network: Network) -> int:
     return max((x.nbytes * WIDENED.get(x.dtype, 0) for x in network.constants.values()), default=0)
 
 
-def room_for_pages(network: Network, sequences: int, tokens: int, free: int) -> int:
-    """Bytes of `free` that caches may take beside steps of so many sequences, and of so many tokens of prompts."""
-    captured = max(sequences, min(tokens, captured_rows(network)))
-    steps = held(network, sequences, tokens) + held(network, sequences, captured)
+def room_for_pages(network: Network, sequences: int, tokens: int, drawing: int, free: int) -> int:
+    """Bytes of `free` that caches may take beside steps of so many sequences, and of so many tokens of prompts.
+
+    `drawing`: what sampling takes for a sequence.
+    """
+    steps = launched_memory(network, sequences, max(sequences, tokens)) + captured_memory(network, sequences)
+    steps += sequences * drawing
     return free - free // SPARE - steps - 2 * _widened(network) - OTHERS
+
+
+def launched_memory(network: Network, batch: int, rows: int) -> int:
+    """What torch takes for steps of up to so many sequences and rows.
+
+    A half more than is held at a time: it cuts what others left to a tensor's size, and the rest may fit nothing.
+    """
+    return held(network, batch, min(rows, LAUNCHED_ROWS)) * 3 // 2
+
+
+def captured_memory(network: Network, batch: int, rows: int = LAUNCHED_ROWS) -> int:
+    """The same of those that are captured; it is apart from the others'."""
+    return launched_memory(network, batch, max(batch, min(rows, captured_rows(network))))
 
 
 def held(network: Network, batch: int, tokens: int) -> int:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 
@@ -23,6 +23,7 @@ CAPTURED_ROWS = (
 )
 # Multiplications a layer, which an H100 does in FP8 in the time in which a host launches the layer's kernels, or twice.
 CAPTURED_WORK = 1 << 39
+LAUNCHED_ROWS = 8192  # of any step of chunks: more would be no faster a token, and hold more memory
 BLOCK = 1 << 18  # numbers of keys, and of values, that attention on a CPU reads at a time: a megabyte in float32
 ALIGNMENT = 4  # integers: inputs that are copied together begin at multiples of 16 bytes, as kernels like them
 
@@ -50,6 +51,26 @@ class Chunk:
 def whole_prompts(prompts: Sequence[Sequence[int]], all_logits: bool = False) -> list[Chunk]:
     """New sequences, a slot each, with all of their prompts in one step."""
     return [Chunk(prompt, len(prompt), slot=slot, all_logits=all_logits) for slot, prompt in enumerate(prompts)]
+
+
+def pieces(chunks: Sequence[Chunk], size: int) -> list[tuple[list[Chunk], list[int]]]:
+    """Steps of `size` tokens that together are one of these chunks, and which rows of their logits are that one's."""
+    steps: list[tuple[list[Chunk], list[int]]] = [([], [])]
+    room, rows = size, 0
+    for chunk in chunks:
+        done = 0
+        while done < len(chunk.tokens):
+            if room == 0:
+                steps.append(([], []))
+                room, rows = size, 0
+            tokens = chunk.tokens[done : done + room]
+            done, room = done + len(tokens), room - len(tokens)
+            steps[-1][0].append(replace(chunk, tokens=tokens, past=chunk.past + done - len(tokens)))
+            own = range(rows, rows + (len(tokens) if chunk.all_logits else 1))
+            if chunk.all_logits or done == len(chunk.tokens):
+                steps[-1][1].extend(own)
+            rows = own.stop
+    return steps
 
 
 @dataclass(frozen=True)

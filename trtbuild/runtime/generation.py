@@ -110,7 +110,7 @@ def _generate_in_flight(
         return bool(output.finish_reason)
 
     sequences = [Sequence(i, prompt, params.max_output_len) for i, prompt in enumerate(prompts)]
-    InFlight(session, schedule(session, sequences), params, take, say).run()
+    InFlight(session, schedule(session, sequences, params), params, take, say).run()
 
 
 def _generate_batch(

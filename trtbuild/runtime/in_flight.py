@@ -22,23 +22,27 @@ BUDGET = {"cuda": 2048, "cpu": 512}  # tokens of a step of chunks
 LENGTHS = {"prompt_lengths", "sequence_lengths"}  # inputs by which keys depend on how long a prompt is
 
 
-def schedule(session: PortableSession, sequences: list[Sequence], page_size: int = 0, pages: int = 0) -> Scheduler:
+def schedule(
+    session: PortableSession, sequences: list[Sequence], params: SamplingParams, page_size: int = 0, pages: int = 0
+) -> Scheduler:
     """With pages for all of these sequences, or as many as there is room for, which are a batch's caches or more.
 
     Pages that are there already are used again where they do. For tests the size of a page and how many are given.
     Raises `UserError` for a sequence that is too long.
     """
-    device, limits = session.device.type, session.limits
+    device, limits, kind = session.device.type, session.limits, params.kind
     page_size = page_size or PAGE_SIZE[device]
     rows, budget = min(len(sequences), MOST_SEQUENCES[device]), BUDGET[device]
     width = -(-limits.max_length // page_size)
     needs = sorted((-(-sequence.positions // page_size) for sequence in sequences), reverse=True)
     least = limits.max_batch_size * width
     wanted = max(sum(needs[:rows]), least)
-    has = session.paged_steps.sizes if session.paged_steps else Sizes(0, 0, 0, 0)
-    if has.page_size != page_size or has.rows < rows or (has.pages < wanted and not session.pages_are_all):
-        room = session.paged("room", rows, budget) // (session.bytes_per_position * page_size) - 1
-        has = Sizes(min(wanted, max(room, least)), page_size, rows, width)
+    has = session.paged_steps.sizes if session.paged_steps else Sizes(0, 0, 0, 0, kind)
+    few = has.pages < wanted and not session.pages_are_all
+    if has.page_size != page_size or has.kind != kind or has.rows < rows or few:
+        drawing = kind.room * session.vocab_size * 4
+        room = session.paged("room", rows, budget, drawing) // (session.bytes_per_position * page_size) - 1
+        has = Sizes(min(wanted, max(room, least)), page_size, rows, width, kind)
         session.paged("open", has)
         session.pages_are_all = has.pages < wanted
     session.lengths, session.prompt_lengths = [], []  # of a batch, whose caches have the same memory

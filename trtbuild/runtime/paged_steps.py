@@ -17,12 +17,13 @@ CAPTURED = (1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 1025, 32
 
 
 class Sizes(NamedTuple):
-    """Pages besides the one for padding, positions of each, sequences of a step, and pages of a sequence."""
+    """Pages besides the one for padding, positions of each, sequences of a step, pages of each, and their sampling."""
 
     pages: int
     page_size: int
     rows: int
     width: int
+    kind: Kind
 
 
 class Rows:
@@ -52,9 +53,7 @@ class PagedSteps:
         self.rows = Rows.new(sizes, self.device)
         self.tokens = torch.zeros(sizes.rows, dtype=torch.int32, device=self.device)
         self.sums = torch.zeros(sizes.rows, device=self.device)
-        self.kind: Kind | None = None
         self.sampler: Sampler | None = None
-        self._samplers: dict[Kind, tuple[Sampler, Sampler]] = {}
         self._index = torch.arange(sizes.rows + 1, dtype=torch.int32, device=self.device)
 
     def chunks(self, chunks: Sequence[Chunk], pages: np.ndarray) -> torch.Tensor | None:
@@ -93,11 +92,12 @@ class PagedSteps:
 
     def sample(self, params: SamplingParams) -> None:
         """Has generation steps end with sampling, on the rank that does it. `fresh` is for sequences that come in."""
-        self.kind = params.kind
-        if self.kind not in self._samplers:
-            sizes = self.kind, self.sizes.rows, self.engine.network.tensors["logits"].size(1), self.device
-            self._samplers[self.kind] = Sampler(*sizes, self.tokens), Sampler(*sizes)
-        self.sampler, self.fresh = (sampler.set(params) for sampler in self._samplers[self.kind])
+        assert params.kind == self.sizes.kind
+        if self.sampler is None:
+            sizes = params.kind, self.sizes.rows, self.engine.network.tensors["logits"].size(1), self.device
+            self.sampler, self.fresh = Sampler(*sizes, self.tokens), Sampler(*sizes)
+        self.sampler.set(params)
+        self.fresh.set(params)
 
     def next(self, logits: torch.Tensor | None) -> None:
         """What follows a generation step: the next tokens, sums of their logits, which are finite if these are, and the

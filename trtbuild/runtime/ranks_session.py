@@ -12,31 +12,11 @@ import torch
 from trtbuild.decoder.mapping import Mapping
 from trtbuild.engine.portable import NotFinite, PortableEngine
 from trtbuild.network.ranks import Ranks
-from trtbuild.network.step import Chunk
+from trtbuild.network.step import LAUNCHED_ROWS, Chunk, pieces
 from trtbuild.runtime.session import PortableSession
 from trtbuild.runtime.world import World
 
 PIECE = 128  # tokens of a step that are worth one of their own
-
-
-def pieces(chunks: Sequence[Chunk], size: int) -> list[tuple[list[Chunk], list[int]]]:
-    """Steps of `size` tokens that together are one of these chunks, and which rows of their logits are that one's."""
-    steps: list[tuple[list[Chunk], list[int]]] = [([], [])]
-    room, rows = size, 0
-    for chunk in chunks:
-        done = 0
-        while done < len(chunk.tokens):
-            if room == 0:
-                steps.append(([], []))
-                room, rows = size, 0
-            tokens = chunk.tokens[done : done + room]
-            done, room = done + len(tokens), room - len(tokens)
-            steps[-1][0].append(replace(chunk, tokens=tokens, past=chunk.past + done - len(tokens)))
-            own = range(rows, rows + (len(tokens) if chunk.all_logits else 1))
-            if chunk.all_logits or done == len(chunk.tokens):
-                steps[-1][1].extend(own)
-            rows = own.stop
-    return steps
 
 
 class RanksSession(PortableSession):
@@ -88,10 +68,6 @@ class RanksSession(PortableSession):
             part._begin(self.cache.part(slots))
         return self._parts[slots]
 
-    def forget_graphs(self) -> None:
-        """Before the ways to other ranks close, which captured steps hold open."""
-        self._graphs.clear()
-
     def obey(self, name: str, slots: range, *arguments: object) -> None:
         """What rank 0 told."""
         getattr(self._part(slots), f"_all_{name}")(*arguments)
@@ -100,7 +76,7 @@ class RanksSession(PortableSession):
         if self._source == 0:
             return self._all("step", chunks, self.lengths, self.prompt_lengths)
         tokens = sum(len(chunk.tokens) for chunk in chunks)
-        size = max(PIECE, -(-tokens // (2 * self.mapping.pp_size)))
+        size = min(LAUNCHED_ROWS, max(PIECE, -(-tokens // (2 * self.mapping.pp_size))))
         self._started = [
             self._start("step", len(wanted), piece, self.lengths, self.prompt_lengths, wanted)
             for piece, wanted in pieces(chunks, size)
@@ -200,8 +176,8 @@ class RanksSession(PortableSession):
     def _all_paged(self, name: str, *arguments: Any) -> Any:
         return super().paged(name, *arguments)
 
-    def _paged_room(self, sequences: int, tokens: int) -> int:
-        return min(self.world.gather(super()._paged_room(sequences, tokens)) or (0,))
+    def _paged_room(self, sequences: int, tokens: int, drawing: int) -> int:
+        return min(self.world.gather(super()._paged_room(sequences, tokens, drawing)) or (0,))
 
     def _paged_generation(self, count: int, longest: int) -> None:
         assert self.paged_steps
@@ -228,5 +204,6 @@ class RanksSession(PortableSession):
     def _back(self, logits: torch.Tensor | None, wanted: list[int] | None = None) -> torch.Tensor | None:
         """Sends the rows that are wanted, or all, to rank 0 from where they are."""
         if logits is not None and self.mapping.rank == self._source != 0 and wanted != []:
-            self.ranks.send(logits if wanted is None else logits[wanted], 0)
+            # Of its own: the next captured step writes where these are.
+            self.ranks.send(logits.clone() if wanted is None else logits[wanted], 0)
         return logits

@@ -29,6 +29,17 @@ class Kind(NamedTuple):
     top_k: int
     nucleus: bool
 
+    @property
+    def room(self) -> int:
+        """Numbers of 4 bytes that sampling takes for a sequence and a token of the vocabulary.
+
+        What it knows of sequences that run, of those that come in, and of both while they are put together; and what
+        filters hold at a time, sorting above all, in launched steps and in captured ones.
+        """
+        knows = self.penalized or self.counted
+        filters = 3 * knows + self.delayed + bool(self.bad_words[0]) + self.drawn + 2 * bool(self.top_k)
+        return 5 * knows + 2 * (filters + 10 * self.nucleus)
+
 
 @dataclass(frozen=True)
 class SamplingParams:

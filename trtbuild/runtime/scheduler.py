@@ -8,6 +8,7 @@ from trtbuild.errors import UserError
 from trtbuild.runtime.pages import Pages
 
 WORTH = 512  # tokens of prompts that are worth a step: fewer take as long, since all weights are read
+FULL = (64, 128, 192)  # sequences of a step, of which kernels multiply 64 at a time in the time that fewer take
 SHARE = 8  # so are prompts that are an eighth of the sequences that wait for it
 
 
@@ -73,11 +74,22 @@ class Scheduler:
     def _admit(self) -> None:
         while self.waiting and len(self.running) + len(self.entering) < self.rows:
             sequence = self.waiting[0]
+            if not self._worth_a_tile(sequence):
+                return
             taken = self.pages.take(sequence.prompt, sequence.positions)
             if taken is None:
                 return
             sequence.pages, sequence.past = taken
             self.entering.append(self.waiting.popleft())
+
+    def _worth_a_tile(self, sequence: Sequence) -> bool:
+        """Whether there is room for all that wait, or for a quarter more of those that fill one.
+
+        Fewer cost more than they bring: steps of LLaMA-7B in FP8 took 14.9 ms with 112 sequences of 1,152 positions,
+        and 19.9 ms with 132.
+        """
+        room = self.pages.free // self.pages.needed(sequence.positions)
+        return len(self.running) + len(self.entering) not in FULL or room >= min(FULL[0] // 4, len(self.waiting))
 
     def _worth_a_step(self) -> bool:
         tokens = sum(len(sequence.prompt) - sequence.past for sequence in self.entering)

@@ -4,18 +4,29 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from trtbuild.engine.config import PAGES_ON_CPU, BuildLimits
-from trtbuild.engine.memory import bytes_per_position, room_for_pages
-from trtbuild.engine.portable import NotFinite, PortableEngine, free_memory
+from trtbuild.engine.memory import bytes_per_position, captured_memory, room_for_pages
+from trtbuild.engine.portable import NotFinite, PortableEngine
 from trtbuild.errors import UserError
 from trtbuild.network import Network
 from trtbuild.network.ranks import Ranks
-from trtbuild.network.step import CAPTURED_ROWS, Chunk, Step, sent, step_tensors, step_values, whole_prompts
+from trtbuild.network.step import (
+    CAPTURED_ROWS,
+    LAUNCHED_ROWS,
+    Chunk,
+    Step,
+    pieces,
+    sent,
+    step_tensors,
+    step_values,
+    whole_prompts,
+)
 from trtbuild.runtime.kv_cache import KVCache
 from trtbuild.runtime.paged_steps import CAPTURED, PagedSteps, Sizes
 from trtbuild.runtime.sampling import Kind, Sampler, SamplingParams
@@ -244,6 +255,7 @@ class PortableSession(Session):
         self.paged_steps: PagedSteps | None = None
         self.pages_are_all = False  # that there is room for
         self._graphs: dict[tuple, Captured] = {}  # all parts', the one used last at the end
+        self._memory: list[torch.cuda.CUDAGraph] = []  # all parts', one whose memory is all others'
         self._begin(self.cache)
 
     def _begin(self, cache: KVCache) -> None:
@@ -280,6 +292,19 @@ class PortableSession(Session):
 
     def _step(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:
         self._begin_generation()
+        parts = pieces(chunks, LAUNCHED_ROWS)
+        if len(parts) == 1:
+            return self._one_step(chunks)
+        whole, first, count = None, 0, sum(len(wanted) for _, wanted in parts)
+        for part, wanted in parts:
+            logits, end = self._one_step(part), first + len(wanted)
+            if logits is not None:
+                whole = logits.new_empty(count, self.vocab_size) if whole is None else whole
+                whole[first:end] = logits[: len(wanted)]  # behind them at most one, of a prompt that goes on
+            first = end
+        return whole
+
+    def _one_step(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:
         size = self._captured_size(chunks)
         if size:
             return self._padded_step(chunks, size, self.cache.views(self.limits.max_batch_size))
@@ -382,21 +407,28 @@ class PortableSession(Session):
 
         return self._replay((self._own, len(slots), bound, sampler and sampler.kind), run, sampler)
 
+    def forget_graphs(self) -> None:
+        """Also before the ways to other ranks close, which captured steps hold open."""
+        self._graphs.clear()
+        self._memory.clear()
+
     def paged(self, name: str, *arguments: Any) -> Any:
         """Does something with pages on all ranks: what `PagedSteps` or one of the methods below has this name for."""
         own = getattr(self, f"_paged_{name}", None) or getattr(self.paged_steps, name)
         return own(*arguments)
 
-    def _paged_room(self, sequences: int, tokens: int) -> int:
-        """Bytes that pages may take beside steps of so many sequences and tokens; what pages and caches had is free."""
-        self._graphs.clear()
+    def _paged_room(self, sequences: int, tokens: int, drawing: int) -> int:
+        """Bytes that pages may take beside steps of so many sequences and tokens, for each of which `drawing` a token
+        takes so many; what pages and caches had is free."""
+        self.forget_graphs()
         self.paged_steps = None
         self.cache.forget()
         self._begin(self.cache)
         if self.device.type != "cuda":
             return PAGES_ON_CPU
         torch.cuda.empty_cache()
-        return room_for_pages(self.engine.network, sequences, tokens, free_memory(self.device))
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return room_for_pages(self.engine.network, sequences, tokens, drawing, free)
 
     def _paged_open(self, sizes: Sizes) -> None:
         """Makes them, at least as much as a batch's caches, which have their memory when these are not in use."""
@@ -424,7 +456,7 @@ class PortableSession(Session):
         steps = self.paged_steps
         assert steps
         rows = steps.padded(count)
-        key, run = ("pages", rows, steps.kind), partial(steps.generation, rows, longest)
+        key, run = ("pages", rows), partial(steps.generation, rows, longest)
         if self._samples_in_graph:
             self._replay(key, run, steps.next)
         else:
@@ -463,18 +495,40 @@ class PortableSession(Session):
         if inputs is None:  # else it has run already
             run()  # loads kernels; writes the same cache entries as the replay will
         graph = torch.cuda.CUDAGraph()
-        pool = next((other.graph.pool() for other in self._graphs.values()), None)
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=self._pool()):
             logits = run()
             if sampler:
                 sampler(_there(logits))
-        return Captured(graph, logits, inputs)
+        return Captured(graph, None if logits is None else _borrowed(logits), inputs)
+
+    def _pool(self) -> Any:
+        """The memory of captured steps, of which one runs at a time: one piece, large enough for the largest.
+
+        Else each that is larger than those before would have a piece of its own, as pieces are cut and never joined.
+        """
+        if not self._memory:
+            network, limits = self.engine.network, self.engine.limits
+            size = captured_memory(network, limits.max_batch_size, limits.max_batch_size * limits.max_input_len)
+            if self.paged_steps:
+                size = max(size, captured_memory(network, self.paged_steps.sizes.rows))
+            torch.cuda.current_blas_handle()  # cannot be made while a graph is captured
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                torch.cuda.current_blas_handle()  # its work space comes before the piece, not in the middle of it
+                torch.empty(size, dtype=torch.uint8, device=self.device)[:1].zero_()
+            self._memory.append(graph)
+        return self._memory[0].pool()
 
 
 def _there(logits: torch.Tensor | None) -> torch.Tensor:
     if logits is None:
         raise RuntimeError("this rank has no logits; ask rank 0")
     return logits
+
+
+def _borrowed(x: torch.Tensor) -> torch.Tensor:
+    """`x` without a claim to its memory, which is for the next captured step, too."""
+    return torch.as_tensor(SimpleNamespace(__cuda_array_interface__=x.__cuda_array_interface__), device=x.device)
 
 
 def kv_bound(length: int, max_length: int) -> int:
