@@ -18,7 +18,7 @@ from trtbuild.runtime.token_ring import steps_ahead
 
 PAGE_SIZE = {"cuda": 64, "cpu": 16}  # positions: of small pages less is left over, large ones are read faster
 MOST_SEQUENCES = {"cuda": 1024, "cpu": 32}  # of a step
-BUDGET = {"cuda": 2048, "cpu": 512}  # tokens of a step of chunks
+BUDGET = {"cuda": 4096, "cpu": 512}  # tokens of a step of chunks
 LENGTHS = {"prompt_lengths", "sequence_lengths"}  # inputs by which keys depend on how long a prompt is
 
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from trtbuild.errors import UserError
 from trtbuild.runtime.pages import Pages
 
-WORTH = 512  # tokens of prompts that are worth a step: fewer take as long, since all weights are read
 FULL = (64, 128, 192)  # sequences of a step, of which kernels multiply 64 at a time in the time that fewer take
-SHARE = 8  # so are prompts that are an eighth of the sequences that wait for it
+SHARE = 8  # prompts that are one of so many of the sequences that wait for them are worth a step
 
 
 @dataclass(eq=False)
@@ -38,8 +37,8 @@ class Scheduler:
 
     Steps of chunks and generation steps are not mixed. Chunks keep a device busy with arithmetic, so that beside them
     the other sequences' tokens would save no more than one reading of the weights, for an attention of both kinds and
-    steps that no captured graph serves. They come first: the more sequences run, the less a token costs. But a few
-    tokens are not worth a step, and wait for others.
+    steps that no captured graph serves. They come first: the more sequences run, the less a token costs. But prompts
+    that do not fill a step wait for others: steps of all lengths would each have a graph captured.
     """
 
     def __init__(self, sequences: Iterable[Sequence], pages: Pages, rows: int, budget: int) -> None:
@@ -94,7 +93,7 @@ class Scheduler:
     def _worth_a_step(self) -> bool:
         tokens = sum(len(sequence.prompt) - sequence.past for sequence in self.entering)
         return bool(self.entering) and (
-            tokens >= min(WORTH, self.budget)
+            tokens >= self.budget
             or len(self.entering) * SHARE >= len(self.running)
             or not self.waiting  # no others will come
         )
