@@ -144,20 +144,33 @@ def build_limits():
     return {key: config["build"][key] for key in trtbuild_workflow.LIMITS}
 
 
-def tensorrt_options():
-    """How the network is lowered, and for which GPUs: the latter matters only where an engine is built."""
+def tensorrt_options(kinds=("tensorrt",)):
+    """How the network is lowered, and for which GPUs: the latter matters only to a TensorRT engine."""
     options = {"remove_input_padding": config["build"]["remove_input_padding"]}
-    if "tensorrt" in config["build"]["engines"] and config["build"]["compute_capabilities"] != "auto":
+    if "tensorrt" in kinds and config["build"]["compute_capabilities"] != "auto":
         options["compute_capabilities"] = config["build"]["compute_capabilities"]
     return options
 
 
+def engine_folder(wildcards):
+    return f"results/{wildcards.model}/{wildcards.recipe}{wildcards.layout}/engine"
+
+
+def kinds_of_engine(wildcards):
+    """The kinds of engine that are asked for, or are there and up to date."""
+    return trtbuild_workflow.kinds_of_engine(
+        Path(engine_folder(wildcards)),
+        config["build"],
+        recipe=recipe_of(wildcards).engine_settings,
+        limits=build_limits(),
+        mapping=Mapping(**layout_of(wildcards)).layout,
+    )
+
+
 def engine_files(wildcards):
-    """Every rank's file of every kind of engine that is asked for."""
-    folder = f"results/{wildcards.model}/{wildcards.recipe}{wildcards.layout}/engine"
-    return [
-        f"{folder}/{rank_file(rank, kind)}" for rank in range(ranks_of(wildcards)) for kind in config["build"]["engines"]
-    ]
+    """Every rank's file of these."""
+    kinds, ranks = kinds_of_engine(wildcards), range(ranks_of(wildcards))
+    return [f"{engine_folder(wildcards)}/{rank_file(rank, kind)}" for rank in ranks for kind in kinds]
 
 
 def weights_of_recipe(wildcards):
@@ -213,9 +226,15 @@ def shown(path, result):
 
 
 def runs_of_table(wildcards):
-    """A model's runs that have results or are in the matrix, with the names of these results."""
-    matrix, recipes = config_of(wildcards)["matrix"], recipes_of(wildcards)
-    return trtbuild_workflow.runs_of_table(wildcards.model, matrix, recipes, sys.argv[1:])
+    """A model's baseline and runs that have results or are in the matrix, with the names of these results."""
+    recipes = recipes_of(wildcards)
+    return trtbuild_workflow.runs_of_table(wildcards.model, config_of(wildcards), recipes, sys.argv[1:])
+
+
+def runs_made_of(wildcards):
+    """Of these, but the baseline, what their engines are made of."""
+    recipes = {run: recipes_of(wildcards)[split_run(run)[0]] for run in runs_of_table(wildcards) if run != "hf"}
+    return {run: trtbuild_workflow.made_of(recipe) for run, recipe in recipes.items()}
 
 
 def evaluation(*keys, **options):

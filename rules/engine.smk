@@ -58,8 +58,8 @@ rule engine:
         recipe=lambda wildcards: recipe_of(wildcards).engine_settings,
         limits=build_limits(),
         layout=layout_of,
-        engines=config["build"]["engines"],
-        options=tensorrt_options(),
+        engines=kinds_of_engine,
+        options=lambda wildcards: tensorrt_options(kinds_of_engine(wildcards)),
     resources:
         **engine_needs(needs_of.engine_config),
     conda:

@@ -5,7 +5,7 @@ rule recipes:
     input:
         lambda wildcards: [
             f"results/{wildcards.model}/{run}/{name}.json"
-            for run, names in ({"hf": ("perplexity", "rouge")} | runs_of_table(wildcards)).items()
+            for run, names in runs_of_table(wildcards).items()
             for name in names
         ],
     output:
@@ -13,9 +13,7 @@ rule recipes:
     log:
         "results/{model}/logs/recipes.log",
     params:
-        runs=lambda wildcards: {
-            run: trtbuild_workflow.made_of(recipes_of(wildcards)[split_run(run)[0]]) for run in runs_of_table(wildcards)
-        },
+        runs=runs_made_of,
     resources:
         **SHORT,
     conda:

@@ -53,7 +53,7 @@ def test_the_environment_of_the_rules():
     *others, pip = yaml.safe_load((ROOT / "config" / "environment.yaml").read_text())["dependencies"]
     assert others == ["python=3.11", "pip"]
     environment = pins(pip["pip"])
-    assert environment.keys() == declared("workflow", "tensorrt-rtx", "mpi") - OUTSIDE_RULES
+    assert environment.keys() == declared("workflow", "tensorrt-rtx", "mpi", "lm-eval") - OUTSIDE_RULES
     assert environment.items() <= pins(CONSTRAINTS).items()
 
 

@@ -11,11 +11,12 @@ import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtbuild.datasets import OWN, load_articles
-from trtbuild.engine.config import REHEARSAL, BuildLimits, marker
+from trtbuild.engine.config import CONFIG_FILE, REHEARSAL, BuildLimits, marker
 from trtbuild.errors import UserError, one_line
 from trtbuild.files import check_output, read_json, state_of, user_path
 from trtbuild.folder_lock import local_job
@@ -149,22 +150,47 @@ def tasks_state(config: dict) -> str | None:
     return state_of(user_path(include).rglob("*")) if include else None
 
 
-def runs_of_table(model: str, matrix: list[dict], recipes: Iterable[str], targets: Iterable[str]) -> dict[str, list]:
-    """Of each run in a model's table the names of the results that it is made of, in `results/{model}/{run}/`.
+def runs_of_table(model: str, config: dict, recipes: Iterable[str], targets: Iterable[str]) -> dict[str, list]:
+    """Of each run in a model's table, `hf` first, the names of the results that it is made of.
 
-    Runs in the matrix have all of them, but for the scores of one that its gate has stopped; of others it is made of
-    what is there, or is asked for by `targets`.
+    They are in `results/{model}/{run}/`. Runs in the matrix have all of them, but for the scores of one that its gate
+    has stopped; of others it is made of what is there, or is asked for by `targets`.
     """
-    runs = {run: list(RESULTS) for entry in matrix if entry["model"] == model for run in entry["recipes"]}
-    for run in runs:
+    matrix = [run for entry in config["matrix"] if entry["model"] == model for run in entry["recipes"]]
+    tasks = [f"lm_eval/{task}" for task in config.get("lm_eval", {}).get("tasks", ())] if matrix else []
+    runs = {"hf": ["perplexity", "rouge", *tasks]} | {run: [*RESULTS, *tasks] for run in matrix}
+    for run in matrix:
         if _stops(Path("results", model, run, "gate.json")):
-            runs[run].remove("rouge")
-    files = [*map(str, sorted(Path("results", model).glob("*/*.json"))), *map(os.path.normpath, targets)]
-    result = re.compile(rf"results/{re.escape(model)}/(([^/@]+)(?:{LAYOUT})?)/({'|'.join(RESULTS)})\.json")
-    for match in filter(None, map(result.fullmatch, files)):
-        if match[2] in recipes and match[3] not in runs.setdefault(match[1], []):
+            runs[run] = [name for name in runs[run] if name in ("perplexity", "gate", "benchmark")]
+    folder = Path("results", model)
+    there = sorted([*folder.glob("*/*.json"), *folder.glob("*/lm_eval/*.json")])
+    names = "|".join([*RESULTS, "lm_eval/[^/]+"])
+    result = re.compile(rf"results/{re.escape(model)}/(([^/@]+)(?:{LAYOUT})?)/({names})\.json")
+    for match in filter(None, map(result.fullmatch, [*map(str, there), *map(os.path.normpath, targets)])):
+        if match[2] in ("hf", *recipes) and match[3] not in runs.setdefault(match[1], []):
             runs[match[1]].append(match[3])
     return runs
+
+
+def kinds_of_engine(folder: Path, build: dict, **described: object) -> list[str]:
+    """Which kinds of engine a folder is to have: those of `build`, and a TensorRT engine that is there already.
+
+    The latter where it is what `build` and what `config.json` is `described` by would make it, and its builder is at
+    hand: that nobody asks for it any more is no reason to evaluate the run again. It goes when its file is removed.
+    """
+    kinds = [kind for kind in ("portable", "tensorrt") if kind in build["engines"]]
+    if "tensorrt" in kinds:
+        return kinds
+    try:
+        config = read_json(folder / CONFIG_FILE, {"outputs": dict, "builders": {"tensorrt": {"distribution": str}}})
+    except UserError:  # there is none, or a portable engine alone
+        return kinds
+    builder = config["builders"]["tensorrt"]
+    described["remove_input_padding"] = build["remove_input_padding"]
+    same = all(config.get(key) == value for key, value in described.items())
+    same &= build["compute_capabilities"] in ("auto", builder.get("compute_capabilities"))
+    there = all((folder / name).exists() for name in config["outputs"]) and find_spec(builder["distribution"])
+    return [*kinds, "tensorrt"] if same and there else kinds
 
 
 def _stops(gate: Path) -> bool:

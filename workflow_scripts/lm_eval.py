@@ -6,9 +6,13 @@ from trtbuild.workflow import rule_log
 
 with rule_log(snakemake):
     from trtbuild.evaluation.tasks import measure_task
-    from trtbuild.files import write_json
+    from trtbuild.files import read_json, write_json
     from trtbuild.launch import launch
 
+    if gate := snakemake.input.get("gate"):
+        from trtbuild.evaluation.gate import GATE, check_gate
+
+        check_gate(read_json(gate, GATE), gate)
     engine = snakemake.input.get("engine")
     result = launch(
         snakemake.params.get("ranks", 1),

@@ -177,6 +177,15 @@ def test_the_fastest_within_one_per_cent_is_recommended():
     )
 
 
+def test_speed_is_that_beside_the_fastest_unquantized_recipe():
+    """float16 is slow on CPUs; and a median that one step in ten does not reach is no gain."""
+    int8, faster = run("int8", 0.5, 2, 8_000), run("float32", 0.0, 3, 28_000)
+    assert chosen(PLAIN, faster, int8)[1:] == ("int8", "fits 8 GB, +0.5% perplexity, 1.5 x float32")
+    int8["benchmark"]["time_per_output_token_p90_s"] = 3.1e-3
+    assert chosen(PLAIN, faster, int8)[1:] == ("int8", "fits 8 GB, +0.5% perplexity, as fast as float32")
+    assert chosen(PLAIN, int8)[1:] == ("int8", "fits 8 GB, +0.5% perplexity, 2 x float16")
+
+
 def test_the_interval_counts_not_the_estimate():
     front, best, reason = chosen(PLAIN, run("int8", 0.95, 2, 8_000))
     assert (front, best) == (["int8", "float16"], "float16")

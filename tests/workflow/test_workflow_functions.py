@@ -172,24 +172,33 @@ def test_matrix_targets():
 def test_runs_of_a_table(tmp_path, monkeypatch):
     """Those of the matrix, then what is there, then what is asked for; no other model's, and nothing undeclared."""
     monkeypatch.chdir(tmp_path)
-    there = ("x/gate", "y@tp2/benchmark", "y@tp2/perplexity", "old/rouge", "y@2/rouge", "hf/rouge", "y/summaries.meta")
-    for name in (*there, "../b/y/rouge"):
+    there = ("x/gate", "y@tp2/benchmark", "y@tp2/lm_eval/arc", "y@tp2/perplexity", "old/rouge", "y@2/rouge", "hf/rouge")
+    for name in (*there, "hf/lm_eval/arc", "y/summaries.meta", "../b/y/rouge"):
         file = tmp_path / f"results/a/{name}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
     targets = ("./results/a/z/rouge.json", "results/a/y@tp2/perplexity.json", "results/b/z/rouge.json", "--cores")
-    matrix = [{"model": "a", "recipes": ["x"]}, {"model": "b", "recipes": ["z"]}]
-    assert runs_of_table("a", matrix, {"x", "y", "z"}, targets) == {
+    config = {"matrix": [{"model": "a", "recipes": ["x"]}, {"model": "b", "recipes": ["z"]}]}
+    assert runs_of_table("a", config, {"x", "y", "z"}, targets) == {
+        "hf": ["perplexity", "rouge", "lm_eval/arc"],
         "x": ["perplexity", "gate", "rouge", "benchmark"],
-        "y@tp2": ["benchmark", "perplexity"],
+        "y@tp2": ["benchmark", "lm_eval/arc", "perplexity"],
+        "z": ["rouge"],
+    }
+    tasks = config | {"lm_eval": {"tasks": ["mmlu"], "limit": 3}}
+    assert runs_of_table("a", tasks, {"x", "y", "z"}, targets) == {
+        "hf": ["perplexity", "rouge", "lm_eval/mmlu", "lm_eval/arc"],
+        "x": ["perplexity", "gate", "rouge", "benchmark", "lm_eval/mmlu"],
+        "y@tp2": ["benchmark", "lm_eval/arc", "perplexity"],
         "z": ["rouge"],
     }
     gate = {"policy": "fail", "above_limit": True}
     write_json(tmp_path / "results/a/x/gate.json", gate)
-    assert runs_of_table("a", matrix, {"x"}, [])["x"] == ["perplexity", "gate", "benchmark"]
+    assert runs_of_table("a", tasks, {"x"}, [])["x"] == ["perplexity", "gate", "benchmark"]
     write_json(tmp_path / "results/a/x/gate.json", gate | {"policy": "warn"})
-    assert "rouge" in runs_of_table("a", matrix, {"x"}, [])["x"]
-    assert runs_of_table("rehearsal/a", [], {"x"}, ["results/rehearsal/a/x/gate.json"]) == {"x": ["gate"]}
+    assert "rouge" in runs_of_table("a", config, {"x"}, [])["x"]
+    rehearsed = runs_of_table("rehearsal/a", tasks, {"x"}, ["results/rehearsal/a/x/gate.json"])
+    assert rehearsed == {"hf": ["perplexity", "rouge"], "x": ["gate"]}
 
 
 @pytest.mark.parametrize(

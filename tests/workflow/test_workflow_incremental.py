@@ -161,6 +161,23 @@ def test_compute_capabilities_are_part_of_a_tensorrt_engine(finished_with_tensor
         assert workspace.pending() == jobs(f"tensorrt_engine {AFTER_ENGINE}", ("other/fp32",))
 
 
+def test_a_tensorrt_engine_that_is_not_asked_for_is_no_reason_to_evaluate_again(finished_with_tensorrt):
+    """It stays until its file is removed, and is used no more once the engine is made for something else."""
+    workspace = finished_with_tensorrt
+    build = workspace.config["build"]
+    build["engines"] = ["portable"]
+    assert workspace.pending() == set()
+    workspace.config["benchmark"]["repeats"] = 2
+    assert workspace.pending() == jobs("benchmark", ("other/fp32",))
+    workspace.config["benchmark"]["repeats"] = 1
+    for change in ({"remove_input_padding": False}, {"compute_capabilities": ["8.6"]}):
+        workspace.config["build"] = build | change
+        assert workspace.pending() == jobs(AFTER_ENGINE, ("other/fp32",))
+    workspace.config["build"] = build
+    (workspace.results / "other/fp32/engine/rank0.engine").unlink()
+    assert workspace.pending() == jobs(AFTER_ENGINE, ("other/fp32",))
+
+
 def test_an_engine_of_older_limits_is_not_served(finished_with_tensorrt):
     """A TensorRT engine that an earlier configuration left is no part of an engine without `tensorrt`."""
     workspace = finished_with_tensorrt

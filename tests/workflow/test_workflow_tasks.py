@@ -42,10 +42,19 @@ def test_tasks(finished, monkeypatch):
     data = finished.folder / "tasks" / "opposites.jsonl"
     data.write_text(data.read_text().replace("warm", "mild"))
     assert would_run() == {"lm_eval", "lm_eval_hf"}
-    # A name that the matrix has: of every run of it, with the table untouched.
+    data.write_text(data.read_text().replace("mild", "warm"))
+    # The table is made again of what is there, and of what the matrix has: a task of every run of it.
+    finished.succeed("results/tiny/report.html")
+    runs = {run["run"]: run for run in json.loads((finished.results / "tiny/recipes.json").read_text())["runs"]}
+    assert {run: "lm_eval" in found for run, found in runs.items()} == {"fp32": True, "bf16": False}
     finished.config["lm_eval"] = {"include": "tasks", "limit": 3, "tasks": ["countries"]}
     output = finished.succeed("--dry-run")
-    assert rules(output) == {"lm_eval", "lm_eval_hf"}
+    assert rules(output) == {"lm_eval", "lm_eval_hf", "recipes", "table", "page"}
     assert dict(re.findall(r"^(lm_eval\w*) +(\d+)$", output, re.MULTILINE)) == {"lm_eval": "3", "lm_eval_hf": "2"}
     assert "error: " in (output := finished.fail(*files("countries")))
     assert "a task generates 12 tokens, and the engine's max_output_len is 8; build with max_output_len 12" in output
+
+
+def test_a_task_waits_for_the_gate(finished):
+    finished.recipes["fp32"]["max_mean_kl"] = 1e-12
+    assert "mean KL divergence" in finished.fail("results/tiny/fp32/lm_eval/countries.json")

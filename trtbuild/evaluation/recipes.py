@@ -89,8 +89,8 @@ def pareto_front(runs: list[dict]) -> list[str]:
 def recommended(runs: list[dict], front: list[str]) -> dict | None:
     """Of the front the fastest whose perplexity is, for all that is known, at most `ACCEPTABLE` higher, and why.
 
-    Where there is none, the one whose perplexity is lowest. Times are compared with those of the plain recipe on the
-    same layout.
+    Where there is none, the one whose perplexity is lowest. Times are compared with those of the fastest plain recipe
+    on the same layout; a gain that one step in ten does not have is none.
     """
     by_name = {run["run"]: run for run in runs}
     good = [run for run in front if _at_most(by_name[run]["gate"]) <= ACCEPTABLE]
@@ -103,13 +103,13 @@ def recommended(runs: list[dict], front: list[str]) -> dict | None:
     reasons = [f"fits {fits} GB" + (" a rank" if run["layout"] else "")] if fits else []
     reasons.append(f"{run['gate']['increase_percent']:+.1f}% perplexity")
     plain = [other for other in runs if _is_plain(other) and other["layout"] == run["layout"] and _numbers(other)]
-    for other in sorted(plain, key=lambda other: other["engine"]["recipe"]["dtype"] != "float16")[:1]:
-        if other is run and good:
-            reasons.append(f"nothing quantized within {ACCEPTABLE:g}% is faster")
-        elif other is not run and _measured_on(other) == _measured_on(run):
-            reasons.append(
-                f"{other['benchmark']['time_per_output_token_s'] / time:.2g} x {other['engine']['recipe']['dtype']}"
-            )
+    plain = [other for other in plain if other is not run and _measured_on(other) == _measured_on(run)]
+    if _is_plain(run) and good:
+        reasons.append(f"nothing quantized within {ACCEPTABLE:g}% is faster")
+    elif other := min(plain, key=lambda other: other["benchmark"]["time_per_output_token_s"], default=None):
+        dtype, theirs = other["engine"]["recipe"]["dtype"], other["benchmark"]["time_per_output_token_s"]
+        told_apart = run["benchmark"].get("time_per_output_token_p90_s", time) < theirs or theirs < time
+        reasons.append(f"{theirs / time:.2g} x {dtype}" if told_apart else f"as fast as {dtype}")
     if not good:
         reasons.append(f"no recipe is within {ACCEPTABLE:g}%")
     return {"run": name, "reason": ", ".join(reasons)}
