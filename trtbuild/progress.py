@@ -37,6 +37,7 @@ class OutputBar:
         parts = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]"
         self._bar = _bar(total=sum(self._left), desc=what, bar_format=parts, miniters=0, smoothing=0, delay=delay)
         self._tokens, self._said, self._start = 0, "", time.monotonic()
+        self._show()
 
     def __enter__(self) -> "OutputBar":
         return self
