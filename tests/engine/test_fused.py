@@ -113,7 +113,7 @@ def test_steps(interpreted, name):
 
 
 def logits_over_pages(tested: PortableSession) -> torch.Tensor:
-    """Of steps of 1, 3 and 2 chunks, the second one's padded to 4; prompts of 4 and 3 tokens come in two."""
+    """Of steps of 1, 3 and 2 chunks, padded to 2 and 4; prompts of 4 and 3 tokens come in two."""
     tested.paged("open", Sizes(pages=12, page_size=4, rows=3, width=4, kind=SamplingParams().kind))
     pages = np.random.default_rng(0).permutation(np.arange(1, 13, dtype=np.int32)).reshape(3, 4)
     rows = [tested.paged("chunks", [Chunk([3, 1, 5], 4)], pages[:1]).clone()]
@@ -125,9 +125,11 @@ def logits_over_pages(tested: PortableSession) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_steps_over_pages(interpreted, name):
+def test_steps_over_pages(interpreted, monkeypatch, name):
     expected = logits_over_pages(PortableSession(PortableEngine(made(name), LIMITS, CPU)))
+    monkeypatch.setattr(session, "PAGED_CHUNKS", 2)
     tested = interpreted(made(name))
     actual = logits_over_pages(tested)
+    assert {key[2:] for key in tested._seen} == {(4, 2), (4, 4)}
     assert {key[:2] for key in tested._seen} == {("pages", "chunks")}
     assert relative_error(actual, expected) < TOLERANCES.get(CASES[name][1], 1e-3)

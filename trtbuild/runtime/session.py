@@ -28,11 +28,12 @@ from trtbuild.network.step import (
     whole_prompts,
 )
 from trtbuild.runtime.kv_cache import KVCache
-from trtbuild.runtime.paged_steps import CAPTURED, PagedSteps, Sizes
+from trtbuild.runtime.paged_steps import PagedSteps, Sizes
 from trtbuild.runtime.sampling import Kind, Sampler, SamplingParams
 
 MIN_KV_STEP = 256
 MAX_GRAPHS = 64  # captured steps that are kept
+PAGED_ROWS, PAGED_CHUNKS = 128, 16  # captured steps over pages have multiples: more lead to products of the same tiles
 
 
 class Session(ABC):
@@ -441,12 +442,14 @@ class PortableSession(Session):
 
     @torch.inference_mode()
     def _paged_chunks(self, chunks: Sequence[Chunk], pages: np.ndarray) -> torch.Tensor | None:
-        """As `PagedSteps.chunks`; a captured step has some more chunks, which are empty."""
+        """As `PagedSteps.chunks`; captured steps are padded to fewer sizes, by chunks, too, which are empty."""
         steps, size, count = self.paged_steps, self._captured_size(chunks), len(chunks)
         assert steps
         if not size:
             return steps.chunks(chunks, pages)
-        more = next((size for size in CAPTURED if size >= count), count) - count
+        if size > PAGED_ROWS:
+            size = min(-(-size // PAGED_ROWS) * PAGED_ROWS, self.engine.captured_rows)
+        more = -count % PAGED_CHUNKS
         chunks = [*chunks, *[Chunk((), 1)] * more]
         logits = self._padded_step(chunks, size, steps.cache.buffers, np.pad(pages, ((0, more), (0, 0))))
         return None if logits is None else logits[:count]
