@@ -10,6 +10,7 @@ import pytest
 from result_files import RUNS, speed, write_results
 
 from trtbuild.evaluation.page import COLUMNS, get, page
+from trtbuild.evaluation.plots import Point, scatter
 from trtbuild.evaluation.recipes import collect
 from trtbuild.evaluation.table import recipe_table
 from trtbuild.files import write_json
@@ -131,6 +132,7 @@ def test_values_are_those_of_the_data(opened, data):
     assert opened.locator(".answer strong").inner_text() == "static"
     assert opened.locator("tr.above").get_attribute("data-run") == "broken"
     assert "rejected" in opened.locator("tr.above").inner_text()
+    assert opened.locator("header > p").last.inner_text() == "Rejected by their gate: broken +55.0% (limit 5%)."
     for name, size in runs["static"]["engine"]["parts"].items():
         cell = opened.locator(f'#run-static [data-part="{name}"]').text_content()
         assert cell == f"{size / 1e6:.1f} MB"
@@ -191,6 +193,8 @@ def test_predictions_stand_beside_what_was_measured(opened, data):
     weights, peak = (f"{predicted[name] / 1e6:.6g}" for name in ("weight_bytes", "peak_memory_bytes"))
     assert f"static: {weights} and {weights} MB of weights" in said
     assert f"static: {peak} and 500 MB at the peak" in said
+    panel = opened.locator("#run-static dd").all_inner_texts()
+    assert f"{predicted['weight_bytes'] / 1e6:.4g} MB of weights" in panel
 
 
 def test_every_text_can_be_read(opened):
@@ -224,6 +228,18 @@ def test_on_paper_everything_is_open(browser, folder, tmp_path):
     assert tab.locator("details:not([open])").count() == 0
     assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
     context.close()
+
+
+def test_the_line_joins_what_is_ahead_in_the_two_numbers_of_a_plot():
+    """What is on the front for its memory alone would send it up and down."""
+    numbers = {"fast": (1, 2), "light": (2, 3), "good": (3, 0.5), "as good": (4, 0.5), "behind": (5, 5)}
+    points = [Point(name, x, y, None, None, "front", name) for name, (x, y) in numbers.items()]
+    plot = scatter(points, ["good", "light", "fast", "as good"], "ms", "%")
+    line = re.search(r'class="front" d="M([^"]+)"', plot)[1].split("L")
+    marks = {
+        name: f"{x} {y}" for name, x, y in re.findall(r'<title>([^<]+)</title><circle cx="(.+?)" cy="(.+?)"', plot)
+    }
+    assert line == [marks["fast"], marks["good"]]
 
 
 def test_columns_lead_somewhere(data):

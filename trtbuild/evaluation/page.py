@@ -78,6 +78,7 @@ def page(data: dict) -> str:
         verdict=verdict,
         tradeoffs=_tradeoffs(data),
         predicted=_predicted(runs),
+        expected=PREDICTED,
         layers={run["run"]: _layers(data, run) for run in runs},
         parts={run["run"]: _shares(run) for run in runs},
     )
@@ -115,7 +116,7 @@ def cell(run: dict, column: Column) -> dict:
     known = low is not None and high is not None and column.path.endswith((".mean", ".value", ".increase_percent"))
     ends = [number(end, column.form, column.factor) for end in (low, high)] if known else []
     value = get(run, column.path)
-    return {"value": value, "text": number(value, column.form, column.factor), "interval": " … ".join(ends)}
+    return {"value": value, "text": number(value, column.form, column.factor), "interval": "\u2009…\u2009".join(ends)}
 
 
 def _task(task: str) -> Column:

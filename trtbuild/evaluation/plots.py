@@ -57,7 +57,10 @@ def wide(value: float) -> float:
 
 
 def scatter(points: Sequence[Point], front: Sequence[str], x_label: str, y_label: str) -> str:
-    """Points by two numbers of which less is better, `y` on the scale `wide`; those of `front` are joined."""
+    """Points by two numbers of which less is better, `y` on the scale `wide`.
+
+    Those of `front` are joined that are also on the front of these two: of the others the third number is good.
+    """
     left, right = _padded([point.x for point in points])
     ends = [value for point in points for value in (point.y, point.low, point.high) if value is not None]
     low, high = min([0, *ends]), max([1, *ends])
@@ -67,7 +70,10 @@ def scatter(points: Sequence[Point], front: Sequence[str], x_label: str, y_label
     y: Scale = lambda value: y_of(wide(value))  # noqa: E731
     parts = _axes(x, linear_ticks(left, right), y, _apart(wide_ticks(low, high), y), x_label, y_label)
     parts.append(f'<path class="zero" d="M{LEFT} {y(0):.1f}H{WIDTH - RIGHT}"/>')
-    ahead = sorted((point for point in points if point.name in front), key=lambda point: point.x)
+    ahead: list[Point] = []
+    for point in sorted((point for point in points if point.name in front), key=lambda point: (point.x, point.y)):
+        if not ahead or point.y < ahead[-1].y:
+            ahead.append(point)
     if ahead:
         path = "L".join(f"{x(point.x):.1f} {y(point.y):.1f}" for point in ahead)
         parts.append(f'<path class="front" d="M{path}"/>')
@@ -83,7 +89,7 @@ def scatter(points: Sequence[Point], front: Sequence[str], x_label: str, y_label
             mark += f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4"/>'
         if point.kind == "recommended":
             mark += f'<circle class="ring" cx="{px:.1f}" cy="{py:.1f}" r="7"/>'
-        parts.append(mark + _label(point.name, px, py, taken) + "</g>")
+        parts.append(mark + _label(point.name, px, py, taken, 12 if point.kind == "recommended" else 9) + "</g>")
     return _svg(parts, f"{y_label} by {x_label}")
 
 
@@ -172,10 +178,10 @@ def _spread(positions: list[float]) -> list[float]:
     return placed
 
 
-def _label(name: str, x: float, y: float, taken: list[tuple[float, float, float, float]]) -> str:
+def _label(name: str, x: float, y: float, taken: list[tuple[float, float, float, float]], gap: float = 9) -> str:
     """The name beside its point where there is room for it, else none; what it takes is added to `taken`."""
     width = LETTER * len(name)
-    places = [(x + 9, y + 4), (x - 9 - width, y + 4)]
+    places = [(x + gap, y + 4), (x - gap - width, y + 4)]
     places += [(x - width / 2 + side, y + up) for up in (-10, 18) for side in (0, width / 2, -width / 2)]
     for left, base in places:
         box = left, base - 9, left + width, base + 2
