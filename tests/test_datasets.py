@@ -129,6 +129,10 @@ def test_a_file_of_json_lines(tmp_path, monkeypatch):
         file.write_text(json.dumps(rows[0]) + "\n" + line)
         with pytest.raises(UserError, match=message):
             load_articles(str(file), samples=1)
+    file.write_text(json.dumps(rows[0]) + "\n\n" + json.dumps(rows[1] | {"article": " "}))
+    assert len(load_articles(str(file), samples=1)) == 1
+    with pytest.raises(UserError, match=r"mine\.jsonl, line 3: its article is ' '; text is expected"):
+        load_articles(str(file), samples=2)
     with pytest.raises(UserError, match="the data set cnn_dailymail has splits; give one"):
         load_articles("cnn_dailymail", samples=1)
 

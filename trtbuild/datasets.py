@@ -44,17 +44,19 @@ def load_articles(
     """
     if samples < 1:
         raise UserError(f"samples is {samples}; it must be at least 1")
+    lines: list[str] = []
     if is_file(name):
-        data, place, where = _lines(user_path(name)), "", ""
+        (lines, data), place = _lines(user_path(name)), ""
     elif split is None:
         raise UserError(f"the data set {name} has splits; give one, such as split: test")
     else:
         data = _own(split) if name == OWN else _from_hub(name, config, split, revision)
-        place, where = f" in its split {split!r}", f", split {split!r}"
+        place = f" in its split {split!r}"
     if len(data) < samples:
         raise UserError(f"the data set {name} has {len(data)} articles{place}; {samples} were asked for")
     order = range(samples) if seed is None else random.Random(seed).sample(range(len(data)), samples)
-    articles = [_article(data[i], f"row {i} of the data set {name}{where}") for i in order]
+    where = lambda i: lines[i] if lines else f"row {i} of the data set {name}, split {split!r}"  # noqa: E731
+    articles = [_article(data[i], where(i)) for i in order]
     return [replace(one, article=one.article[:characters]) for one in articles]
 
 
@@ -89,17 +91,19 @@ def _own(split: str) -> list[dict]:
     return [json.loads(line) for line in (ARTICLES / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def _lines(path: Path) -> list[dict]:
-    """The rows of a file of JSON lines; blank lines are none."""
-    rows = []
+def _lines(path: Path) -> tuple[list[str], list[dict]]:
+    """Where each row of a file of JSON lines is, and the rows; blank lines are none."""
+    places, rows = [], []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
-            row = parse_json(line, f"{path}, line {number}")
+            place = f"{path}, line {number}"
+            row = parse_json(line, place)
             if not isinstance(row, dict) or (missing := set(COLUMNS) - row.keys()):
                 has = f"lacks {sorted(missing)}" if isinstance(row, dict) else "is no object"
-                raise UserError(f"{path}, line {number} {has}; an article has the keys {', '.join(COLUMNS)}")
+                raise UserError(f"{place} {has}; an article has the keys {', '.join(COLUMNS)}")
+            places.append(place)
             rows.append(row)
-    return rows
+    return places, rows
 
 
 def _from_hub(name: str, config: str | None, split: str, revision: str | None) -> Any:
