@@ -2,15 +2,17 @@
 
 import json
 import shutil
+import time
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from trtbuild import progress
 from trtbuild.checkpoint.canonical import Checkpoint
 from trtbuild.datasets import Article, load_articles
 from trtbuild.errors import UserError
-from trtbuild.evaluation import stages
+from trtbuild.evaluation import hugging_face, stages
 from trtbuild.evaluation.fake_quantized import load_model
 from trtbuild.evaluation.hugging_face import HuggingFaceModel, check_places, spread
 from trtbuild.evaluation.stages import measure_perplexity, rouge_table, score_summaries, summarize_articles
@@ -36,6 +38,15 @@ def test_logits_and_generation(tiny_checkpoint):
     (stopped,) = baseline.generate([ids], SamplingParams(5, eos_token_ids=(output.output_ids[2],)))
     assert stopped.output_ids == output.output_ids[: output.output_ids.index(output.output_ids[2]) + 1]
     assert stopped.finish_reason == "eos"
+
+
+def test_a_long_load_is_not_silent(tiny_checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "EVERY", 0.1)
+    monkeypatch.setattr(hugging_face, "load_model", lambda *args: time.sleep(0.35) or load_model(*args))
+    HuggingFaceModel(tiny_checkpoint, device="cpu")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("the Hugging Face model:   0%")
+    assert lines[-1].startswith("the Hugging Face model: 100%")
 
 
 def test_batches_generate_what_one_prompt_at_a_time_does(tiny_checkpoint, monkeypatch):

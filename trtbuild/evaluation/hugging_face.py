@@ -13,6 +13,7 @@ from trtbuild.decoder.decoder import CacheScales
 from trtbuild.errors import UserError
 from trtbuild.evaluation.fake_quantized import fake_quantized_cache, load_model
 from trtbuild.evaluation.provenance import environment
+from trtbuild.progress import byte_bar
 from trtbuild.runtime.generation import OnOutput, Output
 from trtbuild.runtime.open import pick_device
 from trtbuild.runtime.sampling import SamplingParams
@@ -44,10 +45,12 @@ class HuggingFaceModel:
         self.checkpoint = Checkpoint(folder)
         self.dtype, self.device, self.cache = dtype, pick_device(device), cache
         places = spread(self.checkpoint, dtype) if self.device.type == "cuda" else {}
-        model = load_model(self.checkpoint, getattr(torch, dtype), **places)
-        self.gpus = len({*check_places(model.hf_device_map)}) if places else 1
+        with byte_bar(size := bytes_of_weights(self.checkpoint, dtype), "the Hugging Face model") as bar:
+            model = load_model(self.checkpoint, getattr(torch, dtype), **places)
+            self.gpus = len({*check_places(model.hf_device_map)}) if places else 1
+            self.model = (model if places else model.to(self.device)).eval()
+            bar.update(size)  # at its end alone, but until then it says for how long
         model.generation_config = GenerationConfig()  # greedy means greedy, whatever penalties the checkpoint suggests
-        self.model = (model if places else model.to(self.device)).eval()
         self.rounds = cache is not None or self.checkpoint.rounds_activations
 
     @torch.inference_mode()
@@ -154,12 +157,16 @@ class HuggingFaceModel:
         }
 
 
+def bytes_of_weights(checkpoint: Checkpoint, dtype: str) -> int:
+    return sum(map(math.prod, checkpoint.config.tensor_shapes().values())) * getattr(torch, dtype).itemsize
+
+
 def spread(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
     """How `from_pretrained` shall spread a model over the GPUs that torch sees; nothing where the first has room.
 
     Raises `UserError` where all of them have not.
     """
-    needed = sum(map(math.prod, checkpoint.config.tensor_shapes().values())) * getattr(torch, dtype).itemsize
+    needed = bytes_of_weights(checkpoint, dtype)
     free = [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]
     if needed <= ROOM * free[0]:
         return {}
