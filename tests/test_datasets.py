@@ -141,3 +141,15 @@ def test_data_set_out_of_reach():
     with pytest.raises(UserError, match=r"cannot load the data set nobody/none \(3\.0\.0, test\)") as caught:
         load_articles("nobody/none", "test", 1, config="3.0.0")
     assert "\n" not in str(caught.value)
+
+
+def test_the_state_of_shipped_articles_is_their_text(tmp_path, monkeypatch):
+    """A wheel's lie elsewhere than a checkout's."""
+    state = articles_state("trtbuild-news", "evaluation")
+    monkeypatch.setattr("trtbuild.datasets.ARTICLES", tmp_path)
+    assert articles_state("trtbuild-news", "evaluation") is None
+    copy = tmp_path / "evaluation.jsonl"
+    copy.write_bytes((ARTICLES / "evaluation.jsonl").read_bytes())
+    assert articles_state("trtbuild-news", "evaluation") == state
+    copy.write_bytes(copy.read_bytes()[:-1])
+    assert articles_state("trtbuild-news", "evaluation") != state
