@@ -99,7 +99,7 @@ def test_benchmark(here):
 
 @pytest.mark.parametrize("capabilities", [["8.9", "12.0"], "auto"])
 def test_build(here, monkeypatch, tmp_path, capabilities):
-    monkeypatch.setattr("trtbuild.engine.tensorrt_api.api", lambda: None)
+    monkeypatch.setattr("trtbuild.engine.tensorrt_api.describe_builder", lambda *_: {})
     config = yaml.safe_load((tmp_path / "config/config.yaml").read_text())
     config["build"]["compute_capabilities"] = capabilities
     (tmp_path / "config/config.yaml").write_text(yaml.safe_dump(config))
