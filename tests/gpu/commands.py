@@ -39,8 +39,8 @@ CONFIG = {
 LAYOUTS = {"one": (), "tp2": ("--tp-size", 2), "pp2": ("--pp-size", 2)}
 LIMITS = ("--max-batch-size", 4, "--max-input-len", 512, "--max-output-len", 512)
 SECONDS = 10  # in which all have ended after a rank was killed
-# Each rank's own GPU, by the number that the launcher gives it on its host.
-OWN_GPU = "CUDA_VISIBLE_DEVICES=${OMPI_COMM_WORLD_LOCAL_RANK:-${MPI_LOCALRANKID:-$PMI_RANK}}"
+LOCAL_RANK = "${OMPI_COMM_WORLD_LOCAL_RANK:-${MPI_LOCALRANKID:-$PMI_RANK}}"  # as launchers say it
+OWN_GPU = f"CUDA_VISIBLE_DEVICES={LOCAL_RANK}"
 
 
 class Commands:
@@ -91,18 +91,22 @@ class Commands:
     def killed(self, layout: str) -> float:
         """Seconds until all have ended after rank 1 was killed in a long benchmark."""
         options = "--engine-dir", self.folder / layout, "--device", self.device, "--output-len", 400, "--repeats", 10000
-        command = self.command(layout, "benchmark", *options, shell="echo rank $$ >&2;")
+        command = self.command(layout, "benchmark", *options, shell=f"echo rank {LOCAL_RANK} $$ >&2;")
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=self.environment) as process:
             assert process.stderr
-            ranks = [int(re.findall(r"\d+", process.stderr.readline())[0]) for _ in range(2)]
-            time.sleep(25 if self.device == "cuda" else 8)
-            os.kill(ranks[1], signal.SIGKILL)
+            ranks: dict[str, int] = {}
+            while len(ranks) < 2:  # a launcher may have something to say as well
+                ranks |= {
+                    rank: int(number) for rank, number in re.findall(r"rank (\d) (\d+)", process.stderr.readline())
+                }
+            time.sleep(20 if self.device == "cuda" else 8)
+            os.kill(ranks["1"], signal.SIGKILL)
             start = time.perf_counter()
             process.wait(60)
-            while any(alive(rank) for rank in ranks):
+            while any(map(alive, ranks.values())):
                 time.sleep(0.02)
             seconds = time.perf_counter() - start
-            print(f"killed: exit code {process.returncode}, said {process.stderr.read()[-300:]!r}")
+            print(f"{layout}, killed: exit code {process.returncode}, said {process.stderr.read()[-300:]!r}")
         return seconds
 
 
@@ -132,9 +136,12 @@ def main() -> None:
         run = Commands(folder, args.device)
         run("one", "convert", "--dummy", folder / "config.json", "--output-dir", folder / "checkpoint", "--dtype",
             "float32")  # fmt: skip
-        for layout, ranks in LAYOUTS.items():
+
+        def build(layout: str) -> None:
             options = "--checkpoint-dir", folder / "checkpoint", "--engine-dir", folder / layout, "--dtype", "float32"
-            run("one", "build", *options, *ranks, *LIMITS)
+            run("one", "build", *options, *LAYOUTS[layout], *LIMITS)
+
+        list(pool.map(build, LAYOUTS))
         own_gpu = OWN_GPU if args.device == "cuda" else ""
         one = {name: pool.submit(getattr(run, name), "one") for name in ("tokens", "summaries", "perplexity")}
         jobs = {
@@ -145,6 +152,7 @@ def main() -> None:
         }
         jobs["tokens", "tp2, a GPU shown to each rank"] = pool.submit(run.tokens, "tp2", own_gpu)
         jobs["tokens", "pp2, a GPU shown to each rank"] = pool.submit(run.tokens, "pp2", own_gpu)
+        killed = {layout: pool.submit(run.killed, layout) for layout in ("tp2", "pp2")}
         for (what, layout), job in jobs.items():
             expected = one[what].result() if what in one else True
             problem = ""
@@ -155,8 +163,8 @@ def main() -> None:
                 problem = str(error)
             wrong += bool(problem)
             print(f"{what:12} {layout:30} {problem or 'as one rank' if what in one else problem or 'ends'}", flush=True)
-        for layout in ("tp2", "pp2"):
-            seconds = run.killed(layout)
+        for layout, ended in killed.items():
+            seconds = ended.result()
             wrong += seconds > SECONDS
             print(f"rank 1 of {layout} killed: all ended after {seconds:.1f} s", flush=True)
     sys.exit(bool(wrong))
