@@ -48,11 +48,13 @@ def product_8bit(
     result = torch.empty(rows, out, dtype=dtype, device=device)
     tiles = _tiles(rows, out, processors(device)) if hopper else SMALL_SHARED_MEMORY
     m, n, k = tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["BLOCK_K"]
+    exact = hopper and narrow.dtype == torch.float8_e4m3fn and rows <= TRITON_ROWS
     _many_rows_product_kernel[(triton.cdiv(rows, m) * triton.cdiv(out, n),)](
         TensorDescriptor(narrow, [rows, width], [width, 1], [m, k]),
         TensorDescriptor(weight, [out, width], [width, 1], [n, k]),
         TensorDescriptor(result, [rows, out], [out, 1], [m, n]),
-        row_scale, column_scale, bias, rows, out, width, **tiles, **dependent_launch(device),
+        row_scale, column_scale, bias, rows, out, width,
+        EXACT=exact, **tiles, **dependent_launch(device),
     )  # fmt: skip
     return result
 
@@ -61,13 +63,13 @@ SMALL_SHARED_MEMORY = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps
 
 
 def _tiles(rows: int, out: int, processors: int) -> dict[str, int]:
-    """Sizes of a program's work: what was fastest for LLaMA-7B on an H100, of 128, 512 and 2048 rows."""
+    """Sizes of a program's work: what was fastest for LLaMA-7B on an H100, of 128, 144 to 256, 512 and 2048 rows."""
 
     def count(block_m: int, block_n: int) -> int:
         return triton.cdiv(rows, block_m) * triton.cdiv(out, block_n)
 
     if rows <= TRITON_ROWS:
-        n, k = (128, 128) if count(64, 128) >= processors else (64, 256)
+        n, k = (128, 128) if count(64, 128) >= processors else (128 if rows > 128 else 64, 256)
         return {"BLOCK_M": 64, "BLOCK_N": n, "BLOCK_K": k, "num_warps": 4, "num_stages": 4}
     stages = 3 if count(128, 128) > processors else 4  # of one alone on a multiprocessor
     return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 4, "num_stages": stages}
@@ -76,14 +78,14 @@ def _tiles(rows: int, out: int, processors: int) -> dict[str, int]:
 @triton.jit
 def _many_rows_product_kernel(
     narrow, weight, result, row_scale, column_scale, bias, rows, out, width,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EXACT: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     trigger(DEPENDENT)
     wait(DEPENDENT)
     GROUP: tl.constexpr = 8
     INTEGERS: tl.constexpr = narrow.dtype == tl.int8
-    # Up to TRITON_ROWS rows, which BLOCK_M tells, memory is the limit: there is time to add exactly after every step.
-    EXACT_AFTER: tl.constexpr = None if INTEGERS or BLOCK_M > 64 else BLOCK_K
+    # Up to TRITON_ROWS rows memory is the limit: there is time to add exactly after every step.
+    EXACT_AFTER: tl.constexpr = BLOCK_K if EXACT else None
     blocks_m, blocks_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(out, BLOCK_N)
     tile = tl.program_id(0)
     first_m = tile // (GROUP * blocks_n) * GROUP
