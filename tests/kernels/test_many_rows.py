@@ -23,8 +23,8 @@ def operands(rows: int, out: int, width: int, narrow: torch.dtype) -> tuple[torc
 @pytest.mark.parametrize("narrow", [torch.int8, FP8], ids=str)
 @pytest.mark.parametrize(
     ("rows", "out", "width"),
-    [(1, 16, 16), (5, 48, 336), (65, 272, 144), (257, 144, 160)],
-    ids=["one row", "steps that end early", "several tiles", "tall tiles"],
+    [(1, 16, 16), (5, 48, 336), (65, 272, 144), (150, 144, 272), (257, 144, 160)],
+    ids=["one row", "steps that end early", "several tiles", "wide tiles", "tall tiles"],
 )
 def test_against_float64(rows, out, width, narrow):
     x, row_scale, weight, column_scale = operands(rows, out, width, narrow)
