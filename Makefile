@@ -7,6 +7,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := $(shell sed -n 's/^requires-python = ">=\(.*\)"/\1/p' pyproject.toml)
 DEMO := results/smollm2-135m
+# Tests start hundreds of Pythons, and each would compile every module anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-fast fuzz lint reference release-check clean
 

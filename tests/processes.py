@@ -8,7 +8,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 MPIEXEC = Path(sys.executable).parent / "mpiexec"
-SECONDS = 240  # a start takes a second or two, and more on busy cores
+SECONDS = 900  # a start takes a second or two, and many times that on busy cores
 
 
 def mpiexec(ranks: int, *arguments: object, seconds: float = SECONDS, **environment: str):

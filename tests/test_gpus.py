@@ -85,7 +85,7 @@ def test_a_job_that_takes_none_asks_for_none(machine):
 
 
 def test_no_two_jobs_share_one():
-    jobs = [job(count, 60) for count in (2, 1, 1)]
+    jobs = [job(count, 600) for count in (2, 1, 1)]
     try:
         seen = [own.stdout.readline().strip().split(",") for own in jobs]
         assert [len(names) for names in seen] == [2, 1, 1]

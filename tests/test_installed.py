@@ -40,7 +40,7 @@ def scripts(tmp_path_factory) -> Path:
 def run(folder: Path, *command: object) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     result = subprocess.run(
-        list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True, timeout=1200
     )
     assert result.returncode == 0, result.stderr
     return result.stdout

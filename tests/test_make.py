@@ -36,7 +36,7 @@ def make(tmp_path):
         command = ["make", f"PYTHON=./{python.name}", *arguments]
         outer = {name for name in os.environ if name.startswith(("MAKE", "MFLAGS"))}  # of `make test`
         own = {name: value for name, value in os.environ.items() if name not in outer}
-        return subprocess.run(command, cwd=tmp_path, env=own, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, cwd=tmp_path, env=own, capture_output=True, text=True, timeout=600)
 
     return run
 

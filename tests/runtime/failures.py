@@ -32,7 +32,7 @@ SAID = {
     "raises": "ZeroDivisionError: a bug",
     "memory": "out of memory (torch wanted 3 GB); use a smaller model or batch, or a larger machine",
 }
-SECONDS = 10  # in which all must have ended
+SECONDS = 60  # in which all must have ended, on busy cores too
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,7 @@ def run(case: Case, folder: Path) -> tuple[float, str]:
     options = ["--samples", 2, "--max-output-len", 8, "--output", work / "summaries.jsonl"]
     program = Path(__file__).with_name("one_fails.py")
     try:
-        done = mpiexec(
-            case.ranks, program, case.rank, case.how, case.when, *command, *options, seconds=120, FAILED=str(failed)
-        )
+        done = mpiexec(case.ranks, program, case.rank, case.how, case.when, *command, *options, FAILED=str(failed))
     except subprocess.TimeoutExpired:
         return float("inf"), "hangs"
     while alive(folder):

@@ -22,7 +22,7 @@ from trtbuild.runtime.world import end_with_parent
 
 DAEMONS, COMMANDS = ("slurmctld", "slurmd"), ("sbatch", "srun", "scancel", "squeue", "sinfo", "scontrol", "sacct")
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # the latter two are not in every user's
-UP = 30  # seconds for the nodes to be idle; mostly one
+UP = 300  # seconds for the nodes to be idle; mostly one, and more on busy cores
 NULL = os.makedev(1, 3)
 
 CONFIGURATION = """\

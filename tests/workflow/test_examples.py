@@ -42,7 +42,7 @@ def test_own_model(own_model):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=300,
+            timeout=1200,
         )
         assert result.returncode == 0, f"{command}\n{result.stdout}"
         outputs[command.split()[0]] = result.stdout
