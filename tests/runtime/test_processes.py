@@ -8,8 +8,10 @@ import sys
 import failures
 import pytest
 import torch
-from processes import TESTS, mpiexec
+from processes import SECONDS, TESTS, mpiexec
+from typer.testing import CliRunner
 
+from trtbuild.cli import app
 from trtbuild.decoder.mapping import Mapping
 from trtbuild.engine.build import build_engine_dir
 from trtbuild.engine.config import BuildLimits
@@ -44,24 +46,27 @@ def check(results: dict) -> None:
             assert result["tokens"], name
 
 
-@pytest.mark.parametrize(("tp_size", "pp_size"), [(2, 1), (2, 2)])
-def test_some_models_on_ranks(tp_size, pp_size):
+@pytest.mark.parametrize(("tp_size", "pp_size", "few"), [(2, 1, FEW), (2, 2, (FEW[1], FEW[2], FEW[-1]))])
+def test_some_models_on_ranks(tp_size, pp_size, few):
     """More prompts than a batch has are in pages on ranks of one stage, and on more stages several batches."""
-    done = mpiexec(tp_size * pp_size, HERE / "all_ranks.py", tp_size, pp_size, *FEW)
+    done = mpiexec(tp_size * pp_size, HERE / "all_ranks.py", tp_size, pp_size, *few)
     assert (done.returncode, done.stderr) == (0, "")
     results = json.loads(done.stdout)
-    assert {*results} == {*FEW}
+    assert {*results} == {*few}
     check(results)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("part", "tp_size", "pp_size"), [(1, 2, 1), (2, 4, 1), (3, 1, 2), (4, 2, 2)])
-def test_every_model_and_recipe(part, tp_size, pp_size):
-    """On one layout each; `all_ranks.py` runs all of them on any."""
-    done = mpiexec(tp_size * pp_size, HERE / "all_ranks.py", tp_size, pp_size, f"{part}/4", seconds=900)
+@pytest.mark.parametrize(
+    ("tp_size", "pp_size", "parts", "count"),
+    [(2, 1, ("1/5", "3/5"), 24), (1, 2, ("2/5", "4/5"), 24), (4, 1, ("5/10",), 6), (2, 2, ("10/10",), 6)],
+)
+def test_every_model_and_recipe(tp_size, pp_size, parts, count):
+    """On one layout each, fewer where ranks are more than cores; `all_ranks.py` runs all of them on any."""
+    done = mpiexec(tp_size * pp_size, HERE / "all_ranks.py", tp_size, pp_size, *parts)
     assert (done.returncode, done.stderr) == (0, "")
     results = json.loads(done.stdout)
-    assert len(results) == (16 + 7 * 6 + 2) // 4 + 1
+    assert len(results) == count + 1
     check(results)
 
 
@@ -76,11 +81,6 @@ def test_through_torch_distributed(tp_size, pp_size):
 
 
 # The command line
-
-
-def trtbuild(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "trtbuild", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,8 @@ def run(tiny_checkpoint):
 
 def test_rank_0_prints_what_one_rank_does(engines, run):
     drawn = "--json", "--temperature", 0.9, "--seed", 5
-    alone = trtbuild("run", "--engine-dir", engines(1, 1), *run, *drawn)
+    words = map(str, ("run", "--engine-dir", engines(1, 1), *run, *drawn))
+    alone = CliRunner().invoke(app, [*words], catch_exceptions=False)
     ranks = mpiexec(2, "-m", "trtbuild", "run", "--engine-dir", engines(2, 1), *run, *drawn)
     assert (ranks.returncode, ranks.stderr) == (0, "")
     tokens = [[json.loads(line)["output_ids"] for line in done.stdout.splitlines()] for done in (ranks, alone)]
@@ -116,32 +117,44 @@ def test_rank_0_prints_what_one_rank_does(engines, run):
     assert len(tokens[0]) == 3
 
 
+COMMANDS = {
+    "perplexity": ("--samples", 2),
+    "summarize": ("--samples", 2, "--max-output-len", 8),
+    "benchmark": ("--input-len", 8, "--output-len", 4, "--repeats", 1, "--json"),
+    "verify": ("--runtime", "portable", "--input-text", "Water"),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [(2, 2)])
-def test_every_stage_by_all_layouts(engines, tiny_checkpoint, tmp_path, layout):
+@pytest.mark.parametrize(
+    ("command", "layout"), [("perplexity", (2, 2)), ("summarize", (1, 2)), ("benchmark", (2, 1)), ("verify", (1, 2))]
+)
+def test_every_stage_by_all_layouts(engines, tiny_checkpoint, tmp_path, command, layout):
     """What is written, and once: summaries, perplexity, a table of speeds and of what agrees."""
-    ranks = layout[0] * layout[1]
-    results = {}
-    for name, size in (("one", (1, 1)), ("ranks", layout)):
-        engine = "--engine-dir", engines(*size)
+    options = [*COMMANDS[command]]
+    if command != "benchmark":
+        options += ["--checkpoint-dir", tiny_checkpoint]
+    written = {"one": tmp_path / "one.jsonl", "ranks": tmp_path / "ranks.jsonl"}
 
-        def call(*arguments, size=size):
-            done = mpiexec(ranks, "-m", "trtbuild", *arguments) if size == layout else trtbuild(*arguments)
-            assert done.returncode == 0, done.stderr
-            return done.stdout
+    def words(name: str, size: tuple[int, int]) -> list[str]:
+        output = ["--output", written[name]] if command == "summarize" else []
+        return [*map(str, [command, "--engine-dir", engines(*size), *options, *output])]
 
-        checkpoint = "--checkpoint-dir", tiny_checkpoint
-        perplexity = json.loads(call("perplexity", *engine, *checkpoint, "--samples", 2))
-        output = tmp_path / f"{name}.jsonl"
-        call("summarize", *engine, *checkpoint, "--samples", 2, "--max-output-len", 8, "--output", output)
-        speed = json.loads(call("benchmark", *engine, "--input-len", 8, "--output-len", 4, "--repeats", 1, "--json"))
-        table = call("verify", *engine, *checkpoint, "--runtime", "portable", "--input-text", "Water")
-        assert table.count("agrees") == 1
-        summaries = [json.loads(line)["output_ids"] for line in output.read_text().splitlines()]
-        results[name] = perplexity["perplexity"], speed["bytes_per_step"] / (size[0] == 1 or 0.5), summaries
-    one, several = results.values()
-    assert several[:2] == (pytest.approx(one[0], rel=1e-5), pytest.approx(one[1], rel=0.05))
-    assert several[2] == one[2]
+    alone = CliRunner().invoke(app, words("one", (1, 1)), catch_exceptions=False)
+    done = mpiexec(layout[0] * layout[1], "-m", "trtbuild", *words("ranks", layout))
+    assert (alone.exit_code, done.returncode) == (0, 0), alone.output + done.stderr
+    if command == "summarize":
+        one, several = ([json.loads(line)["output_ids"] for line in file.open()] for file in written.values())
+        assert several == one
+        assert len(one) == 2
+    elif command == "verify":
+        assert alone.stdout.count("agrees") == done.stdout.count("agrees") == 1
+    else:
+        one, several = json.loads(alone.stdout), json.loads(done.stdout)
+        if command == "perplexity":
+            assert several["perplexity"] == pytest.approx(one["perplexity"], rel=1e-5)
+        else:  # of a rank
+            assert several["bytes_per_step"] == pytest.approx(one["bytes_per_step"] / 2, rel=0.05)
 
 
 # What ends one ends all
@@ -254,7 +267,7 @@ def test_what_launchers_say(monkeypatch, environment, count):
 
 def test_mpi_is_not_touched_without_a_launcher():
     code = "import sys; from trtbuild.runtime.open import world; assert not world(); assert 'mpi4py' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=240)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=SECONDS)
 
 
 def test_without_mpi4py(monkeypatch):
