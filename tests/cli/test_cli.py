@@ -69,7 +69,7 @@ def refused(message, *arguments):
 def process(*arguments, **environment):
     """Runs `python -m trtbuild` for real."""
     command = [sys.executable, "-m", "trtbuild", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -585,15 +585,6 @@ def test_process_unknown_engine(made):
     one_line(process("run", *arguments), "no/engine is not an engine folder")
 
 
-def test_process_changed_engine(made, tmp_path):
-    changed = shutil.copytree(made.engine, tmp_path / "engine")
-    data = bytearray((changed / "rank0.safetensors").read_bytes())
-    data[-5] ^= 255
-    (changed / "rank0.safetensors").write_bytes(data)
-    arguments = ["--engine-dir", changed, "--tokenizer-dir", made.checkpoint, "--input-text", "x", "--check"]
-    one_line(process("run", *arguments), f"{changed}/rank0.safetensors is not the file that was built")
-
-
 def test_check(made, tmp_path):
     """Every command that opens an engine has it; `verify` always looks at every byte."""
     changed = shutil.copytree(made.engine, tmp_path / "engine")
@@ -867,15 +858,12 @@ def test_a_checkpoint_is_no_engine(made, command):
     refused("is not an engine folder: its config.json lists no engine files", command, "--engine-dir", made.checkpoint)
 
 
-def test_process_does_not_replace_its_own_input(made, quantized):
+def test_nothing_replaces_its_own_input(made, quantized):
     """A model's folder given as the output of its own conversion or build stays as it is."""
     before = sorted(path.name for path in made.checkpoint.iterdir())
-    for command in (
-        ("convert", "--local", made.checkpoint, "--output-dir", made.checkpoint),
-        ("build", "--checkpoint-dir", made.checkpoint, "--output-dir", made.checkpoint),
-    ):
-        one_line(process(*command), "would replace its own input")
     message, recipe = "would replace its own input", ["--recipes", quantized.recipes, "--recipe", "gptq"]
+    refused(message, "convert", "--local", made.checkpoint, "--output-dir", made.checkpoint)
+    refused(message, "build", "--checkpoint-dir", made.checkpoint, "--output-dir", made.checkpoint)
     refused(message, "calibrate", "--checkpoint-dir", made.checkpoint, "--output", made.checkpoint)
     refused(message, "quantize", "--checkpoint-dir", made.checkpoint, "--output-dir", made.checkpoint, *recipe)
     assert sorted(path.name for path in made.checkpoint.iterdir()) == before
@@ -904,13 +892,13 @@ def test_process_says_that_standard_output_is_full(made, arguments):
     arguments = [made.checkpoint if argument == "CHECKPOINT" else argument for argument in arguments]
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "trtbuild", *map(str, arguments)]
-        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=600)
     assert (result.returncode, result.stderr) == (2, "error: [Errno 28] No space left on device\n")
 
 
 @pytest.mark.parametrize("module", ["torch", "typer", "tqdm"])
 def test_process_interrupted_while_it_imports(tmp_path, module):
-    (tmp_path / f"{module}.py").write_text("import time; print('importing', flush=True); time.sleep(60)")
+    (tmp_path / f"{module}.py").write_text("import time; print('importing', flush=True); time.sleep(600)")
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "trtbuild", "inspect", "--engine-dir", "x"]
     environment = os.environ | {"PYTHONPATH": path}
@@ -918,7 +906,7 @@ def test_process_interrupted_while_it_imports(tmp_path, module):
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, env=environment, text=True) as process:
         assert process.stdout.readline() == "importing\n"
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 130
+        assert process.wait(timeout=300) == 130
         assert process.stderr.read() == "interrupted\n"
 
 
@@ -935,17 +923,17 @@ def test_process_interrupted_at_work(made, tmp_path):
         "--output-dir",
         output,
     ]
-    slow = "import time, trtbuild.checkpoint.dummy as d; d.save_byte_tokenizer = lambda folder: time.sleep(60)\n"
+    slow = "import time, trtbuild.checkpoint.dummy as d; d.save_byte_tokenizer = lambda folder: time.sleep(600)\n"
     code = (
         f"{slow}import sys; sys.argv[1:] = {list(map(str, command[3:]))!r}\nfrom trtbuild.__main__ import main; main()"
     )
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, text=True) as process:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not list(tmp_path.glob("out/.*.tmp/config.json")):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 130
+        assert process.wait(timeout=300) == 130
         assert process.stderr.read() == "interrupted\n"
     assert list((tmp_path / "out").iterdir()) == []

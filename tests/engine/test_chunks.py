@@ -117,7 +117,7 @@ def in_chunks_of(size: int) -> list[list[tuple[int, int]]]:
 
 
 SCHEDULES = {
-    "chunks of 3": in_chunks_of(3),
+    "chunks of 7": in_chunks_of(7),
     "chunks of 16": in_chunks_of(16),
     # New prompts beside continuations of one token and of several, slots out of order.
     "any mix": [
