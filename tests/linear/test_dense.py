@@ -23,7 +23,14 @@ def case(rows: int, inner: int, outer: int, bias: bool, dtype: torch.dtype):
     return inputs, x @ weight.T + (b[0] if bias else 0)
 
 
+@pytest.fixture(params=[False, True], ids=["widened", "multiplied"])
+def bfloat16(request, monkeypatch):
+    """CPUs with and without products of bfloat16; oneDNN has them on any, if need be slow ones."""
+    monkeypatch.setattr("trtbuild.linear.dense.multiplies_bfloat16", lambda: request.param)
+
+
 @dtypes
+@pytest.mark.usefixtures("bfloat16")
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 3, 16, 64, 65, 200])
 def test_reference_and_portable(rows, bias, dtype):
@@ -43,6 +50,14 @@ def test_portable_of_any_shape(rows, inner, outer, bias, dtype):
     result = DenseLinear().portable(None, *inputs).double().numpy()
     scale = np.linalg.norm(expected) + np.sqrt(expected.size * inner)
     assert np.linalg.norm(result - expected) < TOLERANCE[dtype] * scale
+
+
+@pytest.mark.parametrize("rows", [3, 70])
+def test_16_bit_weights_are_widened_in_blocks(rows, monkeypatch):
+    """The last one smaller than the others."""
+    monkeypatch.setattr("trtbuild.linear.blockwise.BLOCK_ELEMENTS", 96 * 9)
+    inputs, expected = case(rows, 96, 64, True, torch.float16)
+    assert error(DenseLinear().portable(None, *inputs), expected) < TOLERANCE[torch.float16]
 
 
 def test_inferred_shape():

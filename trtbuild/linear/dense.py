@@ -5,13 +5,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from trtbuild.linear.blockwise import blockwise_linear
+from trtbuild.linear.onednn import multiplies_bfloat16, onednn_linear
 from trtbuild.network.lowering import Lowered, Lowering
 from trtbuild.network.network import Op, Spec, Tensor
 from trtbuild.network.step import Step
 
-# Rows up to which oneDNN's float32 product beats MKL's on a CPU, and from which 16-bit weights are better widened:
-# torch's 16-bit product there is fast for one or two rows (it reads half the bytes) and slow for many.
-ONEDNN_MAX_ROWS = 64
+# Rows from which 16-bit weights are better widened on a CPU that has no instructions for them: torch's product there is
+# fast for one or two rows (it reads half the bytes) and slow for many.
 WIDEN_MIN_ROWS = 3
 
 
@@ -30,19 +31,14 @@ class DenseLinear(Op):
     def portable(
         self, step: Step, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        if x.is_cuda or not torch.backends.mkldnn.is_available():
+        if x.is_cuda:
             return F.linear(x, weight, bias)
-        rows = x.shape[0]
-        if x.dtype == torch.float32:
-            return _onednn(x, weight, bias) if rows <= ONEDNN_MAX_ROWS else F.linear(x, weight, bias)
-        if rows < WIDEN_MIN_ROWS:
+        if x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and multiplies_bfloat16()):
+            return onednn_linear(x, weight, bias)
+        if x.shape[0] < WIDEN_MIN_ROWS:
             return F.linear(x, weight, bias)
-        wide = self.portable(step, x.float(), weight.float(), None if bias is None else bias.float())
-        return wide.to(x.dtype)
+        product = blockwise_linear(x, weight.shape, lambda rows: weight[rows].float())
+        return (product if bias is None else product.add_(bias)).to(x.dtype)
 
     def to_tensorrt(self, lowering: Lowering, x: Lowered, weight: Lowered, bias: Lowered | None = None) -> Lowered:
         return lowering.add_bias(lowering.matmul(x, weight, transpose_b=True), bias)
-
-
-def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
