@@ -186,6 +186,10 @@ def test_speed_is_that_beside_the_fastest_unquantized_recipe():
     assert chosen(PLAIN, int8)[1:] == ("int8", "fits 8 GB, +0.5% perplexity, 2 x float16")
 
 
+def test_nothing_is_lower_by_nothing():
+    assert "+0.0% perplexity" in chosen(run("float16", -0.00001, 4, 14_000))[2]
+
+
 def test_the_interval_counts_not_the_estimate():
     front, best, reason = chosen(PLAIN, run("int8", 0.95, 2, 8_000))
     assert (front, best) == (["int8", "float16"], "float16")

@@ -118,5 +118,5 @@ def verdict(result: dict) -> str:
 def increase(result: dict) -> str:
     """The increase of a `gate.json` in per cent, with its interval."""
     low, high = result.get("low"), result.get("high")
-    interval = f" [{low:+.2f}, {high:+.2f}]" if _known(low, high) else ""
-    return f"{result['increase_percent']:+.2f}%{interval}"
+    interval = f" [{low:+z.2f}, {high:+z.2f}]" if _known(low, high) else ""
+    return f"{result['increase_percent']:+z.2f}%{interval}"

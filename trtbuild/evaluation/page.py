@@ -31,7 +31,7 @@ class Column(NamedTuple):
 
 
 COLUMNS = (
-    Column("perplexity increase %", "gate.increase_percent", "{:+.2f}", note="over the baseline's, by article"),
+    Column("perplexity increase %", "gate.increase_percent", "{:+z.2f}", note="over the baseline's, by article"),
     Column("perplexity", "perplexity.value"),
     Column("mean KL", "divergence.mean_kl", "{:.4f}", note="of next-token distributions from the baseline's, nats"),
     Column("same token %", "divergence.top1_percent", "{:.1f}", more=True, note="both find the same one most likely"),
@@ -44,11 +44,11 @@ COLUMNS = (
     Column("TensorRT MB", "engine.bytes.tensorrt", "{:.1f}", 1e-6, "memory", note="engine files of all ranks"),
     Column("ROUGE-1", "rouge.rouge1.mean", group="summaries", more=True),
     Column(
-        "difference", "rouge.rouge1.difference.mean", "{:+.2f}", 1, "summaries", True, "ROUGE-1 less the baseline's"
+        "difference", "rouge.rouge1.difference.mean", "{:+z.2f}", 1, "summaries", True, "ROUGE-1 less the baseline's"
     ),
     Column("ROUGE-L", "rouge.rougeL.mean", group="summaries", more=True),
     Column(
-        "difference", "rouge.rougeL.difference.mean", "{:+.2f}", 1, "summaries", True, "ROUGE-L less the baseline's"
+        "difference", "rouge.rougeL.difference.mean", "{:+z.2f}", 1, "summaries", True, "ROUGE-L less the baseline's"
     ),
 )
 # Of the recommended recipe and the baseline, at the top.

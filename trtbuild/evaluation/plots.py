@@ -89,7 +89,7 @@ def scatter(points: Sequence[Point], front: Sequence[str], x_label: str, y_label
             mark += f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4"/>'
         if point.kind == "recommended":
             mark += f'<circle class="ring" cx="{px:.1f}" cy="{py:.1f}" r="7"/>'
-        parts.append(mark + _label(point.name, px, py, taken, 12 if point.kind == "recommended" else 9) + "</g>")
+        parts.append(mark + _label(point.name, px, py, taken, point.kind == "recommended") + "</g>")
     return _svg(parts, f"{y_label} by {x_label}")
 
 
@@ -178,9 +178,12 @@ def _spread(positions: list[float]) -> list[float]:
     return placed
 
 
-def _label(name: str, x: float, y: float, taken: list[tuple[float, float, float, float]], gap: float = 9) -> str:
-    """The name beside its point where there is room for it, else none; what it takes is added to `taken`."""
-    width = LETTER * len(name)
+def _label(name: str, x: float, y: float, taken: list[tuple[float, float, float, float]], ring: bool = False) -> str:
+    """The name beside its point where there is room for it, else none; what it takes is added to `taken`.
+
+    `ring`: there is one around the point, and the name is bold.
+    """
+    width, gap = LETTER * len(name) * (1.2 if ring else 1), 12 if ring else 9
     places = [(x + gap, y + 4), (x - gap - width, y + 4)]
     places += [(x - width / 2 + side, y + up) for up in (-10, 18) for side in (0, width / 2, -width / 2)]
     for left, base in places:

@@ -101,7 +101,7 @@ def recommended(runs: list[dict], front: list[str]) -> dict | None:
     time, memory = run["benchmark"]["time_per_output_token_s"], run["benchmark"]["peak_memory_bytes"]
     fits = next((size for size in MEMORIES if memory <= size * 1e9), None)
     reasons = [f"fits {fits} GB" + (" a rank" if run["layout"] else "")] if fits else []
-    reasons.append(f"{run['gate']['increase_percent']:+.1f}% perplexity")
+    reasons.append(f"{run['gate']['increase_percent']:+z.1f}% perplexity")
     plain = [other for other in runs if _is_plain(other) and other["layout"] == run["layout"] and _numbers(other)]
     plain = [other for other in plain if other is not run and _measured_on(other) == _measured_on(run)]
     if _is_plain(run) and good:

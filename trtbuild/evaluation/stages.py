@@ -106,7 +106,7 @@ def rouge_table(results: list[dict]) -> str:
         lines.append(f"{label(result):34}" + "".join(f"{cell:>24}" for cell in cells))
     refuse_different(results)
     if len(results) == 2 and (differences := difference(results[0], results[1])):
-        cells = (f"{d['mean']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]" for d in differences.values())
+        cells = (f"{d['mean']:+z.2f} [{d['low']:+z.2f}, {d['high']:+z.2f}]" for d in differences.values())
         lines.append(f"{'difference':34}" + "".join(f"{cell:>24}" for cell in cells))
     return "\n".join(lines)
 

@@ -58,7 +58,7 @@ def _rouge(score: dict) -> tuple[str, str]:
     d = score.get("difference")
     return (
         _number("{:.2f}", score.get("mean")),
-        f"{d['mean']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]" if d else "",
+        f"{d['mean']:+z.2f} [{d['low']:+z.2f}, {d['high']:+z.2f}]" if d else "",
     )
 
 
