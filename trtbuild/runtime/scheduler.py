@@ -84,8 +84,8 @@ class Scheduler:
     def _worth_a_tile(self, sequence: Sequence) -> bool:
         """Whether there is room for all that wait, or for a quarter more of those that fill one.
 
-        Fewer cost more than they bring: steps of LLaMA-7B in FP8 took 14.9 ms with 112 sequences of 1,152 positions,
-        and 19.9 ms with 132.
+        Fewer cost more than they bring: LLaMA-7B in FP8, 128 tokens in and 2,048 out, gave 7,693 tokens a second with
+        128 sequences at a time and 6,624 with 132 (an H100).
         """
         room = self.pages.free // self.pages.needed(sequence.positions)
         return len(self.running) + len(self.entering) not in FULL or room >= min(FULL[0] // 4, len(self.waiting))
