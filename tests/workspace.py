@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Self
 
+import snakemake_server
 import yaml
 from journal import Journal
 
@@ -35,7 +36,7 @@ class Workspace:
 
     snakemake: tuple[str, ...] = ("-m", "snakemake")
     profile: tuple[str, ...] = ("--profile", str(REPOSITORY / "profiles" / "default"), "--cores", "2")
-    seconds = 300  # that a run may take
+    seconds = 1200  # that a run may take, on busy cores too
     journal: Journal | None = None
 
     def __init__(self, folder: Path, config: dict, models: dict, recipes: dict) -> None:
@@ -75,15 +76,8 @@ class Workspace:
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess:
         """Runs `snakemake`; `stdout` of the result holds what it wrote to either stream."""
-        return subprocess.run(
-            self.command(*arguments),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=self.folder,
-            env=self.environment,
-            timeout=self.seconds,
-        )
+        words = self.command(*arguments)[1 + len(self.snakemake) :]
+        return snakemake_server.run(words, self.folder, dict(self.environment), self.seconds)
 
     def begin(self, said: IO, *arguments: str, **environment: str) -> subprocess.Popen:
         """`snakemake` in a session of its own, to be interrupted and killed; `said` gets what it writes."""

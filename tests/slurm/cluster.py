@@ -23,7 +23,7 @@ RECIPES = {
 }
 SOURCE = {"dummy": {"config": TINY | {"max_position_embeddings": 2048}, "seed": 1}}
 MODELS = {"tiny": {"source": SOURCE, "chat_template": "plain"}}
-SECONDS = 240  # in which anything that is waited for happens, on busy cores too
+SECONDS = 900  # in which anything that is waited for happens, on busy cores too
 
 
 class Cluster(Workspace):
@@ -47,6 +47,17 @@ class Cluster(Workspace):
             "RANKS": f"{self.folder}/ranks",
             "HANG": f"{self.folder}/hang",
         }
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            self.command(*arguments),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=self.folder,
+            env=self.environment,
+            timeout=self.seconds,
+        )
 
     @contextmanager
     def started(self, *arguments: str) -> Iterator[subprocess.Popen]:

@@ -1,10 +1,12 @@
 """Folders in which Snakemake runs for real, with tiny dummy models; a finished one is made once and copied."""
 
+import fcntl
 import importlib.util
 import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -75,10 +77,30 @@ def empty(tmp_path, dummy_models) -> Workspace:
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory, dummy_models) -> tuple[Workspace, str]:
+def once(tmp_path_factory) -> Callable[[str, Callable[[Path], str]], tuple[Path, str]]:
+    """A folder that one of pytest's processes makes, and what `make` returned there; others wait for it."""
+    place = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place = place.parent  # which all of them have
+
+    def folder_of(name: str, make: Callable[[Path], str]) -> tuple[Path, str]:
+        folder, said = place / name, place / f"{name}.txt"
+        with open(place / f"{name}.lock", "w", encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not said.exists():
+                assert not folder.exists(), f"another process could not make {folder}"
+                text = make(folder)
+                said.write_text(text, encoding="utf-8")
+        return folder, said.read_text(encoding="utf-8")
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def made(once, dummy_models) -> tuple[Workspace, str]:
     """A folder in which `snakemake` alone has run, and what that wrote. Read it, or take `finished`."""
-    workspace = Workspace(tmp_path_factory.mktemp("workflow") / "made", CONFIG, dummy_models, RECIPES)
-    return workspace, workspace.succeed()
+    folder, said = once("made", lambda folder: Workspace(folder, CONFIG, dummy_models, RECIPES).succeed())
+    return Workspace(folder, CONFIG, dummy_models, RECIPES), said
 
 
 @pytest.fixture
@@ -88,15 +110,23 @@ def finished(made, tmp_path) -> Workspace:
 
 
 @pytest.fixture(scope="session")
-def made_with_tensorrt(made, tmp_path_factory) -> Workspace:
+def made_with_tensorrt(made, once) -> Workspace:
     """As `made`, with TensorRT engines of model `other` besides, and all that depends on them."""
     if importlib.util.find_spec("tensorrt_rtx") is None:
         pytest.skip("no TensorRT for RTX here")
-    workspace = made[0].copy(tmp_path_factory.mktemp("workflow") / "tensorrt")
-    workspace.config["build"]["engines"] = ["portable", "tensorrt"]
-    workspace.config["matrix"] = [{"model": "other", "recipes": ["fp32"]}]
-    workspace.succeed()
-    return workspace
+    config = CONFIG | {
+        "build": CONFIG["build"] | {"engines": ["portable", "tensorrt"]},
+        "matrix": [{"model": "other", "recipes": ["fp32"]}],
+    }
+
+    def workspace(folder: Path) -> Workspace:
+        return Workspace(folder, config, made[0].models, made[0].recipes)
+
+    def make(folder: Path) -> str:
+        made[0].copy(folder)
+        return workspace(folder).succeed()
+
+    return workspace(once("tensorrt", make)[0])
 
 
 @pytest.fixture
@@ -106,14 +136,19 @@ def finished_with_tensorrt(made_with_tensorrt, tmp_path) -> Workspace:
 
 
 @pytest.fixture(scope="session")
-def published_weights(tmp_path_factory, dummy_models) -> dict[str, Path]:
+def published_weights(once, dummy_models) -> dict[str, Path]:
     """Folders of quantized weights as others publish them: of model `tiny`, and of a model with one layer."""
-    folder = tmp_path_factory.mktemp("published")
     quantization = Quantization.parse(FLOAT16 | {"weights": INT4})
     config = dummy_models["tiny"]["source"]["dummy"]["config"]
-    for name, layers in (("tiny", config["num_hidden_layers"]), ("shallow", 1)):
-        make_checkpoint({"dummy": {"config": config | {"num_hidden_layers": layers}, "seed": 1}}, folder / "original")
-        quantize(folder / "original", folder / name, quantization, device="cpu")
+
+    def make(folder: Path) -> str:
+        for name, layers in (("tiny", config["num_hidden_layers"]), ("shallow", 1)):
+            source = {"dummy": {"config": config | {"num_hidden_layers": layers}, "seed": 1}}
+            make_checkpoint(source, folder / "original")
+            quantize(folder / "original", folder / name, quantization, device="cpu")
+        return ""
+
+    folder, _ = once("published", make)
     return {name: folder / name for name in ("tiny", "shallow")}
 
 
@@ -126,15 +161,15 @@ def quantized_targets() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def made_quantized(tmp_path_factory, dummy_models, published_weights, quantized_targets) -> tuple[Workspace, str]:
+def made_quantized(once, dummy_models, published_weights, quantized_targets) -> tuple[Workspace, str]:
     """A folder in which `quantized_targets` have been made, and what that wrote. Read it, or take `quantized`."""
     recipes = QUANTIZED_RECIPES | {
         name: FLOAT16 | {"quant_checkpoint": {"local": {"path": str(published_weights[weights])}}}
         for name, weights in (("published", "tiny"), ("mistaken", "shallow"))
     }
-    workspace = Workspace(tmp_path_factory.mktemp("workflow") / "quantized", CONFIG, dummy_models, recipes)
-    workspace.config["matrix"] = []
-    return workspace, workspace.succeed(*quantized_targets)
+    given = CONFIG | {"matrix": []}, dummy_models, recipes
+    folder, said = once("quantized", lambda folder: Workspace(folder, *given).succeed(*quantized_targets))
+    return Workspace(folder, *given), said
 
 
 @pytest.fixture
@@ -201,7 +236,7 @@ def kill(tmp_path):
         with open(tmp_path / "killed.txt", "w", encoding="utf-8") as log:
             process = workspace.begin(log, *targets, **environment)
         started.append(process)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + workspace.seconds
         while not mark.exists():
             assert process.poll() is None, (tmp_path / "killed.txt").read_text()
             assert time.monotonic() < deadline, (tmp_path / "killed.txt").read_text()

@@ -144,7 +144,7 @@ def start(tmp_path, journal):
         log = open(tmp_path / f"{len(started)}.txt", "w+", encoding="utf-8")  # noqa: SIM115
         process = workspace.begin(log, *targets, **environment)
         started.append((process, log))
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + workspace.seconds
         while output and not (tmp_path / "mark").exists():
             assert process.poll() is None, said(process)
             assert time.monotonic() < deadline, said(process)
@@ -183,7 +183,7 @@ def test_second_controller_is_refused(finished, start, journal):
     assert finished.pending(output) == {"perplexity other/fp32"}
     assert "perplexity" in finished.succeed("--summary", output)
     start.mark.unlink()
-    assert first.wait(120) == 0, start.said(first)
+    assert first.wait(finished.seconds) == 0, start.said(first)
     assert finished.pending(output) == set()
     assert journal.count("overlap") == 0
 
@@ -192,7 +192,8 @@ def test_of_two_controllers_at_once_one_is_refused(finished, start, journal):
     output = "results/other/fp32/rouge.json"
     (finished.folder / output).unlink()
     both = [start(finished, output) for _ in range(2)]
-    assert sorted(process.wait(120) for process in both) == [0, 1], [start.said(process) for process in both]
+    codes = sorted(process.wait(finished.seconds) for process in both)
+    assert codes == [0, 1], [start.said(process) for process in both]
     (first, second) = sorted(both, key=lambda process: process.returncode)
     assert re.search(HELD.format(pid=first.pid), start.said(second))
     assert (journal.count("start"), journal.count("overlap")) == (1, 0)
@@ -208,8 +209,8 @@ def test_run_again_at_once_after_the_controller_alone_was_killed(finished, start
     killed = start(finished, "results/other/fp32/rouge.json", output=output)
     killed.kill()
     again = start(finished, "results/other/fp32/rouge.json")
-    assert again.wait(120) == 0, start.said(again)
-    assert killed.wait(1) == -signal.SIGKILL
+    assert again.wait(finished.seconds) == 0, start.said(again)
+    assert killed.wait(finished.seconds) == -signal.SIGKILL
     assert finished.pending("results/other/fp32/rouge.json") == set()
     assert comparable(run) == undisturbed
     assert hidden(finished) == []

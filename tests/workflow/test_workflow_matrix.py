@@ -111,12 +111,12 @@ def test_one_target_makes_only_what_it_needs(empty):
     }
 
 
-def test_tensorrt_engine_is_made_and_recorded(made_with_tensorrt):
-    folder = made_with_tensorrt.results / "other" / "fp32" / "engine"
+def test_tensorrt_engine_is_made_and_recorded(finished_with_tensorrt):
+    folder = finished_with_tensorrt.results / "other" / "fp32" / "engine"
     config = json.loads((folder / "config.json").read_text())
     assert config["outputs"].keys() == {"rank0.safetensors", "rank0.engine"}
     assert config["outputs"]["rank0.engine"]["sha256"] == sha256(folder / "rank0.engine")
     assert config["outputs"]["rank0.engine"]["bytes"] == (folder / "rank0.engine").stat().st_size
     assert config["builders"].keys() == {"portable", "tensorrt"}
-    assert (made_with_tensorrt.results / "other/fp32/logs/tensorrt_engine.rank0.log").exists()
-    assert made_with_tensorrt.pending() == set()
+    assert (finished_with_tensorrt.results / "other/fp32/logs/tensorrt_engine.rank0.log").exists()
+    assert finished_with_tensorrt.pending() == set()

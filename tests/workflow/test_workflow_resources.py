@@ -1,11 +1,11 @@
 """What jobs ask for, as dry runs say it: on one machine and under the profile for Slurm."""
 
+import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import snakemake_server
 from conftest import Workspace
 from workflow_config import CONFIG
 
@@ -50,10 +50,12 @@ def dry_run(workspace: Workspace, *targets: str, profile: tuple[str, ...] = SLUR
     if not profile:
         return workspace.succeed("--dry-run", *targets)
     workspace.command()  # writes the configuration
-    command = [sys.executable, "-m", "snakemake", "-s", str(REPOSITORY / "Snakefile"), "--directory", workspace.folder]
-    return subprocess.run(
-        [*command, *profile, "--dry-run", *targets], check=True, capture_output=True, text=True
-    ).stdout
+    where = ["-s", str(REPOSITORY / "Snakefile"), "--directory", str(workspace.folder)]
+    done = snakemake_server.run(
+        [*where, *profile, "--dry-run", *targets], REPOSITORY, dict(os.environ), workspace.seconds
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
 def test_sixteen_recipes_share_what_they_can(cluster):
