@@ -10,6 +10,7 @@ from trtbuild.tensors.rounding import quantize, scale_for
 
 pytest.importorskip("triton", "3.7")  # earlier interpreters fail with numpy 2.4
 
+from trtbuild.kernels import few_rows
 from trtbuild.kernels.few_rows import product, takes
 from trtbuild.kernels.widen import interleave_int4
 
@@ -90,6 +91,15 @@ def test_every_format(kind, rows, out, width, swiglu):
 @pytest.mark.parametrize("swiglu", [False, True])
 def test_tiles_of_rows(kind, swiglu):
     check(kind, 130, 34, 160, swiglu)
+
+
+@pytest.mark.parametrize(("columns", "parts"), [(4096, 2), (5504, 2), (6336, 2), (6368, 1), (11008, 1)])
+def test_int8_parts_of_swiglu_run_side_by_side(columns, parts, monkeypatch):
+    """On 132 multiprocessors; 5504 is one of two ranks' of LLaMA-7B."""
+    monkeypatch.setattr(few_rows, "processors", lambda device: 132)
+    x, weight = torch.empty(16, 2048).half(), torch.empty(2 * columns, 2048, dtype=torch.int8)
+    tiles = few_rows._tiles(x, weight, True, None)
+    assert few_rows._parts(tiles, -(-columns // tiles.n), x, weight, True) == parts
 
 
 def test_norm():

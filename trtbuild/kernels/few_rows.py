@@ -145,7 +145,11 @@ def _tiles(x: torch.Tensor, weight: torch.Tensor, swiglu: bool, block: int | Non
             return Tiles(64 if swiglu else m, 64, 64, 3 if swiglu else 4, swap=True)
         if m > 32:
             return Tiles(m, 64, 128, 3 if swiglu else 4, swap=True)
-        return Tiles(m, 32, k, 4) if swiglu else Tiles(m, 64, k, 3)
+        if not swiglu:
+            return Tiles(m, 64, k, 3)
+        # With four stages two programs share a multiprocessor, with three three, if of 16 rows: two parts fit then.
+        share = triton.cdiv(len(weight) // 2, 32) / processors(x.device)
+        return Tiles(m, 32, k, 3 if m == 16 and 1 < share <= 1.5 else 4)
     if swiglu:
         return Tiles(m, 64, 128, 4, swap=True) if m > 32 or weight.itemsize > 1 else Tiles(m, 32, k, 4)
     return Tiles(m, 64, k, 4 if m <= 32 or weight.itemsize > 1 else 3, swap=True)
