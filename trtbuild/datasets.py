@@ -55,8 +55,9 @@ def load_articles(
     if len(data) < samples:
         raise UserError(f"the data set {name} has {len(data)} articles{place}; {samples} were asked for")
     order = range(samples) if seed is None else random.Random(seed).sample(range(len(data)), samples)
-    where = lambda i: lines[i] if lines else f"row {i} of the data set {name}, split {split!r}"  # noqa: E731
-    articles = [_article(data[i], where(i)) for i in order]
+    articles = [
+        _article(data[i], lines[i] if lines else f"row {i} of the data set {name}, split {split!r}") for i in order
+    ]
     return [replace(one, article=one.article[:characters]) for one in articles]
 
 

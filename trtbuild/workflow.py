@@ -280,9 +280,11 @@ def check_files_of_targets(targets: Iterable[str], models: dict, rules: Iterable
     """
     from snakemake.io import strip_wildcard_constraints
 
-    rules = list(rules)
-    makes = lambda file: any(rule.is_producer(file) for rule in rules)  # noqa: E731
-    targets = list(targets)
+    rules, targets = list(rules), list(targets)
+
+    def makes(file: str) -> bool:
+        return any(rule.is_producer(file) for rule in rules)
+
     for before, target in zip(["", *targets], targets, strict=False):
         path = os.path.normpath(target)
         if makes(path) or Path(target).is_file():

@@ -49,7 +49,7 @@ def state(model):
 def written(model, tmp_path):
     """A function that writes the model's file with changes, and the tensors in it."""
     tensors = state(model)
-    write = lambda **changes: write_gguf(tmp_path / "model.gguf", model.config, tensors, **changes)  # noqa: E731
+    write = lambda **changes: write_gguf(tmp_path / "model.gguf", model.config, tensors, **changes)
     write.tensors = tensors
     return write
 

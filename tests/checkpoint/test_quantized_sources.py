@@ -123,21 +123,21 @@ def test_another_model_is_refused(tmp_path, changes, differing):
 def test_another_rotary_base_is_refused(tmp_path):
     fixture = "autoawq-gemm"
     model = original(fixture, tmp_path / "model", rope_theta=5e5)
-    make = lambda: make_quantized({"local": {"path": str(DATA / fixture)}}, model, tmp_path / "x")  # noqa: E731
+    make = lambda: make_quantized({"local": {"path": str(DATA / fixture)}}, model, tmp_path / "x")
     refused(make, r"is another model than .*: rope .*10000\.0.* instead of .*500000\.0")
 
 
 def test_weights_that_are_not_quantized_are_refused(tmp_path):
     model = original("autoawq-gemm", tmp_path / "model")
     other = original("autoawq-gemm", tmp_path / "other")
-    make = lambda: make_quantized({"local": {"path": str(other)}}, model, tmp_path / "x")  # noqa: E731
+    make = lambda: make_quantized({"local": {"path": str(other)}}, model, tmp_path / "x")
     refused(make, f"^{other} is not quantized; declare it as a model in config/models.yaml$")
     assert {path.name for path in tmp_path.iterdir()} == {"model", "other"}
 
 
 def test_a_folder_that_does_not_exist(tmp_path):
     model = original("autoawq-gemm", tmp_path / "model")
-    make = lambda: make_quantized({"local": {"path": str(tmp_path / "none")}}, model, tmp_path / "x")  # noqa: E731
+    make = lambda: make_quantized({"local": {"path": str(tmp_path / "none")}}, model, tmp_path / "x")
     refused(make, "the model folder .*/none does not exist")
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
 
@@ -148,7 +148,7 @@ def test_a_layout_that_is_not_supported(tmp_path):
     config = json.loads((published / "config.json").read_text())
     config["quantization_config"]["bits"] = 3
     (published / "config.json").write_text(json.dumps(config))
-    make = lambda: make_quantized({"local": {"path": str(published)}}, model, tmp_path / "x")  # noqa: E731
+    make = lambda: make_quantized({"local": {"path": str(published)}}, model, tmp_path / "x")
     refused(make, "GPTQ with 3 bits is not supported")
     assert {path.name for path in tmp_path.iterdir()} == {"model", "published"}
 
@@ -167,9 +167,7 @@ def test_the_output_does_not_replace_the_source(tmp_path, inside):
     fixture = "gptqmodel-asym"
     model = original(fixture, tmp_path / "model")
     published = shutil.copytree(DATA / fixture, tmp_path / "out" / "published")
-    make = lambda: make_quantized(  # noqa: E731
-        {"local": {"path": str(published)}}, model, published.parent if inside else published
-    )
+    make = lambda: make_quantized({"local": {"path": str(published)}}, model, published.parent if inside else published)
     refused(make, "would replace its own input")
     same_weights(published, fixture)
 
@@ -262,6 +260,6 @@ def test_autogptqs_name_beside_another(published, other):
 
 
 def test_a_model_needs_its_tokenizer(tmp_path):
-    make = lambda: make_checkpoint({"local": {"path": str(DATA / "autoawq-gemm")}}, tmp_path / "x")  # noqa: E731
+    make = lambda: make_checkpoint({"local": {"path": str(DATA / "autoawq-gemm")}}, tmp_path / "x")
     refused(make, r"autoawq-gemm has neither tokenizer\.json nor tokenizer\.model; fetch its tokenizer")
     assert not any(tmp_path.iterdir())

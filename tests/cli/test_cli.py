@@ -269,7 +269,7 @@ def test_run_beams_and_several_outputs(made):
 
 def test_run_bad_word_and_penalties(made):
     """A letter that a free run says does not come, wherever it stands; nor does what it said with a large penalty."""
-    run = lambda *options: json.loads(invoke(*made.run, "--input-text", "Wind", "--json", *options))  # noqa: E731
+    run = lambda *options: json.loads(invoke(*made.run, "--input-text", "Wind", "--json", *options))
     free = run()
     letter = next(c for c in free["text"] if c.isascii() and c.isalpha())
     assert letter not in run("--bad-word", letter)["text"]

@@ -57,7 +57,7 @@ def products(folder) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     model = load_model(checkpoint, torch.float32).eval()
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
-            before = lambda _, x, name=name: seen.update({name: x[0]})  # noqa: E731
+            before = lambda _, x, name=name: seen.update({name: x[0]})
             module.register_forward_pre_hook(before, prepend=True)
             module.register_forward_hook(lambda _, x, y, name=name: seen.update({name: (seen[name], y)}))
     model(torch.tensor([IDS]))

@@ -18,7 +18,7 @@ WORDS = TEXT.split(" ")
 
 def random_texts(count, generator):
     """References of two lines, predictions of two sentences that share words with them."""
-    pick = lambda n: " ".join(generator.choice(WORDS, n))  # noqa: E731
+    pick = lambda n: " ".join(generator.choice(WORDS, n))
     references = [f"{pick(8)}.\n{pick(9)}." for _ in range(count)]
     return [f"{pick(7)}. {pick(9)}." for _ in range(count)], references
 

@@ -61,10 +61,10 @@ def main() -> None:
         for context in options.contexts:
             prompts = torch.randint(30, session.vocab_size, (batch, context)).tolist()
             for name in options.kinds:
-                made = lambda length: generate(session, prompts, SamplingParams(length, **KINDS[name]))  # noqa: B023, E731
+                made = lambda length: generate(session, prompts, SamplingParams(length, **KINDS[name]))  # noqa: B023
                 print(f"| {batch} | {context} | {name} | {per_token(made):.3f} |", flush=True)
             few = prompts[: batch // BEAMS]
-            found = lambda length: beam_search(session, few, SamplingParams(length, num_beams=BEAMS))  # noqa: B023, E731
+            found = lambda length: beam_search(session, few, SamplingParams(length, num_beams=BEAMS))  # noqa: B023
             print(f"| {batch} | {context} | {BEAMS} beams | {per_token(found):.3f} |", flush=True)
 
 

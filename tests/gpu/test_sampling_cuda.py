@@ -88,7 +88,7 @@ def test_penalties_within_a_captured_step(session, params):
 
 
 def test_stop_words_at_every_step(session):
-    letters = lambda ids: "".join(chr(0x100 + i) for i in ids)  # noqa: E731
+    letters = lambda ids: "".join(chr(0x100 + i) for i in ids)
     prompts = [[5, 9, 40], [7]]
     runs = [output.output_ids for output in generate(session, prompts, SamplingParams(24))]
     for end in range(2, 24):

@@ -220,7 +220,7 @@ def test_positions_that_a_model_was_made_for(tiny_config, change, positions):
 
 def test_an_engine_of_more_positions_is_refused(tiny_checkpoint, tmp_path):
     """256 of them; asked for by name, they are extrapolated."""
-    build = lambda length, **options: build_portable(  # noqa: E731
+    build = lambda length, **options: build_portable(
         tiny_checkpoint, tmp_path / "x", torch.float32, BuildLimits(1, length, 6), Mapping(), **options
     )
     build(250)

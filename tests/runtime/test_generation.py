@@ -124,7 +124,7 @@ def test_end_of_sequence_at_the_last_token_is_eos(session):
 def test_stop_word_over_several_tokens(session):
     """Letters for ids make a word of three tokens; only the sequence that says it stops."""
     prompts = random_prompts([6, 3])
-    decode = lambda ids: "".join(chr(0x100 + i) for i in ids)  # noqa: E731
+    decode = lambda ids: "".join(chr(0x100 + i) for i in ids)
     runs = [output.output_ids for output in generate(session, prompts, SamplingParams(16))]
     word = decode(runs[0][4:7])
     stop = decode(runs[0]).index(word) + 3
@@ -141,7 +141,7 @@ def test_stop_word_of_letters_of_several_bytes(session):
     run = generate(session, prompts, SamplingParams(16))[0].output_ids
     assert len(set(run[4:7])) == 3
     code = dict(zip(run[4:7], "\u65e5".encode(), strict=True))
-    decode = lambda ids: bytes(code.get(i, 46) for i in ids).decode(errors="replace")  # noqa: E731
+    decode = lambda ids: bytes(code.get(i, 46) for i in ids).decode(errors="replace")
     output = generate(session, prompts, SamplingParams(16, stop_words=("\u65e5",)), decode)[0]
     assert (output.output_ids, output.finish_reason) == (run[: decode(run).index("\u65e5") + 3], "stop")
 
@@ -152,7 +152,7 @@ def test_stop_word_that_begins_with_a_space(session):
     run = generate(session, prompts, SamplingParams(16))[0].output_ids
     assert len(set(run[4:7])) == 3
     code = dict(zip(run[4:7], " ab", strict=True))
-    decode = lambda ids: "".join(code.get(i, ".") for i in ids).removeprefix(" ")  # noqa: E731
+    decode = lambda ids: "".join(code.get(i, ".") for i in ids).removeprefix(" ")
     output = generate(session, prompts, SamplingParams(16, stop_words=(" ab",)), decode)[0]
     assert (output.output_ids, output.finish_reason) == (run[: decode(run).index(" ab") + 3], "stop")
 

@@ -178,7 +178,7 @@ def test_drawn_tokens_depend_on_the_prompts_number_alone(sampling):
 
 def test_stop_words_and_order_of_results():
     session = session_of("llama")
-    decode = lambda ids: "".join(chr(0x100 + i) for i in ids)  # noqa: E731
+    decode = lambda ids: "".join(chr(0x100 + i) for i in ids)
     some = prompts()[:20]
     words = tuple(decode(alone(session, index)[4:6]) for index in (0, 7))
     params = SamplingParams(24, stop_words=words)

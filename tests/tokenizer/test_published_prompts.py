@@ -45,9 +45,9 @@ def baichuan_prompt(user, assistant, ends):
 
 def qwen_prompt(encoding, system, turns):
     """`make_context` of https://github.com/QwenLM/Qwen: role, line break and content are encoded each by itself."""
-    encode = lambda text: encoding.encode_ordinary(unicodedata.normalize("NFC", text))  # noqa: E731
+    encode = lambda text: encoding.encode_ordinary(unicodedata.normalize("NFC", text))
     start, end, newline = 151644, 151645, encode("\n")
-    part = lambda role, content: [start, *encode(role), *newline, *encode(content)]  # noqa: E731
+    part = lambda role, content: [start, *encode(role), *newline, *encode(content)]
     ids = [*part("system", system or "You are a helpful assistant."), end]
     for question, answer in turns:
         ids += [*newline, *part("user", question), end, *newline, start, *encode("assistant"), *newline]
@@ -98,7 +98,7 @@ def test_no_text_holds_a_special_token(name, published_tokenizer, tmp_path):
     tokenizer = Tokenizer(tmp_path, read(name))
     special = [token for token in tokenizer._alias if token.isascii()]
     ids = {*tokenizer.special_token_ids(tuple(special))}
-    count = lambda text: sum(i in ids for i in tokenizer.encode(text, chat=True))  # noqa: E731
+    count = lambda text: sum(i in ids for i in tokenizer.encode(text, chat=True))
     rng = random.Random(0)
     for text in [*special, *("".join(rng.choices([*special, "x", " ", "<", "|>"], k=5)) for _ in range(100))]:
         assert count(text) == count("x"), text

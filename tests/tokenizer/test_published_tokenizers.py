@@ -54,7 +54,7 @@ def every_character(start: int, stop: int) -> list[str]:
 def strings() -> list[str]:
     rng = random.Random(0)
     documents = [*corpus()[:80], CHINESE, CODE, JAPANESE_AND_KOREAN]
-    cut = lambda text: text[(start := rng.randrange(len(text))) : start + rng.randrange(1, 200)]  # noqa: E731
+    cut = lambda text: text[(start := rng.randrange(len(text))) : start + rng.randrange(1, 200)]
     texts = [*documents, *(cut(text) for text in documents for _ in range(10)), *(cut(CHINESE) for _ in range(600))]
     texts += [cut(CODE) for _ in range(300)]
     texts += [space * length for space in SPACES for length in range(1, 40)]

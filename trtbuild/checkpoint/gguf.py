@@ -241,7 +241,7 @@ def _config(path: Path, fields: dict, tensor_names: set[str]) -> dict:
             if len(set(each)) != 1 or len(each) != layers:
                 raise UserError(f"{path}: llama.{key} differs by layer, {each}; only models with equal layers are read")
             values[key] = each[0]
-    has_bias = lambda names: any(f".{name}.bias" in tensor for name in names for tensor in tensor_names)  # noqa: E731
+    has_bias = lambda names: any(f".{name}.bias" in tensor for name in names for tensor in tensor_names)
     try:
         heads = values["attention.head_count"]
         head_dim = values.get("attention.key_length") or values["embedding_length"] // heads

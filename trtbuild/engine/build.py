@@ -46,7 +46,7 @@ def build_portable(
     checkpoint = _opened(checkpoint)
     if not extrapolate_positions:
         check_positions(checkpoint.config, limits)
-    weights = lambda name: checkpoint[name].fitting(dtype, name)  # noqa: E731
+    weights = lambda name: checkpoint[name].fitting(dtype, name)
     config, weights, cache = shard(checkpoint.config, weights, cache, mapping)
     network = decoder(config, weights, dtype, limits.max_length, cache, mapping)
     total = sum(constant.nbytes for constant in network.constants.values())

@@ -67,7 +67,7 @@ def scatter(points: Sequence[Point], front: Sequence[str], x_label: str, y_label
     x = _scale(left, right, LEFT, WIDTH - RIGHT)
     pad = (wide(high) - wide(low)) * 0.06
     y_of = _scale(wide(low) - pad, wide(high) + pad, HEIGHT - BOTTOM, TOP)
-    y: Scale = lambda value: y_of(wide(value))  # noqa: E731
+    y: Scale = lambda value: y_of(wide(value))
     parts = _axes(x, linear_ticks(left, right), y, _apart(wide_ticks(low, high), y), x_label, y_label)
     parts.append(f'<path class="zero" d="M{LEFT} {y(0):.1f}H{WIDTH - RIGHT}"/>')
     ahead: list[Point] = []
@@ -104,7 +104,7 @@ def lines(series: Mapping[str, Sequence[float | None]], y_label: str, log: bool 
     scale: Scale = math.log10 if log else lambda value: value
     low, high = (min(values), max(values)) if log else (0.0, max(*values, 0.0) or 1.0)
     y_of = _scale(scale(low), scale(high), HEIGHT - BOTTOM, TOP)
-    y: Scale = lambda value: y_of(scale(value))  # noqa: E731
+    y: Scale = lambda value: y_of(scale(value))
     ticks = log_ticks(low, high) if log else linear_ticks(low, high)
     parts = _axes(x, [tick for tick in linear_ticks(0, count - 1) if tick % 1 == 0], y, ticks, "layer", y_label)
     ends = []
@@ -131,8 +131,8 @@ def diagonal(points: Iterable[Point], x_label: str, y_label: str) -> str:
     points = list(points)
     values = [value for point in points for value in (point.x, point.y)]
     low, high = min(values) / 1.3, max(values) * 1.3
-    x = lambda value: _scale(math.log10(low), math.log10(high), LEFT, WIDTH - RIGHT)(math.log10(value))  # noqa: E731
-    y = lambda value: _scale(math.log10(low), math.log10(high), HEIGHT - BOTTOM, TOP)(math.log10(value))  # noqa: E731
+    x = lambda value: _scale(math.log10(low), math.log10(high), LEFT, WIDTH - RIGHT)(math.log10(value))
+    y = lambda value: _scale(math.log10(low), math.log10(high), HEIGHT - BOTTOM, TOP)(math.log10(value))
     ticks = log_ticks(low, high)
     parts = _axes(x, ticks, y, ticks, x_label, y_label)
     parts.append(f'<path class="front" d="M{x(low):.1f} {y(low):.1f}L{x(high):.1f} {y(high):.1f}"/>')

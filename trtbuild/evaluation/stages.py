@@ -155,7 +155,7 @@ def measure_perplexity(
         session = opened.session
         asked["max_input_len"] = session.limits.max_input_len
         origin = provenance(opened) | asked
-        logits = lambda ids: session.prefill([ids], all_logits=True)  # noqa: E731
+        logits = lambda ids: session.prefill([ids], all_logits=True)
         with torch.inference_mode():
             if not hidden_states:
                 result = perplexity(texts, logits, session.limits.max_input_len)

@@ -38,7 +38,7 @@ def summarization_prompts(
         ids = encode(article.article)
         if len(ids) > max_input_len:
             text = article.article.strip()
-            size = lambda length: len(encode(beginning(text, length)))  # noqa: B023, E731
+            size = lambda length: len(encode(beginning(text, length)))  # noqa: B023
             fitting = bisect_right(range(len(text) + 1), max_input_len, key=size) - 1
             if fitting < 1:
                 raise UserError(

@@ -79,7 +79,7 @@ def _joined() -> str:
             for before, after in pairwise(decomposed := unicodedata.normalize("NFD", composed)):
                 followers[after].add(before)
             last[decomposed[-1]].append(character)
-    characters = lambda groups: "".join(map(re.escape, sorted(set().union(*groups))))  # noqa: E731
+    characters = lambda groups: "".join(map(re.escape, sorted(set().union(*groups))))
     return "|".join(
         f"(?<=[{characters(last[before] for before in befores)}])[{characters([forms[mark]])}]"
         for mark, befores in sorted(followers.items())
