@@ -18,11 +18,9 @@ from trtbuild.engine.config import BuildLimits
 from trtbuild.errors import UserError
 from trtbuild.network.network import Network
 from trtbuild.network.ranks import Ranks
-from trtbuild.network.step import Chunk
 from trtbuild.runtime import together
 from trtbuild.runtime.open import open_engine
 from trtbuild.runtime.ranks import MpiRanks, NcclRanks, _meetings, _peer_memory
-from trtbuild.runtime.ranks_session import pieces
 from trtbuild.runtime.world import launched, world
 
 HERE = TESTS / "runtime"
@@ -345,19 +343,6 @@ def test_ranks_look_for_each_others_memory_where_all_have_some(monkeypatch, with
 )
 def test_who_meets(layout, expected):
     assert {*_meetings(*layout)} == expected
-
-
-def test_a_step_in_pieces():
-    chunks = [Chunk([1, 2], 2), Chunk([3, 4, 5], 8, past=4, slot=1, all_logits=True), Chunk([6, 7, 8, 9], 4, slot=2)]
-    steps = pieces(chunks, 4)
-    assert [[list(chunk.tokens) for chunk in step] for step, _ in steps] == [[[1, 2], [3, 4]], [[5], [6, 7, 8]], [[9]]]
-    assert [[(chunk.past, chunk.slot) for chunk in step] for step, _ in steps] == [
-        [(0, 0), (4, 1)],
-        [(6, 1), (0, 2)],
-        [(3, 2)],
-    ]
-    assert [wanted for _, wanted in steps] == [[0, 1, 2], [0], [0]]
-    assert pieces(chunks, 9) == [(chunks, [0, 1, 2, 3, 4])]
 
 
 def test_what_ranks_can_do_is_alike():
