@@ -37,8 +37,9 @@ class DenseLinear(Op):
             return onednn_linear(x, weight, bias)
         if x.shape[0] < WIDEN_MIN_ROWS:
             return F.linear(x, weight, bias)
-        product = blockwise_linear(x, weight.shape, lambda rows: weight[rows].float())
-        return (product if bias is None else product.add_(bias)).to(x.dtype)
+        dtype = x.dtype if bias is None else torch.float32
+        product = blockwise_linear(x, weight.shape, lambda rows: weight[rows].float(), dtype)
+        return product if bias is None else product.add_(bias).to(x.dtype)
 
     def to_tensorrt(self, lowering: Lowering, x: Lowered, weight: Lowered, bias: Lowered | None = None) -> Lowered:
         return lowering.add_bias(lowering.matmul(x, weight, transpose_b=True), bias)

@@ -6,10 +6,21 @@ import torch
 import torch.nn.functional as F
 
 
+# Rows up to which the weight is oneDNN's first factor: the second it brings into an order of its own, every time.
+FEW_ROWS = 32
+
+
 def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`x @ weight.T + bias`, on a CPU by oneDNN, which has to know the dtype; in float32 `F.linear` is MKL's there."""
     if x.is_cuda or not torch.backends.mkldnn.is_available():
         return F.linear(x, weight, bias)
+    if 1 < len(x) <= FEW_ROWS and x.dtype == torch.float32:
+        product = _product(weight, x).t().contiguous()
+        return product if bias is None else product.add_(bias)
+    return _product(x, weight, bias)
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
