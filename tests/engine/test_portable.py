@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import subprocess
 import sys
 import time
 import weakref
@@ -393,7 +394,8 @@ def test_decode_equals_prefill_of_the_longer_prompt(tiny_engine):
 def test_overhead_of_a_step(tiny_engine):
     """A step of the 2-layer model is some 25 operations; their dispatch must not become the cost.
 
-    Counted in calls of Python's and torch's functions, 238, since times depend on what else a machine does.
+    Counted in calls of Python's and torch's functions, 238 or, on a CPU that widens 16-bit weights, 295, since times
+    depend on what else a machine does.
     """
     session = open_session(tiny_engine)
     tokens = session.prefill(random_prompts(6)).argmax(-1).int()
@@ -404,4 +406,27 @@ def test_overhead_of_a_step(tiny_engine):
         session.decode(tokens)
     finally:
         sys.setprofile(None)
-    assert 50 < len(calls) < 300
+    assert 50 < len(calls) < 320
+
+
+def test_freed_memory_is_kept():
+    """Blocks of 6 MB, five at a time, are mapped once; in a process of its own, whose C library knows nothing yet."""
+    code = """
+import resource, torch
+from trtbuild.engine.portable import keep_freed_memory
+def step():
+    blocks = [torch.zeros(6 << 20, dtype=torch.uint8) for _ in range(5)]
+    while blocks:
+        del blocks[0]
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+keep_freed_memory()
+for _ in range(3):
+    step()
+before = faults()
+for _ in range(20):
+    step()
+print(faults() - before)
+"""
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert int(found) < 10_000  # 152,960 otherwise

@@ -25,7 +25,7 @@ def case(rows: int, inner: int, outer: int, bias: bool, dtype: torch.dtype):
 
 @pytest.fixture(params=[False, True], ids=["widened", "multiplied"])
 def bfloat16(request, monkeypatch):
-    """CPUs with and without products of bfloat16; oneDNN has them, if need be slow ones, where vectors have 512 bits."""
+    """CPUs with and without products of bfloat16; oneDNN has them, if need be slow ones, with AVX-512."""
     if request.param and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("a CPU without AVX-512")
     monkeypatch.setattr("trtbuild.linear.dense.multiplies_bfloat16", lambda: request.param)

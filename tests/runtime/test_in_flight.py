@@ -22,7 +22,7 @@ from trtbuild.engine.portable import PortableEngine
 from trtbuild.errors import UserError
 from trtbuild.runtime.generation import generate
 from trtbuild.runtime.in_flight import InFlight, schedule
-from trtbuild.runtime.pages import SCRATCH, Pages
+from trtbuild.runtime.pages import SCRATCH, Pages, WholePages
 from trtbuild.runtime.sampling import SamplingParams
 from trtbuild.runtime.scheduler import Scheduler, Sequence
 from trtbuild.runtime.session import PortableSession
@@ -72,6 +72,10 @@ class Audited(InFlight):
         assert SCRATCH not in owners
         assert pages.free + len(owners) == pages.count  # none is lost
         assert len(there) <= self.scheduler.rows
+        if isinstance(pages, WholePages):
+            assert len({sequence.pages[0] for sequence in there}) == len(there)
+            assert all(len(sequence.pages) == 1 for sequence in self.scheduler.running)  # nobody else's any more
+            there = []
         for sequence in there:
             assert len(sequence.pages) == len({*sequence.pages}) == pages.needed(sequence.positions)
             own = sequence.pages[len(sequence.prompt) // pages.size :]
@@ -85,7 +89,10 @@ class Audited(InFlight):
 
 
 def run(session, requests, params=SamplingParams(24), page_size=16, pages=0, rows=0, budget=0):
-    """Outputs of `requests`, pairs of a prompt's index and an output's length, and how many steps it took."""
+    """Outputs of `requests`, pairs of a prompt's index and an output's length, and how many steps it took.
+
+    `page_size` 0: a page holds a sequence.
+    """
     sequences = [Sequence(i, prompts()[index], length) for i, (index, length) in enumerate(requests)]
     scheduler = schedule(session, sequences, params, page_size, pages)
     scheduler.rows = min(scheduler.rows, rows or scheduler.rows)
@@ -115,7 +122,7 @@ requests_of = st.lists(st.tuples(st.sampled_from(range(2 * len(LENGTHS))), st.in
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     requests=requests_of,
-    page_size=st.sampled_from([4, 16, 64]),
+    page_size=st.sampled_from([0, 4, 16, 64]),
     spare=st.integers(0, 40),
     rows=st.integers(1, 64),
     budget=st.sampled_from([1, 7, 64, 512]),
@@ -124,10 +131,10 @@ requests_of = st.lists(st.tuples(st.sampled_from(range(2 * len(LENGTHS))), st.in
 def test_every_output_is_what_its_prompt_leads_to_alone(one_thread, requests, page_size, spare, rows, budget, ends):
     """With so few pages that sequences wait; with tokens that end a sequence, which are some of those that come."""
     session = session_of("llama")
-    needs = [-(-(len(prompts()[index]) + length) // page_size) for index, length in requests]
+    needs = [-(-(len(prompts()[index]) + length) // page_size) if page_size else 1 for index, length in requests]
     eos = tuple(sorted({alone(session, index)[5] for index, _ in requests[:ends]}))
     params = SamplingParams(24, eos_token_ids=eos)
-    pages = max(needs) + spare
+    pages = max(needs) + spare if page_size else min(1 + spare, len(requests), 32)
     outputs, _ = run(session, requests, params, page_size, pages, rows, budget)
     for output, whole in zip(outputs, expected(session, requests), strict=True):
         stop = next((i + 1 for i, token in enumerate(whole) if token in eos), len(whole))
@@ -137,23 +144,28 @@ def test_every_output_is_what_its_prompt_leads_to_alone(one_thread, requests, pa
 MIXED = [(index, 1 + 5 * index % 24) for index in (3, 30, 31, 12, 13, 0, 1, 29, 28, 31, 30, 31, 8, 9, 20, 21)]
 
 
+paged = pytest.mark.parametrize(("page_size", "pages"), [(16, 30), (0, 4)], ids=["pages", "whole"])
+
+
 @pytest.mark.parametrize(
     "name",
     ["llama, 1 KV head", "llama, dynamic NTK", "qwen beyond its length", "baichuan 13b", "yi"],
 )
-def test_families(name):
+@paged
+def test_families(name, page_size, pages):
     """ALiBi, log-n, both NTKs; a short budget, few pages, and sequences that wait."""
     session = session_of(name)
-    outputs, steps = run(session, MIXED, pages=30, budget=64, rows=5)
+    outputs, steps = run(session, MIXED, page_size=page_size, pages=pages, budget=64, rows=5)
     assert outputs == expected(session, MIXED)
     assert steps > 60
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("name", ["llama", "baichuan 13b"])
-def test_caches_of_8_bits(name, dtype):
+@paged
+def test_caches_of_8_bits(name, dtype, page_size, pages):
     session = session_of(name, None, dtype)
-    outputs, _ = run(session, MIXED, pages=30, budget=64, rows=5)
+    outputs, _ = run(session, MIXED, page_size=page_size, pages=pages, budget=64, rows=5)
     assert outputs == expected(session, MIXED)
 
 
@@ -190,18 +202,19 @@ def test_stop_words_and_order_of_results():
     assert {output.finish_reason for output in outputs} == {"stop", "length"}
 
 
-def test_a_common_beginning_is_computed_once(monkeypatch):
+@pytest.mark.parametrize(("page_size", "common"), [(16, 64), (0, 70)])
+def test_a_common_beginning_is_computed_once(monkeypatch, page_size, common):
     """Of 70 tokens in pages of 16, 64: by counting the tokens that go through the model."""
     session, sent = session_of("llama"), []
     begin_alike = [i for i in range(1, 32, 2) if len(prompts()[i]) > 70 and len(prompts()[i]) % 2 == 0]
     requests = [(index, 8) for index in begin_alike * 4]
     enter = Audited._enter
     monkeypatch.setattr(Audited, "_enter", lambda self, parts: sent.extend(parts) or enter(self, parts))
-    outputs, _ = run(session, requests)
+    outputs, _ = run(session, requests, page_size=page_size)
     assert outputs == expected(session, requests)
     lengths = [len(prompts()[index]) for index, _ in requests]
     assert len(requests) > 4
-    assert sum(len(part) for _, part in sent) <= sum(lengths) - 64 * (len(requests) - 1)
+    assert sum(len(part) for _, part in sent) <= sum(lengths) - common * (len(requests) - 1)
 
 
 def test_a_batch_of_its_own_follows_and_precedes():
@@ -295,3 +308,20 @@ def test_a_prompt_that_ends_with_a_page_computes_its_last_token():
     pages = Pages(8, 8)
     assert pages.take([1] * 16, 20)[1] == 0
     assert pages.take([1] * 16, 20)[1] == 8
+
+
+def test_a_page_is_kept_until_what_it_begins_with_is_copied():
+    pages = WholePages(3, 24)
+    first, past = pages.take([1] * 17, 20)
+    assert (len(first), past, pages.copied(first)) == (1, 0, SCRATCH)
+    second, past = pages.take([1] * 9 + [2] * 5, 20)
+    assert (second[1:], past) == (first, 9)
+    pages.give_back(first)
+    assert pages.free == 1
+    third, past = pages.take([1] * 17, 24)  # the last token is computed
+    assert (third[1:], past) == (first, 16)
+    assert pages.take([3], 4) is None
+    assert pages.copied(second) == pages.copied(third) == first[0]
+    assert pages.free == 1
+    assert pages.take([1] * 17, 25) is None  # too long
+    assert pages.take([1, 1, 1, 3], 24) == ([*first, second[0]], 3)

@@ -5,23 +5,19 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-
-# Rows up to which the weight is oneDNN's first factor: the second it brings into an order of its own, every time.
-FEW_ROWS = 32
+# For which the weight is oneDNN's first factor: the second it brings into an order of its own, every time.
+FEW_ROWS = range(4, 33)
 
 
 def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`x @ weight.T + bias`, on a CPU by oneDNN, which has to know the dtype; in float32 `F.linear` is MKL's there."""
     if x.is_cuda or not torch.backends.mkldnn.is_available():
         return F.linear(x, weight, bias)
-    if 1 < len(x) <= FEW_ROWS and x.dtype == torch.float32:
-        product = _product(weight, x).t().contiguous()
-        return product if bias is None else product.add_(bias)
-    return _product(x, weight, bias)
-
-
-def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    product = torch.ops.mkldnn._linear_pointwise
+    if x.shape[0] in FEW_ROWS and x.dtype == torch.float32:
+        y = product(weight, x, None, "none", [], "").t().contiguous()
+        return y if bias is None else y.add_(bias)
+    return product(x, weight, bias, "none", [], "")
 
 
 @cache

@@ -24,7 +24,7 @@ CAPTURED_ROWS = (
 # Multiplications a layer, which an H100 does in FP8 in the time in which a host launches the layer's kernels, or twice.
 CAPTURED_WORK = 1 << 39
 LAUNCHED_ROWS = 8192  # of any step of chunks: more would be no faster a token, and hold more memory
-BLOCK = 1 << 18  # numbers of keys, and of values, that attention on a CPU reads at a time: a megabyte in float32
+BLOCK = 1 << 17  # numbers of keys, and of values, that a thread's attention on a CPU reads at a time: half a megabyte
 ALIGNMENT = 4  # integers: inputs that are copied together begin at multiples of 16 bytes, as kernels like them
 
 
@@ -33,7 +33,8 @@ class Chunk:
     """One sequence's part of a step: its next tokens, a prompt, some of it, or what follows one.
 
     `past` positions are in its cache already, which is the batch's `slot`. `prompt_length` is that of its whole prompt,
-    by which some models choose RoPE's base. `all_logits`: of every token, not of the last alone.
+    by which some models choose RoPE's base. `all_logits`: of every token, not of the last alone. `source`, if not 0, is
+    a page that is to be copied to its own first, which is to hold the same `past` positions.
     """
 
     tokens: Sequence[int]
@@ -41,6 +42,7 @@ class Chunk:
     past: int = 0
     slot: int = 0
     all_logits: bool = False
+    source: int = 0
 
     @property
     def end(self) -> int:
@@ -294,6 +296,12 @@ class Step:
         if self.pages is None:
             cache[slot : slot + len(chunks), :, past:end] = new
             return
+        if self._in_one_page(cache, end):
+            page = self._first_pages[slot]
+            if chunks[0].source:
+                cache[page, :, :past] = cache[chunks[0].source, :, :past]
+            cache[page, :, past:end] = new[0]
+            return
         key = "entries", past, end, slot, cache.shape[2]
         if key not in self._read:
             positions = torch.arange(past, end, device=cache.device)
@@ -302,9 +310,17 @@ class Step:
         cache[pages, :, offsets] = new[0].transpose(0, 1)
 
     def read(self, cache: torch.Tensor, slots: slice, end: int) -> torch.Tensor:
-        """The first `end` positions of some slots, `[slots, kv_heads, end, head_dim]`; of pages a copy."""
+        """The first `end` positions of some slots, `[slots, kv_heads, end, head_dim]`; of pages a copy, but on a CPU
+        where they are in one page a slot and these are neighbours.
+        """
         if self.pages is None:
             return cache[slots, :, :end]
+        if self._in_one_page(cache, end):
+            pages = self._first_pages[slots]
+            if pages == [*range(pages[0], pages[0] + len(pages))]:
+                return cache[pages[0] : pages[0] + len(pages), :, :end]
+            held = cache.view(torch.int8) if cache.dtype.itemsize == 1 else cache
+            return torch.stack([held[page, :, :end] for page in pages]).view(cache.dtype)
         _, kv_heads, size, head_dim = cache.shape
         key = "read", slots.start, slots.stop, end, cache.shape[1:]
         if key not in self._read:
@@ -316,6 +332,14 @@ class Step:
         found = heads_of_pages.index_select(0, self._read[key]).view(cache.dtype)
         return found.view(slots.stop - (slots.start or 0), kv_heads, -1, head_dim)[:, :, :end]
 
+    def _in_one_page(self, cache: torch.Tensor, end: int) -> bool:
+        """Whether slots' first pages hold so many positions, and the host may look which they are."""
+        return not cache.is_cuda and end <= cache.shape[2]
+
+    @cached_property
+    def _first_pages(self) -> list[int]:
+        return [] if self.pages is None else self.pages[:, 0].tolist()
+
     def blocks(self, position_ids: torch.Tensor, width: int) -> list[tuple[slice, int]]:
         """Generation phase: sequences that one attention serves, and how many positions it reads; on a GPU all, and
         `kv_bound`. On a CPU what is gathered or widened for it, `width` numbers a position, is to stay in the cache.
@@ -325,7 +349,8 @@ class Step:
             if position_ids.is_cuda:
                 self._blocks = [(slice(0, count), self.kv_bound)]
             else:
-                ends, size = (position_ids + 1).tolist(), max(1, BLOCK // (self.kv_bound * width))
+                numbers = BLOCK * torch.get_num_threads()
+                ends, size = (position_ids + 1).tolist(), max(1, numbers // (self.kv_bound * width))
                 self._blocks = [
                     (slice(i, min(i + size, count)), max(ends[i : i + size])) for i in range(0, count, size)
                 ]

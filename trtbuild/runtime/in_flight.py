@@ -10,13 +10,13 @@ import torch
 from trtbuild.errors import UserError
 from trtbuild.network.step import Chunk, sent
 from trtbuild.runtime.paged_steps import PagedSteps, Rows, Sizes
-from trtbuild.runtime.pages import Pages
+from trtbuild.runtime.pages import Pages, WholePages
 from trtbuild.runtime.sampling import SamplingParams
 from trtbuild.runtime.scheduler import Scheduler, Sequence
 from trtbuild.runtime.session import PortableSession
 from trtbuild.runtime.token_ring import steps_ahead
 
-PAGE_SIZE = {"cuda": 64, "cpu": 16}  # positions: of small pages less is left over, large ones are read faster
+PAGE_SIZE = 64  # positions, on a GPU: of small pages less is left over, large ones are read faster
 MOST_SEQUENCES = {"cuda": 1024, "cpu": 32}  # of a step
 BUDGET = {"cuda": 4096, "cpu": 512}  # tokens of a step of chunks
 LENGTHS = {"prompt_lengths", "sequence_lengths"}  # inputs by which keys depend on how long a prompt is
@@ -27,26 +27,32 @@ def schedule(
 ) -> Scheduler:
     """With pages for all of these sequences, or as many as there is room for, which are a batch's caches or more.
 
-    Pages that are there already are used again where they do. For tests the size of a page and how many are given.
+    On a CPU a page holds the longest of them. Pages that are there already are used again where they do. For tests the
+    size of a page and how many are given.
     Raises `UserError` for a sequence that is too long.
     """
     device, limits, kind = session.device.type, session.limits, params.kind
-    page_size = page_size or PAGE_SIZE[device]
-    rows, budget = min(len(sequences), MOST_SEQUENCES[device]), BUDGET[device]
-    width = -(-limits.max_length // page_size)
-    needs = sorted((-(-sequence.positions // page_size) for sequence in sequences), reverse=True)
-    least = limits.max_batch_size * width
-    wanted = max(sum(needs[:rows]), least)
     has = session.paged_steps.sizes if session.paged_steps else Sizes(0, 0, 0, 0, kind)
+    whole = device == "cpu" and not page_size
+    if whole:
+        longest = max(sequence.positions for sequence in sequences)
+        page_size = has.page_size if has.width == 1 and has.page_size >= longest else longest
+    page_size = page_size or PAGE_SIZE
+    rows, budget = min(len(sequences), MOST_SEQUENCES[device]), BUDGET[device]
+    width = 1 if whole else -(-limits.max_length // page_size)
+    least = -(-limits.max_batch_size * limits.max_length // page_size) if whole else limits.max_batch_size * width
+    needs = sorted((-(-sequence.positions // page_size) for sequence in sequences), reverse=True)
+    wanted = max(sum(needs[:rows]), least)
     few = has.pages < wanted and not session.pages_are_all
-    if has.page_size != page_size or has.kind != kind or has.rows < rows or few:
+    if (has.page_size, has.width, has.kind) != (page_size, width, kind) or has.rows < rows or few:
         drawing = kind.room * session.vocab_size * 4
         room = session.paged("room", rows, budget, drawing) // (session.bytes_per_position * page_size) - 1
         has = Sizes(min(wanted, max(room, least)), page_size, rows, width, kind)
         session.paged("open", has)
         session.pages_are_all = has.pages < wanted
     session.lengths, session.prompt_lengths = [], []  # of a batch, whose caches have the same memory
-    allotted = Pages(pages or has.pages, page_size, LENGTHS.isdisjoint(session.engine.network.inputs))
+    pool = WholePages if whole else Pages
+    allotted = pool(pages or has.pages, page_size, LENGTHS.isdisjoint(session.engine.network.inputs))
     return Scheduler(sequences, allotted, rows, budget)
 
 
@@ -115,9 +121,10 @@ class InFlight:
         pages = np.zeros((len(parts), self.steps.sizes.width), dtype=np.int32)
         chunks, complete = [], []
         for i, (sequence, part) in enumerate(parts):
-            pages[i, : len(sequence.pages)] = sequence.pages
             tokens = sequence.prompt[part.start : part.stop]
-            chunks.append(Chunk(tokens, len(sequence.prompt), part.start, slot=i))
+            source = self.scheduler.pages.copied(sequence.pages)
+            pages[i, : len(sequence.pages)] = sequence.pages
+            chunks.append(Chunk(tokens, len(sequence.prompt), part.start, slot=i, source=source))
             if part.stop == len(sequence.prompt):
                 complete.append(sequence)
         logits = self.session.paged("chunks", chunks, pages)[: len(complete)]

@@ -55,6 +55,10 @@ class Pages:
             self._names[pages[i]] = key
         return pages, shared * self.size
 
+    def copied(self, pages: list[int]) -> int:
+        """For a sequence's next step, the page from which that copies what is before it."""
+        return SCRATCH
+
     def give_back(self, pages: list[int]) -> None:
         """A sequence's, when its last step has been launched: what comes later comes later on the device, too."""
         for page in pages:
@@ -64,3 +68,42 @@ class Pages:
                 self._free.append(page)
                 if page in self._names:
                     del self._known[self._names.pop(page)]
+
+
+class WholePages(Pages):
+    """Pages of which each holds a sequence, so that attention reads it where it is.
+
+    Of a prompt that begins like another which has a page, as many positions as are the same are copied from there.
+    That page is the second of the sequence's, until its first step has been launched.
+    """
+
+    def __init__(self, count: int, size: int, shares: bool = True) -> None:
+        super().__init__(count, size, shares)
+        self._prompts: dict[int, Sequence[int]] = {}
+
+    def take(self, prompt: Sequence[int], positions: int) -> tuple[list[int], int] | None:
+        if not self._free or positions > self.size:
+            return None
+        page, source, past = self._free.pop(), SCRATCH, 0
+        for other, known in self._prompts.items() if self.shares else ():
+            alike = next((i for i, (a, b) in enumerate(zip(known, prompt[:-1], strict=False)) if a != b), None)
+            alike = min(len(known), len(prompt) - 1) if alike is None else alike
+            source, past = (other, alike) if alike > past else (source, past)
+        self._prompts[page] = prompt
+        pages = [page, source] if past else [page]
+        for page in pages:
+            self.owners[page] += 1
+        return pages, past
+
+    def copied(self, pages: list[int]) -> int:
+        if len(pages) == 1:
+            return SCRATCH
+        source = pages.pop()
+        self.give_back([source])
+        return source
+
+    def give_back(self, pages: list[int]) -> None:
+        super().give_back(pages)
+        for page in pages:
+            if not self.owners[page]:
+                del self._prompts[page]
