@@ -10,7 +10,7 @@ from trtbuild.linear.w8a8 import W8A8Linear
 
 pytest.importorskip("triton", "3.7")  # earlier interpreters fail with numpy 2.4
 
-from trtbuild.kernels.one_row import product, takes
+from trtbuild.kernels.one_row import _tiles, product, takes
 from trtbuild.kernels.widen import interleave_int4
 
 FP8 = torch.float8_e4m3fn
@@ -102,6 +102,12 @@ def test_zeros_stay_zeros():
     for kind in FORMATS:
         constants, _ = layer(kind, 8, 64)
         assert (product(torch.zeros(1, 64).half(), **constants) == 0).all()
+
+
+@pytest.mark.parametrize(("width", "size"), [(4096, 1024), (11008, 1024), (5120, 512), (13696, 1024)])
+def test_int4_tiles_go_little_beyond_a_row(width, size):
+    """Of LLaMA-7B and Baichuan2-13B; sizes are bytes."""
+    assert _tiles(torch.empty(8, width // 2, dtype=torch.uint8), False) == (16, size, 4)
 
 
 def test_what_it_does_not_take():

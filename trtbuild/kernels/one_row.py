@@ -87,13 +87,15 @@ def _tiles(weight: torch.Tensor, rounded: bool) -> tuple[int, int, int]:
     """Rows of the weight of a program, bytes or numbers of these in a tile, and warps: the fastest for LLaMA-7B.
 
     A thread reads 16 bytes of each row of a tile, or 32. What a program does once for all of its rows costs most in
-    INT4, then where activations are rounded; else fewer rows make more programs to begin with.
+    INT4, then where activations are rounded; else fewer rows make more programs to begin with. INT4's tiles
+    are converted whole: smaller ones for rows which they end with, such as of 5,120 numbers.
     """
     few = len(weight) <= 4096
     if weight.dtype.itemsize == 2:
         return (2 if few else 4), 2048, 4
     if weight.dtype == torch.uint8:
-        return 16, 2048, 4
+        whole, halves = triton.cdiv(weight.shape[1], 1024), triton.cdiv(weight.shape[1], 512)
+        return 16, 512 if halves <= 1.75 * whole else 1024, 4
     return (8, 2048, 4) if few or rounded else (4, 4096, 4)
 
 
