@@ -18,7 +18,7 @@ FP8 = torch.float8_e4m3fn
 TOLERANCE = 5e-4  # the result's own rounding to float16
 FORMATS = ("float16", "int8", "int4", "int4 zeros", "w8a8 token", "w8a8 static", "fp8 token", "fp8 static")
 # rows, out, in, whether SwiGLU: a sum in one part and in several, the last of them short; sizes that no tile divides
-SHAPES = [(2, 48, 128, False), (5, 34, 1312, True), (17, 70, 96, True), (64, 32, 64, False)]
+SHAPES = [(2, 48, 128, False), (5, 34, 1312, True), (17, 70, 96, True), (9, 36, 512, True), (64, 32, 64, False)]
 INPUT_SCALE = 1 / 64
 
 

@@ -42,9 +42,9 @@ MAX_BLOCKS = 1 << 16  # of outputs of a product that is split
 class Tiles:
     """Sizes of a program's work: rows, outputs, channels, steps ahead that are read; and its warps.
 
-    `unroll` times `k` channels are a step. Where `swap`, the weight is the first operand of tensor cores: from shared
-    memory as it is, or from registers where it is converted. INT4's scales are those of sums, or with `scale_weight` of
-    the weight, rounded to 16 bits: many rows have more sums than weights.
+    `unroll` times `k` channels are a step. Where `swap`, as always in INT4, the weight is the first operand of tensor
+    cores: from shared memory as it is, or from registers where it is converted. INT4's scales are those of sums, or
+    with `scale_weight` of the weight, rounded to 16 bits: many rows have more sums than weights.
     """
 
     m: int
@@ -96,7 +96,8 @@ def product(
     part_steps = triton.cdiv(steps, _parts(tiles, blocks * row_tiles, x, weight, swiglu))
     parts = triton.cdiv(steps, part_steps)
     output = torch.empty(rows, columns, dtype=dtype, device=device)
-    sums = None if parts == 1 else torch.empty(parts, rows, out, dtype=torch.float32, device=device)
+    padded = parts, rows, blocks * tiles.n * (1 + swiglu)
+    sums = None if parts == 1 else torch.empty(padded, dtype=torch.float32, device=device)
     _few_rows_product_kernel[row_tiles, blocks, parts](
         x.contiguous(), row_scale, weight, scales, zeros, bias,
         None if residual is None else residual.contiguous(),
@@ -104,9 +105,8 @@ def product(
         GROUP=group or 0, BLOCK=block or 0, EVEN_K=width % step == 0,
         PER_ROW=row_scale is not None and row_scale.numel() > 1, SWIGLU=swiglu, PARTS=parts,
         BLOCK_M=tiles.m, BLOCK_N=tiles.n, BLOCK_K=tiles.k, UNROLL=tiles.unroll, SWAP=tiles.swap,
-        SCALE_WEIGHT=tiles.scale_weight, STAGES=tiles.stages, LATE=weight.itemsize < 2,
-        EVICT="evict_first" if row_tiles == 1 else "",
-        num_warps=tiles.warps, **dependent_launch(device),
+        SCALE_WEIGHT=tiles.scale_weight, STAGES=tiles.stages, EVICT="evict_first" if row_tiles == 1 else "",
+        LATE=weight.itemsize < 2, num_warps=tiles.warps, **dependent_launch(device),
     )  # fmt: skip
     return output
 
@@ -136,8 +136,9 @@ def _tiles(x: torch.Tensor, weight: torch.Tensor, swiglu: bool, block: int | Non
     if block is not None:
         if m > 64:
             return Tiles(m, 128, block, 3, warps=8, swap=True, scale_weight=True)
-        if swiglu and m == 16 and width % (2 * block) == 0:
-            return Tiles(m, 32, block, 3, unroll=2)
+        if swiglu and m <= 32:
+            even = width % (2 * block) == 0
+            return Tiles(m, 32, block, 3 if even else 4, swap=True, unroll=2 if even else 1)
         return Tiles(m, 64, block, 4, swap=True)
     k = 256 // weight.itemsize
     if weight.itemsize < x.itemsize:
@@ -192,137 +193,108 @@ def _few_rows_product_kernel(
     INT4: tl.constexpr = GROUP > 0
     out = columns * 2 if SWIGLU else columns
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    gate = tl.minimum(n, columns - 1)
-    # Of INT4 a step has words of four channels each, which lie a quarter of an interleaved block apart.
-    QUARTER: tl.constexpr = BLOCK // 4
-    K: tl.constexpr = BLOCK_K // 4 if INT4 else BLOCK_K
-    k = tl.arange(0, K)
+    N: tl.constexpr = 2 * BLOCK_N if SWIGLU else BLOCK_N
+    i = tl.arange(0, N)
+    if SWIGLU:  # eight gate rows, then the up rows of the same outputs: a thread has both
+        n = tl.program_id(1) * BLOCK_N + i // 16 * 8 + i % 8
+        up = i // 8 % 2 * columns
+    else:
+        n = tl.program_id(1) * BLOCK_N + i
+        up = 0
+    row = n + up
+    k = tl.arange(0, BLOCK_K)
+    word = k
+    if INT4:  # a word has four channels, a quarter of an interleaved block apart: all first ones, all second ones, ...
+        QUARTER: tl.constexpr = BLOCK // 4
+        WORDS: tl.constexpr = BLOCK_K // 4
+        word = tl.arange(0, WORDS)
+        if WORDS > QUARTER:
+            k = k % WORDS // QUARTER * BLOCK + k // WORDS * QUARTER + k % QUARTER
     begin = tl.program_id(2) * part_steps * UNROLL * BLOCK_K
     end = tl.minimum(begin + part_steps * UNROLL * BLOCK_K, width)
     # Tiles are [channels, rows] and [outputs, channels] where they swap, else [rows, channels], [channels, outputs].
     if SWAP:
-        m_, k_x, n_, k_w, gate_ = m[None, :], k[:, None], n[:, None], k[None, :], gate[:, None]
+        m_, k_x, i_, k_w = m[None, :], k[:, None], i[:, None], word[None, :]
     else:
-        m_, k_x, n_, k_w, gate_ = m[:, None], k[None, :], n[None, :], k[:, None], gate[None, :]
+        m_, k_x, i_, k_w = m[:, None], k[None, :], i[None, :], word[:, None]
+    there = (tl.minimum(n, columns - 1) + up).to(tl.int64)
+    x_tile = x + m_ * width + k_x
     if INT4:
         stride = tl.multiple_of(width // 4, 8)  # blocks have 32 channels or more
-        gate_tile = weight.to(tl.pointer_type(tl.int16)) + gate_.to(tl.int64) * stride + k_w
-        if K > QUARTER:
-            k_x = k_x // QUARTER * BLOCK + k_x % QUARTER
-            k_w = k_w // QUARTER * BLOCK
+        weight_tile = weight.to(tl.pointer_type(tl.int16)) + _along_rows(there, SWAP) * stride + k_w
+        k_w = k_w // QUARTER * BLOCK
     else:
-        stride = width
-        gate_tile = weight + gate_.to(tl.int64) * stride + k_w
-    x_tile = x + m_ * width + k_x
-    up_tile = gate_tile + columns.to(tl.int64) * stride
+        weight_tile = weight + _along_rows(there, SWAP) * width + k_w
     if not LATE:
         trigger(DEPENDENT)
     wait(DEPENDENT)
-    if SWAP:
-        total = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32)
-    else:
-        total = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32)
-    up = total
-    if INT4:
-        for first in tl.range(begin, end, UNROLL * BLOCK_K, num_stages=STAGES):
-            for u in tl.static_range(UNROLL):
-                start = first + u * BLOCK_K
-                mask = m_ < rows
-                inside = n_ < columns
-                at = start // GROUP * out + n_
-                if not EVEN_K:
-                    mask = mask & (start + k_x < width)
-                if K > QUARTER:
-                    inside = inside & (start + k_w < width)
-                    at = (start + k_w) // GROUP * out + n_
-                a = tl.load(x_tile + start, mask=mask, other=0.0)
-                b = tl.load(x_tile + (start + QUARTER), mask=mask, other=0.0)
-                c = tl.load(x_tile + (start + 2 * QUARTER), mask=mask, other=0.0)
-                d = tl.load(x_tile + (start + 3 * QUARTER), mask=mask, other=0.0)
-                if EVEN_K:
-                    q = tl.load(gate_tile + start // 4, eviction_policy=EVICT)
-                else:
-                    q = tl.load(gate_tile + start // 4, mask=start + k_w < width, other=0, eviction_policy=EVICT)
-                total = _int4_step(total, a, b, c, d, q, scales, zeros, at, inside, SWAP, SCALE_WEIGHT)
-                if SWIGLU:
-                    if EVEN_K:
-                        q = tl.load(up_tile + start // 4, eviction_policy=EVICT)
-                    else:
-                        q = tl.load(up_tile + start // 4, mask=start + k_w < width, other=0, eviction_policy=EVICT)
-                    up = _int4_step(up, a, b, c, d, q, scales, zeros, at + columns, inside, SWAP, SCALE_WEIGHT)
-    else:
-        for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
+    shape: tl.constexpr = (N, BLOCK_M) if SWAP else (BLOCK_M, N)
+    total = tl.zeros(shape, tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32)
+    for first in tl.range(begin, end, UNROLL * BLOCK_K, num_stages=STAGES):
+        for u in tl.static_range(UNROLL):
+            start = first + u * BLOCK_K
+            along = start // 4 if INT4 else start
             if EVEN_K:
                 a = tl.load(x_tile + start, mask=m_ < rows, other=0.0)
-                q = tl.load(gate_tile + start, eviction_policy=EVICT)
+                q = tl.load(weight_tile + along, eviction_policy=EVICT)
             else:
                 a = tl.load(x_tile + start, mask=(m_ < rows) & (start + k_x < width), other=0.0)
-                q = tl.load(gate_tile + start, mask=start + k_w < width, other=0.0, eviction_policy=EVICT)
-            total = _step(total, a, q, SWAP)
-            if SWIGLU:
-                if EVEN_K:
-                    q = tl.load(up_tile + start, eviction_policy=EVICT)
-                else:
-                    q = tl.load(up_tile + start, mask=start + k_w < width, other=0.0, eviction_policy=EVICT)
-                up = _step(up, a, q, SWAP)
+                q = tl.load(weight_tile + along, mask=start + k_w < width, other=0.0, eviction_policy=EVICT)
+            if INT4:
+                inside = _along_rows(n < columns, SWAP)
+                of_group = start // GROUP * out
+                if WORDS > QUARTER:
+                    inside = inside & (start + k_w < width)
+                    of_group = (start + k_w) // GROUP * out
+                at = of_group + _along_rows(row, SWAP)
+                total = _int4_step(total, a, q, scales, zeros, at, inside, SCALE_WEIGHT)
+            else:
+                total = _dot(total, a, from_int8(q, a) if q.dtype != a.dtype else q, SWAP)
     if LATE:
         trigger(DEPENDENT)
     total = total.to(tl.float32)
-    up = up.to(tl.float32)
-    mask = (m_ < rows) & (n_ < columns)
     if PARTS > 1:
-        at = m_ * out + n_
-        own = sums + tl.program_id(2) * rows * out + at
-        tl.store(own, total, mask=mask)
-        if SWIGLU:
-            tl.store(own + columns, up, mask=mask)
+        across = tl.num_programs(1) * N
+        at = m_ * across + (tl.program_id(1) * N + i_)
+        tl.store(sums + tl.program_id(2) * rows * across + at, total, mask=m_ < rows)
         tl.debug_barrier()  # all threads have written before one counts the part
         counter = counters + (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0))
         if tl.atomic_add(counter, 1, sem="acq_rel") == PARTS - 1:
             tl.store(counter, 0)
             total = tl.zeros_like(total)
-            up = tl.zeros_like(up)
             for part in tl.static_range(PARTS):
-                total += tl.load(sums + part * rows * out + at, mask=mask, other=0, cache_modifier=".cg")
-                if SWIGLU:
-                    up += tl.load(sums + part * rows * out + at + columns, mask=mask, other=0, cache_modifier=".cg")
+                total += tl.load(sums + part * rows * across + at, mask=m_ < rows, other=0, cache_modifier=".cg")
             _finish(
-                total, up, row_scale, scales, bias, residual, output, m, n, m_, n_, rows, columns,
-                SWIGLU, PER_ROW, INT4, SWAP,
+                total, row_scale, None if INT4 else scales, bias, residual, output, m, row, n < columns, rows, columns,
+                SWIGLU, PER_ROW, SWAP, BLOCK_N,
             )  # fmt: skip
     else:
         _finish(
-            total, up, row_scale, scales, bias, residual, output, m, n, m_, n_, rows, columns,
-            SWIGLU, PER_ROW, INT4, SWAP,
+            total, row_scale, None if INT4 else scales, bias, residual, output, m, row, n < columns, rows, columns,
+            SWIGLU, PER_ROW, SWAP, BLOCK_N,
         )  # fmt: skip
 
 
 @triton.jit
-def _step(total, a, q, SWAP: tl.constexpr):
-    return _dot(total, a, from_int8(q, a) if q.dtype != a.dtype else q, SWAP)
-
-
-@triton.jit
-def _int4_step(
-    total, a, b, c, d, q, scales, zeros, at, inside, SWAP: tl.constexpr, SCALE_WEIGHT: tl.constexpr
-):  # fmt: skip
+def _int4_step(total, x, q, scales, zeros, at, inside, SCALE_WEIGHT: tl.constexpr):
+    """One dot of a step: the tensor cores' sums are waited for once."""
     scale = tl.load(scales + at, mask=inside, other=0)
     zero = None
     if zeros is not None:
-        zero = tl.load(zeros + at, mask=inside, other=0).to(a.dtype)
-    e, f, g, h = from_nibbles(q, zero, a)
+        zero = tl.load(zeros + at, mask=inside, other=0).to(x.dtype)
+    a, b, c, d = from_nibbles(q, zero, x)
     if SCALE_WEIGHT:
-        scale = scale.to(a.dtype)
-        e, f, g, h = e * scale, f * scale, g * scale, h * scale
-        part = total
+        scale = scale.to(x.dtype)
+        return _dot(total, x, _side_by_side(a * scale, b * scale, c * scale, d * scale), True)
     else:
-        part = tl.zeros_like(total)
-    part = _dot(_dot(_dot(_dot(part, a, e, SWAP), b, f, SWAP), c, g, SWAP), d, h, SWAP)
-    if SCALE_WEIGHT:
-        return part
-    else:
-        return total + part * scale
+        return total + _dot(tl.zeros_like(total), x, _side_by_side(a, b, c, d), True) * scale
+
+
+@triton.jit
+def _side_by_side(a, b, c, d):
+    """Four tiles `[rows, columns]` as one, whose threads have what they had."""
+    four = tl.permute(tl.join(tl.join(a, c), tl.join(b, d)), (0, 2, 3, 1))
+    return tl.reshape(four, (a.shape[0], 4 * a.shape[1]))
 
 
 @triton.jit
@@ -338,40 +310,38 @@ def _dot(total, x, weight, SWAP: tl.constexpr):
 
 
 @triton.jit
-def _along_outputs(values, SWAP: tl.constexpr):
+def _along_rows(values, SWAP: tl.constexpr):
+    """What belongs to rows of the weight."""
     return values[:, None] if SWAP else values[None, :]
 
 
 @triton.jit
 def _finish(
-    total, up, row_scale, scales, bias, residual, output, m, n, m_, n_, rows, columns,
-    SWIGLU: tl.constexpr, PER_ROW: tl.constexpr, INT4: tl.constexpr, SWAP: tl.constexpr,
+    total, row_scale, scales, bias, residual, output, m, row, inside, rows, columns,
+    SWIGLU: tl.constexpr, PER_ROW: tl.constexpr, SWAP: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Scales, bias, SwiGLU and residual, in float32, then the rounding."""
-    inside = n < columns
+    M: tl.constexpr = m.shape[0]
     if row_scale is not None:
         if PER_ROW:
             r = tl.load(row_scale + m, mask=m < rows, other=0)
-            r = r[None, :] if SWAP else r[:, None]
+            total *= r[None, :] if SWAP else r[:, None]
         else:
-            r = tl.load(row_scale)
-        total *= r
-        up *= r
-    total = _column(total, None if INT4 else scales, bias, n, inside, SWAP)
+            total *= tl.load(row_scale)
+    if scales is not None:
+        total *= _along_rows(tl.load(scales + row, mask=inside, other=0), SWAP)
+    if bias is not None:
+        total += _along_rows(tl.load(bias + row, mask=inside, other=0).to(tl.float32), SWAP)
     if SWIGLU:
-        up = _column(up, None if INT4 else scales, bias, n + columns, inside, SWAP)
-        total = total * tl.sigmoid(total) * up
-    mask = (m_ < rows) & (n_ < columns)
-    at = m_ * columns + n_
+        if SWAP:
+            pairs = tl.permute(tl.reshape(total, (BLOCK_N // 8, 2, 8, M)), (0, 2, 3, 1))
+        else:
+            pairs = tl.permute(tl.reshape(total, (M, BLOCK_N // 8, 2, 8)), (0, 1, 3, 2))
+        gate, up = tl.split(pairs)
+        total = tl.reshape(gate * tl.sigmoid(gate) * up, (BLOCK_N, M) if SWAP else (M, BLOCK_N))
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_, n_ = (m[None, :], n[:, None]) if SWAP else (m[:, None], n[None, :])
+    mask, at = (m_ < rows) & (n_ < columns), m_ * columns + n_
     if residual is not None:
         total += tl.load(residual + at, mask=mask, other=0).to(tl.float32)
     tl.store(output + at, total.to(output.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _column(total, scales, bias, n, inside, SWAP: tl.constexpr):
-    if scales is not None:
-        total *= _along_outputs(tl.load(scales + n, mask=inside, other=0), SWAP)
-    if bias is not None:
-        total += _along_outputs(tl.load(bias + n, mask=inside, other=0).to(tl.float32), SWAP)
-    return total
