@@ -135,6 +135,13 @@ def test_a_sum_that_nobody_else_reads(network, pair):
     assert node.outputs == ("out",)
 
 
+def test_what_a_chain_is_for(network, pair):
+    x = norm(ops.add(*pair))
+    network.mark_output(norm(x, "other"), "out")
+    check(network, {"Add": 1, "RmsNorm": 2}, Rule(Kept, KEPT.chain, before=Add))
+    check(network, {"Kept": 1, "RmsNorm": 1}, Rule(Kept, KEPT.chain, before=RmsNorm))
+
+
 def test_two_norms_of_one_sum(network, pair):
     x = ops.add(*pair)
     network.mark_output(ops.add(norm(x), norm(x, "other")), "out")

@@ -84,6 +84,8 @@ class FusedLinear(Fused):
 class FusedAttention(Fused):
     """Heads of a projection, rotated and scaled where a model does so, into the caches, and attention over these."""
 
+    late: ClassVar = True  # may the next kernel start
+
     @cached_property
     def split(self) -> Rotate | SplitHeads:
         return next(node.op for node in self.nodes if isinstance(node.op, Rotate | SplitHeads))
@@ -120,7 +122,7 @@ class FusedAttention(Fused):
         heads, caches = self.split.num_heads, (key_cache, value_cache, key_scale, value_scale)
         if step.generates:
             rows = qkv, cos, sin, factors, position_ids
-            return decode_attention(*rows, *caches, slopes, step.kv_bound, heads, quantize, step.pages)
+            return decode_attention(*rows, *caches, slopes, step.kv_bound, heads, quantize, step.pages, self.late)
         if step.slots is None:
             return None
         write_cache(qkv, cos, sin, position_ids, query_starts, step.slots, *caches, heads, step.pages)
@@ -130,6 +132,13 @@ class FusedAttention(Fused):
     def kernel(self, step: Step, *args: Any, **inputs: Any) -> Result | None:
         found = self.attend(step, **inputs)
         return None if found is None else (found[0], inputs["key_cache"], inputs["value_cache"])
+
+
+@dataclass(frozen=True, eq=False)
+class EarlyAttention(FusedAttention):
+    """Attention before a product of 16-bit weights, whose programs may wait beside it."""
+
+    late: ClassVar = False
 
 
 def _eps(nodes: Iterable[Node]) -> float:
@@ -286,6 +295,7 @@ NORM = Rule(FusedNorm, (maybe(Add), one(RmsNorm)))
 SWIGLU = Rule(FusedSwiGlu, (one(SwiGlu),))
 LINEAR = maybe(SelectRows), maybe(RmsNorm), PRODUCT, maybe(SwiGlu), maybe(Add), maybe(Cast)
 FEW = (
+    Rule(EarlyAttention, HEADS, before=DenseLinear),
     ATTENTION,
     SUM,
     Rule(FusedLinear, LINEAR),

@@ -105,12 +105,14 @@ class Fused(Op):
 class Rule:
     """A chain, of which each member reads what one before it writes, and the operation that takes its place.
 
-    `rows`: the first dimension of all that the chain makes, if that matters.
+    `rows`: the first dimension of all that the chain makes, if that matters. `before`: what the first output of its
+    last operation is for, likewise.
     """
 
     fused: type[Fused]
     chain: tuple[Member, ...]
     rows: str | None = None
+    before: type[Op] | None = None
 
 
 def fuse(network: Network, rules: Iterable[Rule]) -> Network:
@@ -154,6 +156,8 @@ def _applied(rule: Rule, nodes: list[Node], network: Network) -> list[Node]:
         later = all(j in chain or j > chain[-1] for name in kept(chain) for j in readers.get(name, ()))
         made = [network.tensors[name].shape[0] for j in chain for name in nodes[j].outputs]
         fits = rule.rows is None or {*made} == {rule.rows}
+        if rule.before:
+            fits &= {type(nodes[j].op) for j in readers[nodes[chain[-1]].outputs[0]]} == {rule.before}
         return hidden and later and fits and replaced.keys().isdisjoint(chain)
 
     replaced: dict[int, Node | None] = {}

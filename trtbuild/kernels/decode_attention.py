@@ -62,6 +62,7 @@ def decode_attention(
     heads: int,
     quantize: Quantize = None,
     pages: torch.Tensor | None = None,
+    late: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`[batch, (heads + 2 kv_heads) * head_dim]`, float16 or bfloat16, to `[batch, heads * head_dim]` and, where that
     is rounded to 8 bits, its scales; caches in place.
@@ -71,7 +72,8 @@ def decode_attention(
     which sequence `b` has slot `b`, in float16, bfloat16, or int8 or float8_e4m3fn with scales float32 `[kv_heads]`;
     for ALiBi `slopes`, float32 `[heads]`. `head_dim` a multiple of 8 up to 256.
     `quantize`: int8 or float8_e4m3fn, and a scale, float32 `[1]`; the scales are that one, `[batch, 1]`.
-    `pages` of caches `[pages, kv_heads, page_size, head_dim]`.
+    `pages` of caches `[pages, kv_heads, page_size, head_dim]`. Of several sequences the next kernel may start when
+    attention ends, or unless `late`, where they are short, when it begins.
     """
     _, kv_heads, _, head_dim = key_cache.shape
     group, grid, block_d = heads // kv_heads, len(qkv) * kv_heads, max(16, triton.next_power_of_2(head_dim))
@@ -87,6 +89,8 @@ def decode_attention(
         # Small programs, of which many share a multiprocessor, begin and end beside each other.
         block = min(128, (READ if kv_bound > SHORT else READ // 2) // block_d)
         options = {"BLOCK": block, "STAGES": 3, "num_warps": block * block_d // 2048}
+    elif not late and kv_bound <= SHORT and key_cache.dtype.itemsize == 2:
+        options = {"BLOCK": min(128, READ // 2 // block_d), "STAGES": 4, "num_warps": 2, "LATE": False}
     else:
         read = READ // 2 if key_cache.dtype.itemsize == 1 else READ  # they have to be widened: more warps a byte
         options = {"BLOCK": min(128, read // block_d), "STAGES": 3, "num_warps": 4}
@@ -96,8 +100,8 @@ def decode_attention(
         parts = max(1, min(programs // grid, triton.cdiv(kv_bound - 1, MIN_PART)))
     return _launch(
         qkv, cos, sin, factors, position_ids, key_cache, value_cache, key_scale, value_scale, slopes, heads, parts,
-        quantize, pages, MIN_PART=MIN_PART, PLAIN=group == 1, BLOCK_H=block_h, LATE=group == 1 and len(qkv) > 1,
-        **options,
+        quantize, pages, MIN_PART=MIN_PART, PLAIN=group == 1, BLOCK_H=block_h,
+        **{"LATE": group == 1 and len(qkv) > 1} | options,
     )  # fmt: skip
 
 
