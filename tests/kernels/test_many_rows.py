@@ -6,7 +6,7 @@ from numerics import among_nan, relative_error
 
 pytest.importorskip("triton", "3.7")  # earlier interpreters fail with numpy 2.4
 
-from trtbuild.kernels.many_rows import product_8bit
+from trtbuild.kernels.many_rows import _tiles, product_8bit
 
 FP8 = torch.float8_e4m3fn
 TOLERANCE = 5e-4  # the result's own rounding
@@ -32,6 +32,21 @@ def test_against_float64(rows, out, width, narrow):
     bias = among_nan((torch.randn(out) * expected.std()).half())
     actual = product_8bit(x, row_scale, weight, column_scale, bias, torch.float16)
     assert relative_error(actual, expected + bias) < TOLERANCE
+    alone = product_8bit(x.clone(), row_scale, weight, column_scale, bias, torch.float16)  # no memory behind it
+    assert torch.equal(actual, alone)
+
+
+@pytest.mark.parametrize(
+    ("rows", "out", "stages"),
+    [
+        (128, 22016, 3),  # 344 programs on 132 processors: three of each take all of them at once, two do not
+        (192, 22016, 4),  # 516: twice two, as often as three
+        (128, 12288, 4),  # 192
+        (256, 12288, 3),  # 384
+    ],
+)
+def test_programs_side_by_side(rows, out, stages):
+    assert _tiles(rows, out, 132)["num_stages"] == stages
 
 
 def test_integers_are_added_exactly():

@@ -35,6 +35,13 @@ def test_a_scale_per_row_of_fp8(width, dtype):
     assert scales.flatten().tolist() == [0.25, 0.5, 1, 2, 4]
 
 
+def test_there_is_memory_behind_the_rows():
+    """For the GPU's copies of tiles, of which those that reach beyond a tensor are slow."""
+    narrow, _ = quantize_rows(torch.randn(65, 16), None, torch.int8)
+    assert narrow.shape == (65, 16)
+    assert narrow.untyped_storage().nbytes() == 128 * 16
+
+
 def test_one_scale_rounds_half_to_even_and_saturates():
     x = torch.tensor([[0.5, 1.5, -2.5, 126.5, 200.0, -200.0, 3.0, 1e30]])
     integers, scale = quantize_rows(x, torch.ones(1), torch.int8)

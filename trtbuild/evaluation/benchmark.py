@@ -53,8 +53,8 @@ def by_engine(session: Session, prompts: list[list[int]]) -> Generation:
 
     def start() -> None:
         finish()
-        samplers[:] = [part.sampler(SamplingParams(), batch) for part, batch in zip(parts, batches, strict=True)]
         logits = [part.start_prefill(batch) for part, batch in zip(parts, batches, strict=True)]
+        samplers[:] = [part.sampler(SamplingParams(), batch) for part, batch in zip(parts, batches, strict=True)]
         for sampler, logits_of in zip(samplers, logits, strict=True):
             sampler(logits_of())
 

@@ -5,13 +5,14 @@
     product = narrow @ weight.T                                         int32 or float32
     (product * row_scale * column_scale + bias).to(dtype)               in float32
 
-The product of integers is exact. That of more than `TRITON_ROWS` rows of FP8 is cuBLAS's, with tensor cores that add
-with about 14 bits of mantissa ("fast accumulation"): an error of 1.5e-3 beside the 3.6e-2 that rounding to FP8 makes,
-for a tenth less time to the first token. For fewer rows they add so within a step alone.
+The product of integers is exact. That of more than `TRITON_ROWS` rows of FP8, and one that is as large, is cuBLAS's,
+with tensor cores that add with about 14 bits of mantissa ("fast accumulation"): an error of 1.5e-3 beside the 3.6e-2
+that rounding to FP8 makes, for a tenth less time to the first token. Others add so within a step alone.
 
-A program multiplies a tile; two at a time share a multiprocessor, so that one multiplies while the other writes. Tiles
-that are worked on at the same time lie in a square, as far as they can, to read little: `GROUP` of them are one above
-the other.
+A program multiplies a tile; two or three at a time share a multiprocessor, so that one multiplies while the other
+writes. Tiles that are worked on at the same time lie in a square, as far as they can, to read little: `GROUP` of them
+are one above the other. The GPU's copies of tiles are slow where these reach beyond a tensor's last row (144 rows took
+as long as 256), so they take what memory there is behind it, and results of that are not written.
 """
 
 import torch
@@ -42,15 +43,17 @@ def product_8bit(
     """
     (rows, width), out, device = narrow.shape, len(weight), narrow.device
     hopper = device.type != "cuda" or capability(device) >= HOPPER
-    if narrow.dtype == torch.float8_e4m3fn and rows > TRITON_ROWS and dtype.itemsize == 2 and narrow.is_cuda and hopper:
+    fp8, many = narrow.dtype == torch.float8_e4m3fn, _is_many(rows, out, processors(device))
+    if fp8 and many and dtype.itemsize == 2 and narrow.is_cuda and hopper:
         scales = row_scale, column_scale[None]
         return torch._scaled_mm(narrow, weight.T, *scales, bias=bias, out_dtype=dtype, use_fast_accum=True)
     result = torch.empty(rows, out, dtype=dtype, device=device)
     tiles = _tiles(rows, out, processors(device)) if hopper else SMALL_SHARED_MEMORY
     m, n, k = tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["BLOCK_K"]
-    exact = hopper and narrow.dtype == torch.float8_e4m3fn and rows <= TRITON_ROWS
+    exact = hopper and fp8 and rows <= TRITON_ROWS
+    height = min(triton.cdiv(rows, m) * m, (narrow.untyped_storage().nbytes() - narrow.storage_offset()) // width)
     _many_rows_product_kernel[(triton.cdiv(rows, m) * triton.cdiv(out, n),)](
-        TensorDescriptor(narrow, [rows, width], [width, 1], [m, k]),
+        TensorDescriptor(narrow, [height, width], [width, 1], [m, k]),
         TensorDescriptor(weight, [out, width], [width, 1], [n, k]),
         TensorDescriptor(result, [rows, out], [out, 1], [m, n]),
         row_scale, column_scale, bias, rows, out, width,
@@ -62,15 +65,26 @@ def product_8bit(
 SMALL_SHARED_MEMORY = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
 
 
+def _is_many(rows: int, out: int, processors: int) -> bool:
+    """Whether the product is as large as one of more than `TRITON_ROWS` rows."""
+    return rows > TRITON_ROWS or triton.cdiv(rows, 64) * triton.cdiv(out, 128) > 4 * processors
+
+
 def _tiles(rows: int, out: int, processors: int) -> dict[str, int]:
     """Sizes of a program's work: what was fastest for LLaMA-7B on an H100, of 128, 144 to 256, 512 and 2048 rows."""
 
     def count(block_m: int, block_n: int) -> int:
         return triton.cdiv(rows, block_m) * triton.cdiv(out, block_n)
 
+    def time(side_by_side: int) -> int:
+        return triton.cdiv(count(64, 128), side_by_side * processors) * side_by_side
+
     if rows <= TRITON_ROWS:
-        n, k = (128, 128) if count(64, 128) >= processors else (128 if rows > 128 else 64, 256)
-        return {"BLOCK_M": 64, "BLOCK_N": n, "BLOCK_K": k, "num_warps": 4, "num_stages": 4}
+        if count(64, 128) >= processors:
+            n, k, stages = 128, 128, 3 if time(3) <= time(2) else 4  # of three or two programs on a multiprocessor
+        else:
+            n, k, stages = 128 if rows > 128 else 64, 256, 4
+        return {"BLOCK_M": 64, "BLOCK_N": n, "BLOCK_K": k, "num_warps": 4, "num_stages": stages}
     stages = 3 if count(128, 128) > processors else 4  # of one alone on a multiprocessor
     return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 4, "num_stages": stages}
 

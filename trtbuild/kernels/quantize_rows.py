@@ -18,6 +18,7 @@ from trtbuild.kernels.dependent_launch import dependent_launch, trigger, wait
 from trtbuild.tensors.rounding import LIMIT
 
 Quantize = tuple[torch.dtype, torch.Tensor | None] | None  # int8 or float8_e4m3fn, and its scale, None for one a row
+ROWS = 64  # up to a multiple of which there is memory behind rows of 8 bits, for `many_rows`
 
 
 def quantize_rows(x: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,7 +43,8 @@ def narrow_rows(
     if quantize is None:
         return x.new_empty(len(x), width), None, None, 0.0
     dtype, scale = quantize
-    return x.new_empty(len(x), width, dtype=dtype), x.new_empty(len(x), 1, dtype=torch.float32), scale, LIMIT[dtype]
+    narrow = x.new_empty(triton.cdiv(len(x), ROWS) * ROWS, width, dtype=dtype)[: len(x)]
+    return narrow, x.new_empty(len(x), 1, dtype=torch.float32), scale, LIMIT[dtype]
 
 
 def warps(block: int) -> int:

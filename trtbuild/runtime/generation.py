@@ -124,9 +124,9 @@ def _generate_batch(
     on_output: OnOutput,
 ) -> Iterator[None]:
     """Comes back wherever it has started a step, so that others can be started before its logits are asked for."""
-    sampler = session.sampler(params, prompts, first)
-    ring = sampler.ring
     logits_of = session.start_prefill(prompts)
+    sampler = session.sampler(params, prompts, first)  # while the device is at work
+    ring = sampler.ring
     yield
     logits = logits_of()
     finite = torch.ones(1, dtype=torch.bool, pin_memory=logits.is_cuda)

@@ -190,7 +190,8 @@ class Sampler:
     def set(self, params: SamplingParams) -> "Sampler":
         """What all sequences have in common."""
         penalties = [params.repetition_penalty, params.presence_penalty, params.frequency_penalty]
-        self._numbers.copy_(torch.tensor([params.temperature or 1, params.top_p, *penalties]))
+        numbers = torch.tensor([params.temperature or 1, params.top_p, *penalties])
+        self._numbers.copy_(sent(numbers, self.device))
         if self.kind.delayed:
             self._ends.zero_()[[end for end in params.eos_token_ids if end < len(self._ends)]] = True
         if params.bad_words:

@@ -292,7 +292,11 @@ class PortableSession(Session):
                 self._decode_state[name].copy_(values)
 
     def _step(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:
-        self._begin_generation()
+        logits = self._steps(chunks)
+        self._begin_generation()  # while the device is at work
+        return logits
+
+    def _steps(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:
         parts = pieces(chunks, LAUNCHED_ROWS)
         if len(parts) == 1:
             return self._one_step(chunks)
