@@ -8,6 +8,8 @@ import torch
 
 pytest.importorskip("triton", "3.7")  # earlier interpreters fail with numpy 2.4
 
+from numerics import relative_error
+from rounded_weights import rounded
 from test_family_logits import FAMILIES, RECIPE_LIMITS, TOLERANCES, quantized, ragged, session  # noqa: F401
 from test_recipes import RECIPES, adapted, logits
 
@@ -16,6 +18,7 @@ from trtbuild.engine.config import BuildLimits
 from trtbuild.engine.fused import FEW, MANY
 from trtbuild.engine.fusion import Fused, Rule, fuse, maybe, one
 from trtbuild.engine.portable import PortableEngine
+from trtbuild.kernels import few_rows
 from trtbuild.linear.linear import linear
 from trtbuild.network import Network, Tensor, lockstep, ops
 from trtbuild.network.ops.add import Add
@@ -201,6 +204,35 @@ def test_inputs_of_one_name(network, pair):
     rule = Rule(Named, (one(SwiGlu), one(Add)))
     check(network, {"Named": 1}, rule)
     assert fuse(network, [rule]).nodes[0].inputs == {"wide": "wide", "residual": "x"}
+
+
+# Scales of INT8 weights, a part of which is applied by what follows the product
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [2, 4], ids=["as they are", "widened"])
+def test_scales_of_int8_weights(interpreted, monkeypatch, network, rows, bias):
+    monkeypatch.setitem(few_rows.MAX_ROWS, "weight-only", 2)
+    x, residual = (network.input(name, torch.float16, ("tokens", 32)) for name in ("x", "residual"))
+    weights = [rounded(torch.randn(32, 32), "int8 16bit", 32, torch.float16) for _ in range(3)]
+    biases = [from_tensor(torch.randn(32).half()) for _ in range(3)] if bias else []
+    gate_up = linear(x, "gate_up_proj", weights[:2], biases[:2])
+    product = linear(ops.swiglu(gate_up), "down_proj", weights[2:], biases[2:])
+    total = ops.add(residual, product)
+    norm = network.constant("norm", from_tensor(torch.rand(32).half()))
+    network.mark_output(ops.add(total, ops.rms_norm(total, norm, 1e-5)), "y")
+    fused = fuse(network, MANY)
+    assert kinds(fused) == {"FusedInt8SwiGlu": 1, "FusedInt8Norm": 1, "Add": 1}
+    constants = {name: value.load() for name, value in network.constants.items()}
+    values = constants | {name: torch.randn(rows, 32).half() for name in network.inputs}
+    for node in fused.nodes[:2]:
+        given = {parameter: values[name] for parameter, name in node.inputs.items()}
+        expected, actual = node.op.reference(**given), node.op.kernel(None, **given)
+        for name, a, b in zip(
+            node.outputs, *(x if isinstance(x, tuple) else (x,) for x in (actual, expected)), strict=True
+        ):
+            assert relative_error(a, b) < 1e-3
+            values[name] = b
 
 
 # Numbers that are not finite

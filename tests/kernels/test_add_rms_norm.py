@@ -32,6 +32,14 @@ def test_against_float64(rows, width, dtype):
     assert relative_error(normed, F.rms_norm(a.double(), (width,), weight.double(), 1e-2)) < TOLERANCE[dtype]
 
 
+def test_fractions_of_the_weights_scales():
+    a, b, weight, scales = torch.randn(3, 500), torch.randn(3, 500), torch.rand(500), among_nan(torch.rand(500))
+    total, normed, _ = norm_rows(a, weight, 1e-5, b=b, b_scales=scales)
+    expected = norm_rows(a, weight, 1e-5, b=b * 2 * torch.frexp(scales)[0])
+    assert torch.equal(total, expected[0])
+    assert torch.equal(normed, expected[1])
+
+
 def test_roundings_are_the_operations():
     """Nearly every number has the bits of the chain; with one rounding more or less a third have not."""
     a, b, weight = torch.randn(4, 1000).half(), torch.randn(4, 1000).half(), (1 + 0.2 * torch.randn(1000)).half()

@@ -29,6 +29,12 @@ def test_against_float64(rows, width, dtype):
     assert relative_error(actual, F.silu(gate) * up) < TOLERANCE[dtype]
 
 
+def test_fractions_of_the_weights_scales():
+    gate_up, scales = among_nan(torch.randn(3, 2200)), among_nan(torch.rand(2200))
+    fractions = 2 * torch.frexp(scales)[0]
+    assert relative_error(swiglu(gate_up, weight_scales=scales)[0], swiglu(gate_up * fractions)[0]) < 1e-6
+
+
 def test_roundings_are_the_operations():
     gate_up = (4 * torch.randn(4, 2000)).half()
     assert (swiglu(gate_up)[0] == SwiGlu().reference(gate_up)).float().mean() > 0.99

@@ -22,6 +22,13 @@ def test_int8(out, width):
     assert torch.equal(widen(weight, scale, None, torch.float16), (weight * scale[:, None]).half())
 
 
+def test_int8_without_the_fractions_of_scales():
+    weight, scale = torch.randint(-128, 128, (7, 130), dtype=torch.int8), torch.rand(7) * 0.01
+    scale[2:4] = torch.tensor([0.25, 0.0])
+    power = torch.exp2(torch.floor(torch.log2(scale)))
+    assert torch.equal(widen(weight, scale, None, torch.float16, False).float(), weight * power[:, None])
+
+
 @pytest.mark.parametrize(
     ("out", "width", "group_size"),
     [

@@ -196,6 +196,49 @@ class FusedSwiGlu(Fused):
 
 
 @dataclass(frozen=True, eq=False)
+class FusedInt8Norm(Fused):
+    """A product with INT8 weights, the residual's sum and a norm, which apply a part of the weights' scales."""
+
+    names: ClassVar = {(RmsNorm, "weight"): "norm", (Add, "a"): "residual", (Add, "b"): "residual"}
+    keeps = (Add,)
+
+    def kernel(
+        self,
+        step: Step,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scales: torch.Tensor,
+        residual: torch.Tensor,
+        norm: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> Result:
+        from trtbuild.kernels.add_rms_norm import norm_rows
+
+        y, left = Int8Linear().product(x, weight, scales, bias)
+        total, normed, _ = norm_rows(residual, norm, _eps(self.nodes), b=y, b_scales=left)
+        assert total is not None
+        return total, normed
+
+
+@dataclass(frozen=True, eq=False)
+class FusedInt8SwiGlu(Fused):
+    """A product with INT8 weights and SwiGLU, which applies a part of their scales."""
+
+    def kernel(
+        self,
+        step: Step,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        from trtbuild.kernels.swiglu import swiglu
+
+        y, left = Int8Linear().product(x, weight, scales, bias)
+        return swiglu(y, weight_scales=left)[0]
+
+
+@dataclass(frozen=True, eq=False)
 class FusedW8A8(Fused):
     """A product of many rows that are rounded to 8 bits by what comes before it."""
 
@@ -307,6 +350,8 @@ MANY = (
     ATTENTION,
     SUM,
     Rule(FusedLinear, LINEAR, rows="rows"),  # what is left of the last layer: a row a sequence
+    Rule(FusedInt8Norm, (one(Int8Linear), one(Add), one(RmsNorm))),
+    Rule(FusedInt8SwiGlu, (one(Int8Linear), one(SwiGlu))),
     Rule(FusedNormW8A8, (maybe(Add), one(RmsNorm), one(W8A8Linear))),
     Rule(FusedSwiGluW8A8, (one(SwiGlu), one(W8A8Linear))),
     NORM,

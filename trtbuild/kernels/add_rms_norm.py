@@ -6,6 +6,7 @@
     normed = weight * (total * rsqrt(mean(total^2) + eps))      in float32; the bracket and the result are rounded
     quantize_rows(normed, scale, dtype)
 
+with `b` times the fractions of `b_scales` (`trtbuild.kernels.widen`) where these are given, and
 where without `b` the norm is that of `a`, and without `quantize` the result is `normed`. A program does one row.
 """
 
@@ -13,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from trtbuild.kernels.conversion import fraction
 from trtbuild.kernels.dependent_launch import dependent_launch, trigger, wait
 from trtbuild.kernels.quantize_rows import Quantize, narrow_rows, round_rows, warps
 
@@ -23,10 +25,11 @@ def norm_rows(
     eps: float,
     *,
     b: torch.Tensor | None = None,
+    b_scales: torch.Tensor | None = None,
     quantize: Quantize = None,
     late: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
-    """`a` and `b` `[rows, hidden]`, `weight` `[hidden]`, all float16, bfloat16 or float32.
+    """`a` and `b` `[rows, hidden]`, `weight` `[hidden]`, all float16, bfloat16 or float32; `b_scales` float32.
 
     Returns the sum (None without `b`), the norm in their dtype or as `quantize` has it, and its scales, float32
     `[rows, 1]` (None without `quantize`). The next kernel may start when a norm begins, or `late`, when it ends.
@@ -37,7 +40,7 @@ def norm_rows(
     normed, scales, given, limit = narrow_rows(a, width, quantize)
     block = triton.next_power_of_2(width)
     _rms_norm_kernel[(rows,)](
-        a, b, weight, total, normed, scales, given, width, eps, LIMIT=limit, BLOCK=block, LATE=late,
+        a, b, b_scales, weight, total, normed, scales, given, width, eps, LIMIT=limit, BLOCK=block, LATE=late,
         num_warps=warps(block), **dependent_launch(a.device),
     )  # fmt: skip
     return total, normed, scales
@@ -45,7 +48,7 @@ def norm_rows(
 
 @triton.jit
 def _rms_norm_kernel(
-    a, b, weight, total, normed, scales, given, width, eps,
+    a, b, b_scales, weight, total, normed, scales, given, width, eps,
     LIMIT: tl.constexpr, BLOCK: tl.constexpr, LATE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     if not LATE:
@@ -54,11 +57,16 @@ def _rms_norm_kernel(
     inside = column < width
     row = tl.program_id(0).to(tl.int64)
     factor = tl.load(weight + column, mask=inside, other=0).to(tl.float32)
+    if b_scales is not None:
+        shares = fraction(tl.load(b_scales + column, mask=inside, other=0))
     wait(DEPENDENT)
     at = row * width + column
     x = tl.load(a + at, mask=inside, other=0)
     if b is not None:
-        x = (x.to(tl.float32) + tl.load(b + at, mask=inside, other=0).to(tl.float32)).to(x.dtype)
+        y = tl.load(b + at, mask=inside, other=0).to(tl.float32)
+        if b_scales is not None:
+            y *= shares
+        x = (x.to(tl.float32) + y).to(x.dtype)
         tl.store(total + at, x, mask=inside)
     wide = x.to(tl.float32)
     bracket = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)).to(x.dtype)

@@ -132,6 +132,18 @@ def divided(x, divisor):
 
 
 @triton.jit
+def power(scale):
+    """The largest power of two that is not above a positive float32."""
+    return (scale.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def fraction(scale):
+    """`scale / power(scale)`, which is below 2."""
+    return (scale.to(tl.int32, bitcast=True) & 0x007FFFFF | 0x3F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def from_int8(q, like):
     """int8 in the dtype of `like`: equals `q.to(like.dtype)`."""
     if ASSEMBLY and like.dtype != tl.float32:

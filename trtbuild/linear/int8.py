@@ -37,12 +37,7 @@ class Int8Linear(EightBits):
         self, step: Step, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         if kernels.run_on(x.device):
-            from trtbuild.kernels import few_rows
-            from trtbuild.kernels.widen import widen
-
-            if few_rows.takes(x, weight, scales, None, self.activations):
-                return few_rows.product(x, weight, scales, bias=bias)
-            return F.linear(x, widen(weight, scales, None, x.dtype), bias)
+            return self.product(x, weight, scales, bias, fractions=True)[0]
         if x.dtype == torch.bfloat16 and x.shape[1] % KERNEL_WIDTH == 0:
             # The scale comes after: in bfloat16 it would be wrong by the same 0.2% for every token.
             product = torch.ops.aten._weight_int8pack_mm(x, weight, torch.ones_like(scales, dtype=x.dtype)) * scales
@@ -51,6 +46,23 @@ class Int8Linear(EightBits):
         else:
             product = blockwise_linear(x, weight.shape, lambda rows: weight[rows].float()).mul_(scales)
         return (product if bias is None else product.add_(bias)).to(x.dtype)
+
+    def product(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        fractions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """On CUDA, and the scales by whose fractions (`kernels.widen`) what comes next has to multiply, if any."""
+        from trtbuild.kernels import few_rows
+        from trtbuild.kernels.widen import widen
+
+        if few_rows.takes(x, weight, scales, None, self.activations):
+            return few_rows.product(x, weight, scales, bias=bias), None
+        whole = fractions or bias is not None
+        return F.linear(x, widen(weight, scales, None, x.dtype, whole), bias), None if whole else scales
 
     def to_tensorrt(
         self, lowering: Lowering, x: Lowered, weight: Lowered, scales: Lowered, bias: Lowered | None = None
