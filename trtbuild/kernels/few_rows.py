@@ -26,7 +26,7 @@ from trtbuild.kernels import has_type
 from trtbuild.kernels.add_rms_norm import norm_rows
 from trtbuild.kernels.conversion import from_int8, from_nibbles
 from trtbuild.kernels.dependent_launch import dependent_launch, trigger, wait
-from trtbuild.kernels.processors import processors, shared_memory
+from trtbuild.kernels.processors import processors, shared_memory, side_by_side
 from trtbuild.kernels.quantize_rows import quantize_rows
 from trtbuild.kernels.widen import MIN_BLOCK, NATURAL_BLOCK, int4_block
 
@@ -133,9 +133,14 @@ def _tiles(x: torch.Tensor, weight: torch.Tensor, swiglu: bool, block: int | Non
     m = min(MAX_TILE, max(16, triton.next_power_of_2(rows)))
     if block == MIN_BLOCK:  # two of them, with scales of their own, for 16 words
         return Tiles(m, 64, 64, 3, swap=True, scale_weight=True)
+
+    def count(n: int) -> int:
+        return triton.cdiv(rows, m) * triton.cdiv(len(weight), n)
+
     if block is not None:
-        if m > 64:
-            return Tiles(m, 128, block, 3, warps=8, swap=True, scale_weight=True)
+        if m > 64:  # with more steps ahead where a program is alone on a multiprocessor
+            stages = 4 if count(128) <= processors(x.device) else 3
+            return Tiles(m, 128, block, stages, warps=8, swap=True, scale_weight=True)
         if swiglu and m <= 32:
             even = width % (2 * block) == 0
             return Tiles(m, 32, block, 3 if even else 4, swap=True, unroll=2 if even else 1)
@@ -143,7 +148,8 @@ def _tiles(x: torch.Tensor, weight: torch.Tensor, swiglu: bool, block: int | Non
     k = 256 // weight.itemsize
     if weight.itemsize < x.itemsize:
         if m > 64:
-            return Tiles(64 if swiglu else m, 64, 64, 3 if swiglu else 4, swap=True)
+            three = swiglu or side_by_side(count(64), processors(x.device)) == 3
+            return Tiles(64 if swiglu else m, 64, 64, 3 if three else 4, swap=True)
         if m > 32:
             return Tiles(m, 64, 128, 3 if swiglu else 4, swap=True)
         if not swiglu:

@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from trtbuild.kernels import capability
 from trtbuild.kernels.dependent_launch import dependent_launch, trigger, wait
-from trtbuild.kernels.processors import processors
+from trtbuild.kernels.processors import processors, side_by_side
 
 TRITON_ROWS = 256  # of FP8: up to these cuBLAS is slower, with a scale a row
 MULTIPLE = 16  # of both sizes of a weight: what the GPU's copies of tiles take
@@ -76,12 +76,9 @@ def _tiles(rows: int, out: int, processors: int) -> dict[str, int]:
     def count(block_m: int, block_n: int) -> int:
         return triton.cdiv(rows, block_m) * triton.cdiv(out, block_n)
 
-    def time(side_by_side: int) -> int:
-        return triton.cdiv(count(64, 128), side_by_side * processors) * side_by_side
-
     if rows <= TRITON_ROWS:
         if count(64, 128) >= processors:
-            n, k, stages = 128, 128, 3 if time(3) <= time(2) else 4  # of three or two programs on a multiprocessor
+            n, k, stages = 128, 128, 3 if side_by_side(count(64, 128), processors) == 3 else 4
         else:
             n, k, stages = 128 if rows > 128 else 64, 256, 4
         return {"BLOCK_M": 64, "BLOCK_N": n, "BLOCK_K": k, "num_warps": 4, "num_stages": stages}

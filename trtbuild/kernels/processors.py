@@ -12,6 +12,12 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+def side_by_side(programs: int, processors: int) -> int:
+    """Three or two programs on a multiprocessor: what leaves fewer places empty."""
+    three, two = (number * triton.cdiv(programs, number * processors) for number in (3, 2))
+    return 3 if three <= two else 2
+
+
 @functools.cache
 def shared_memory(device: torch.device) -> int:
     """Bytes of a multiprocessor's that one program may have; for the CPU those of an H100."""
