@@ -312,7 +312,7 @@ class PortableSession(Session):
     def _one_step(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:
         size = self._captured_size(chunks)
         if size:
-            return self._padded_step(chunks, size, self.cache.views(self.limits.max_batch_size))
+            return self._padded_step(chunks, size, self.cache.buffers)
         inputs = step_tensors(chunks, (*self.engine.network.inputs, "slots"), self.device)
         step = Step.of_chunks(chunks, self.ranks, inputs["slots"])
         return self.engine.run(step, inputs | self.cache.views(len(self.lengths)))
