@@ -66,7 +66,9 @@ def test_chunks(heads, kv_heads, head_dim, chunks, cache_dtype, position):
     expected, *_ = run(torch.float64)
     _, *written = run(torch.float16)
     actual = [cache.clone() for cache in caches]
+    given = qkv.clone()
     write_cache(qkv, cos, sin, positions, starts, slots, *actual, *scales, heads)
+    check_left(qkv, given, actual, positions[:tokens], slots.repeat_interleave(torch.tensor(lengths)), scales)
     for cache, wanted, before in zip(actual, written, caches, strict=True):
         assert torch.equal(cache[0].view(torch.uint8), before[0].view(torch.uint8))
         if cache_dtype == FP8:
@@ -79,6 +81,17 @@ def test_chunks(heads, kv_heads, head_dim, chunks, cache_dtype, position):
     narrow, given = context_attention(*where, (torch.int8, torch.full((1,), 0.03)))
     assert torch.equal(narrow[:tokens], quantize(output[:tokens].float(), torch.tensor(0.03), torch.int8))
     assert (given[:tokens] == 0.03).all()
+
+
+def check_left(qkv, given, caches, positions, slots, scales):
+    """What is in the place of keys and values: of 8 bits what the caches hold, without their scales."""
+    kv_width = 2 * caches[0].shape[1] * caches[0].shape[3]
+    expected, tokens = given.clone(), len(positions)
+    if scales[0] is not None:
+        new = torch.stack([cache[slots.long(), :, positions.long()] for cache in caches], 1)
+        expected[:tokens, -kv_width:] = new.half().view(tokens, kv_width)
+    assert torch.equal(qkv[:tokens], expected[:tokens])
+    assert qkv[tokens:].isnan().all()
 
 
 @pytest.mark.parametrize(
@@ -94,7 +107,7 @@ def test_pages(heads, kv_heads, head_dim, chunks, cache_dtype, page_size, shared
     """The bits of dense caches, and nothing of other pages, read or written; sequences have rows in another order."""
     tokens, batch = sum(n for n, _ in chunks), len(chunks)
     lengths, past = [n + p for n, p in chunks], [p for _, p in chunks]
-    qkv = torch.randn(tokens + PADDING, (heads + 2 * kv_heads) * head_dim).half()
+    given = torch.randn(tokens + PADDING, (heads + 2 * kv_heads) * head_dim).half()
     cos, sin = torch.randn(2, tokens + PADDING, head_dim).half()
     starts = torch.tensor([0, *(n for n, _ in chunks)]).cumsum(0).int()
     positions = torch.cat([*(torch.arange(p, p + n) for n, p in chunks), torch.full((PADDING,), 9999)]).int()
@@ -111,6 +124,7 @@ def test_pages(heads, kv_heads, head_dim, chunks, cache_dtype, page_size, shared
     before = [pool.clone() for pool in pools]
     outputs = []
     for held, table in ((caches, None), (pools, pages)):
+        qkv = given.clone()
         write_cache(qkv, cos, sin, positions, starts, slots, *held, *scales, heads, table)
         where = starts, torch.tensor(past).int(), slots, *held, *scales, slopes, heads, None, table
         outputs.append(context_attention(qkv, cos, sin, None, *where)[0][:tokens])

@@ -5,6 +5,8 @@
     q, k, v = Rotate of qkv by cos and sin; SplitHeads without them; then q *= factors
     key_cache[slots[b], :, p], value_cache[slots[b], :, p] = k[i], v[i]         rounded as the caches are
 
+and, where these have 8 bits, leaves in `qkv` what they now hold, widened, in the place of `k[i]` and `v[i]`.
+
 `context_attention(qkv, cos, sin, ...)` then equals, with `g = h // (heads / kv_heads)` and `n = p + 1`,
 
     keys, values = key_cache[slots[b], g, :n] * key_scale[g], value_cache[slots[b], g, :n] * value_scale[g]
@@ -18,7 +20,8 @@ All lengths are read on the device, so that a captured graph serves many steps: 
 `query_starts[batch]` are padding, for which nothing is read or written. Any mix of sequences is one launch of each.
 
 A program attends for a block of one sequence's rows and one head ("FlashAttention", arXiv 2205.14135); masks are needed
-on the diagonal alone. Those that look back furthest start first. Scales are applied to scores and outputs.
+on the diagonal alone. Those that look back furthest start first. Scales are applied to scores and outputs. 8-bit tiles
+would be converted by every program that reads them: those of new positions are read from `qkv`, with the same bits.
 """
 
 import math
@@ -29,10 +32,10 @@ import triton.language as tl
 
 from trtbuild.kernels.cache import origin, page_of, rotated, scaled, stored, table, widened
 from trtbuild.kernels.dependent_launch import dependent_launch, trigger, wait
-from trtbuild.kernels.processors import processors
 from trtbuild.kernels.quantize_rows import Quantize, narrow_rows, rounded
 
 WRITTEN = 4096  # values of a program that writes
+ROWS = 64  # of a program that attends
 READ = 8192  # values of a tile of keys or values
 LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -51,7 +54,7 @@ def write_cache(
     heads: int,
     pages: torch.Tensor | None = None,
 ) -> None:
-    """Of `[tokens, (heads + 2 kv_heads) * head_dim]`, float16 or bfloat16, the keys and values.
+    """Of `[tokens, (heads + 2 kv_heads) * head_dim]`, float16 or bfloat16, the keys and values, overwritten for 8 bits.
 
     `cos` and `sin` `[tokens, head_dim]` as `RotaryEmbedding` makes them, or None; `position_ids` `[tokens]`,
     `query_starts` `[batch + 1]` and `slots` `[batch]`, all int32. Caches `[slots, kv_heads, max_length, head_dim]` in
@@ -95,18 +98,16 @@ def context_attention(
     """
     tokens, batch, (_, kv_heads, _, head_dim) = len(qkv), len(slots), key_cache.shape
     output, scales, given, limit = narrow_rows(qkv, heads * head_dim, quantize)
-    # 8-bit tiles are converted by every program that reads them, so that more rows a program pay; 64 start sooner.
-    rows = 128 if key_cache.dtype.itemsize == 1 and tokens * heads >= 256 * processors(qkv.device) else 64
     block_d = max(16, triton.next_power_of_2(head_dim))
-    blocks = (tokens + batch * (rows - 1)) // rows  # there are no more, however long the sequences are
+    blocks = (tokens + batch * (ROWS - 1)) // ROWS  # there are no more, however long the sequences are
     pages, pages_stride, page_size = table(pages, key_cache)
     _context_attention_kernel[heads, blocks](
         qkv, cos, sin, factors, key_cache, value_cache, key_scale, value_scale, query_starts, past_lengths, slots,
         slopes, pages, output, scales, given,
-        batch, qkv.stride(0), *key_cache.stride()[:2], pages_stride, head_dim**-0.5 * math.log2(math.e), PAGE=page_size,
-        HEADS=heads, GROUP=heads // kv_heads, HALF=head_dim // 2, BLOCK_HALF=block_d // 2, LIMIT=limit,
-        BATCH=max(16, triton.next_power_of_2(batch)), BLOCK_M=rows, BLOCK_N=min(64, READ // block_d),
-        num_warps=rows // 16, num_stages=3, **dependent_launch(qkv.device),
+        batch, *key_cache.stride()[:2], pages_stride, head_dim**-0.5 * math.log2(math.e), PAGE=page_size,
+        STRIDE=qkv.stride(0), HEADS=heads, GROUP=heads // kv_heads, HALF=head_dim // 2, BLOCK_HALF=block_d // 2,
+        LIMIT=limit, BATCH=max(16, triton.next_power_of_2(batch)), BLOCK_M=ROWS, BLOCK_N=min(64, READ // block_d),
+        num_warps=4, num_stages=3, **dependent_launch(qkv.device),
     )  # fmt: skip
     return output, scales
 
@@ -130,21 +131,21 @@ def _cache_write_kernel(
         return
     head = part % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
     d = tl.arange(0, BLOCK_HALF)
-    keys = qkv + token * qkv_stride + HEADS * 2 * HALF
     there, position = tl.load(slots + b).to(tl.int64), tl.load(position_ids + token)
     if pages is not None:
         there = tl.load(pages + there * pages_stride + position // PAGE).to(tl.int64)
         position %= PAGE
     there = there * cache_stride + position * 2 * HALF
+    inside = (head[:, None] < KV_HEADS) & (d[None, :] < HALF)
+    own = qkv + token * qkv_stride + (HEADS + head[:, None]) * (2 * HALF)
     if part < blocks:
-        inside = (head[:, None] < KV_HEADS) & (d[None, :] < HALF)
-        first, second = _rotated(keys + head[:, None] * (2 * HALF), cos, sin, token, d[None, :], inside, HALF)
-        _store(key_cache + there, cache_head_stride, key_scale, first, second, head, d, KV_HEADS, HALF)
+        first, second = _rotated(own, cos, sin, token, d[None, :], inside, HALF)
+        _store(key_cache + there, cache_head_stride, key_scale, own, first, second, head, d, inside, KV_HEADS, HALF)
     else:
-        inside = (head[:, None] < KV_HEADS) & (d[None, :] < HALF)
-        values = keys + KV_HEADS * 2 * HALF + head[:, None] * (2 * HALF)
+        values = own + KV_HEADS * 2 * HALF
         first, second = _rotated(values, None, None, token, d[None, :], inside, HALF)
-        _store(value_cache + there, cache_head_stride, value_scale, first, second, head, d, KV_HEADS, HALF)
+        to = value_cache + there
+        _store(to, cache_head_stride, value_scale, values, first, second, head, d, inside, KV_HEADS, HALF)
 
 
 @triton.jit
@@ -162,23 +163,28 @@ def _rotated(x, cos, sin, token, d, inside, HALF: tl.constexpr):
 
 
 @triton.jit
-def _store(to, head_stride, scale, first, second, head, d, HEADS: tl.constexpr, HALF: tl.constexpr):
+def _store(to, head_stride, scale, source, first, second, head, d, inside, HEADS: tl.constexpr, HALF: tl.constexpr):
+    """Both halves into a cache, and, as one of 8 bits holds them, back to where they come from."""
     factor = None
     if scale is not None:
         factor = tl.load(scale + head, mask=head < HEADS, other=1.0)[:, None]
     at = to + head[:, None].to(tl.int64) * head_stride + d[None, :]
-    inside = (head[:, None] < HEADS) & (d[None, :] < HALF)
-    tl.store(at, stored(first, factor, to.dtype.element_ty), mask=inside)
-    tl.store(at + HALF, stored(second, factor, to.dtype.element_ty), mask=inside)
+    low, high = stored(first, factor, to.dtype.element_ty), stored(second, factor, to.dtype.element_ty)
+    tl.store(at, low, mask=inside)
+    tl.store(at + HALF, high, mask=inside)
+    if scale is not None:
+        tl.store(source + d[None, :], widened(low, first), mask=inside)
+        tl.store(source + HALF + d[None, :], widened(high, first), mask=inside)
 
 
 @triton.jit
 def _context_attention_kernel(
     qkv, cos, sin, factors, key_cache, value_cache, key_scale, value_scale, query_starts, past_lengths, slots,
     slopes, pages, output, scales, given,
-    batch, qkv_stride, cache_stride, cache_head_stride, pages_stride, score_scale,
+    batch, cache_stride, cache_head_stride, pages_stride, score_scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, LIMIT: tl.constexpr,
-    BATCH: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DEPENDENT: tl.constexpr,
+    BATCH: tl.constexpr, PAGE: tl.constexpr, STRIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Scores are in units of log 2, so that `exp2` does for the softmax."""
     trigger(DEPENDENT)
@@ -201,7 +207,7 @@ def _context_attention_kernel(
     token = (start + row).to(tl.int64)
     d = tl.arange(0, BLOCK_HALF)[None, :]
     inside = (row[:, None] < length) & (d < HALF)
-    q = qkv + token[:, None] * qkv_stride + head * (2 * HALF)
+    q = qkv + token[:, None] * STRIDE + head * (2 * HALF)
     low, high = _rotated(q, cos, sin, token[:, None], d, inside, HALF)
     if factors is not None:
         factor = tl.load(factors + token, mask=row < length, other=0.0)[:, None]
@@ -227,14 +233,30 @@ def _context_attention_kernel(
     position = past + row
     seen_by_all = (past + first + 1) // BLOCK_N * BLOCK_N
     end = past + tl.minimum(first + BLOCK_M, length)
+    new = end  # from where on tiles are read from `qkv`
+    if key_scale is not None:
+        new = tl.minimum(tl.cdiv(past, BLOCK_N) * BLOCK_N, end)
+    whole = tl.minimum(seen_by_all, new)
     state = _over(
         state, queries, key_cache, value_cache, pages, cache_stride, position, slope, score_scale,
-        0, seen_by_all, end, False, PAGE, HALF, BLOCK_HALF, BLOCK_N,
+        0, whole, end, False, 2 * HALF, PAGE, HALF, BLOCK_HALF, BLOCK_N,
     )  # fmt: skip
     state = _over(
         state, queries, key_cache, value_cache, pages, cache_stride, position, slope, score_scale,
-        seen_by_all, end, end, True, PAGE, HALF, BLOCK_HALF, BLOCK_N,
+        whole, new, end, True, 2 * HALF, PAGE, HALF, BLOCK_HALF, BLOCK_N,
     )  # fmt: skip
+    if key_scale is not None:
+        keys = qkv + (start - past).to(tl.int64) * STRIDE + (HEADS + head // GROUP) * (2 * HALF)
+        values = keys + HEADS // GROUP * (2 * HALF)
+        whole = tl.maximum(seen_by_all, new)
+        state = _over(
+            state, queries, keys, values, None, 0, position, slope, score_scale,
+            new, whole, end, False, STRIDE, PAGE, HALF, BLOCK_HALF, BLOCK_N,
+        )  # fmt: skip
+        state = _over(
+            state, queries, keys, values, None, 0, position, slope, score_scale,
+            whole, end, end, True, STRIDE, PAGE, HALF, BLOCK_HALF, BLOCK_N,
+        )  # fmt: skip
     _, weight_sum, total = state
     scale = 1 / weight_sum
     if value_scale is not None:
@@ -263,15 +285,16 @@ def _columns(HALF: tl.constexpr, BLOCK_HALF: tl.constexpr):
 @triton.jit
 def _over(
     state, queries, keys, values, pages, cache_stride, position, slope, score_scale, begin, stop, end,
-    MASKED: tl.constexpr, PAGE: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr, STRIDE: tl.constexpr, PAGE: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Attends to the positions from `begin` to `stop`; where masked, none beyond a query's own."""
+    """Attends to positions from `begin` to `stop`, `STRIDE` numbers apart; where masked, none beyond a query's own."""
     highest, weight_sum, total = state
     column, real = _columns(HALF, BLOCK_HALF)
     page = page_of(pages, begin, end, PAGE, BLOCK_N)
     for n in range(begin, stop, BLOCK_N):
         at = n + tl.arange(0, BLOCK_N)
-        places = at[:, None] * (2 * HALF) + column[None, :]
+        places = at[:, None] * STRIDE + column[None, :]
         held = origin(pages, page, n, cache_stride, PAGE, BLOCK_N, 2 * HALF)
         page = page_of(pages, n + BLOCK_N, end, PAGE, BLOCK_N)
         if MASKED:
