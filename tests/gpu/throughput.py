@@ -14,7 +14,7 @@ longer of the two, attention comes on top. `host` is what the host does for a ge
 the time in which it does not wait for the device.
 
 `--check` first compares tokens in flight with those of one prompt at a time, in a model of two layers.
-`--peers` times `transformers`' `generate` in float16 with the largest batch that it can.
+`--peers` times `transformers`' `generate` in float16 with as many requests a batch as there is memory for.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import gc
 import sys
 import time
 import traceback
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -241,38 +242,81 @@ def check(config: ModelConfig, device: str) -> None:
         gc.collect()
 
 
-def peers(published: dict, name: str, cases: list[str]) -> None:
+class Clock:
+    """When each token came, for `generate`, which it stops at a time; it waits for every token."""
+
+    def __init__(self, seconds: float) -> None:
+        self.marks, self.seconds = [time.perf_counter()], seconds
+
+    def __call__(self, ids: torch.Tensor, scores: object, **kwargs) -> torch.Tensor:
+        torch.cuda.synchronize()
+        self.marks.append(time.perf_counter())
+        late = self.marks[-1] - self.marks[0] > self.seconds
+        return torch.full((len(ids),), late, device=ids.device)
+
+
+def peers(published: dict, name: str, cases: list[str], seconds: float) -> None:
+    """Static batches, in the order of the requests, of as many as there is memory for; outputs are as long as a batch's
+    longest, and what is beyond a request's own does not count. A case ends with the batch in which its time ends.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    begin, config = time.perf_counter(), config_from_hugging_face(published, name)
     sizes = canonical_config(published, name)
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(
             AutoConfig.for_model(sizes.pop("model_type"), **sizes), dtype=torch.float16
         ).eval()
     model.generation_config.eos_token_id = None
-    for case in (case for case in cases if case != "mixed"):
-        length, output = map(int, case.split("/"))
-        batch = 512
-        while batch:
-            ids = torch.randint(1, 256, (batch, length), device="cuda")
-            options = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
-            try:
-                model.generate(ids[:1], max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                model.generate(ids, max_new_tokens=output, min_new_tokens=output, **options)
-                torch.cuda.synchronize()
-            except torch.cuda.OutOfMemoryError:
-                batch = batch * 3 // 4
+    position = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # bytes of the cache
+    token = 6 * config.intermediate_size + 16 * config.hidden_size  # of a prompt, in one layer
+    print(f"transformers fp16: there in {time.perf_counter() - begin:.1f} s", flush=True)
+
+    def generated(batch: list[Sequence], most: float) -> Clock:
+        longest = max(len(sequence.prompt) for sequence in batch)
+        new = max(sequence.max_output_len for sequence in batch)
+        padding = [longest - len(sequence.prompt) for sequence in batch]  # on the left
+        ids = torch.tensor([[0] * n + x.prompt for n, x in zip(padding, batch, strict=True)], device="cuda")
+        mask = (torch.arange(longest) >= torch.tensor(padding)[:, None]).long().cuda()
+        options = {
+            "attention_mask": mask,
+            "do_sample": False,
+            "pad_token_id": 0,
+            "stopping_criteria": [clock := Clock(most)],
+        }
+        model.generate(ids, max_new_tokens=new, min_new_tokens=new, **options)
+        return clock
+
+    for case in cases:
+        sequences = requests(case, config, MIXED)
+        generated(sequences[:1], 1.0)
+        free = torch.cuda.mem_get_info()[0] * 0.9
+        room = max(position * x.positions + token * len(x.prompt) for x in sequences)
+        count = max(1, int(free / room))
+        start, taken, batches, first = time.perf_counter(), 0, 0, 0.0
+        while sequences and time.perf_counter() - start < seconds:
+            clock = None
+            with suppress(torch.cuda.OutOfMemoryError):
+                clock = generated(sequences[:count], seconds)
+            if clock is None:
                 gc.collect()
                 torch.cuda.empty_cache()
+                print(f"transformers fp16, {case}: no memory for {count} requests at a time", flush=True)
+                start, taken, batches, first, count = time.perf_counter(), 0, 0, 0.0, count * 3 // 4
                 continue
-            seconds = time.perf_counter() - start
+            batch, sequences = sequences[:count], sequences[count:]
+            tokens = len(clock.marks) - 1
+            taken += sum(min(x.max_output_len, tokens) for x in batch)
+            batches, first = batches + 1, first + clock.marks[1] - clock.marks[0]
+            took = time.perf_counter() - start
             print(
-                f"| transformers fp16 | {case} | {batch * output / seconds:,.0f} | {batch} | {seconds:.2f} |",
+                f"| transformers fp16 | {case} | {taken / took:,.0f} | {count} | {took:.2f} | batches {batches}, first "
+                f"tokens {first:.2f} s, the last batch {tokens} of {max(x.max_output_len for x in batch)} tokens |",
                 flush=True,
             )
-            break
+            if case != "mixed":
+                break
+        torch.cuda.empty_cache()
 
 
 def main() -> None:
@@ -318,7 +362,7 @@ def main() -> None:
         if cuda:
             torch.cuda.empty_cache()
     if args.peers:
-        peers(published, args.model, args.cases)
+        peers(published, args.model, args.cases, args.seconds)
 
 
 if __name__ == "__main__":
