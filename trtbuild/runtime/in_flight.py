@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from trtbuild.errors import UserError
-from trtbuild.network.step import Chunk, sent
+from trtbuild.network.step import CAPTURED_ROWS, Chunk, sent
 from trtbuild.runtime.paged_steps import PagedSteps, Rows, Sizes
 from trtbuild.runtime.pages import Pages, WholePages
 from trtbuild.runtime.sampling import SamplingParams
@@ -18,7 +18,7 @@ from trtbuild.runtime.token_ring import steps_ahead
 
 PAGE_SIZE = 64  # positions, on a GPU: of small pages less is left over, large ones are read faster
 MOST_SEQUENCES = {"cuda": 1024, "cpu": 32}  # of a step
-BUDGET = {"cuda": 4096, "cpu": 512}  # tokens of a step of chunks
+BUDGET = {"cuda": 8192, "cpu": 512}  # tokens of a step of chunks
 LENGTHS = {"prompt_lengths", "sequence_lengths"}  # inputs by which keys depend on how long a prompt is
 
 
@@ -38,7 +38,7 @@ def schedule(
         longest = max(sequence.positions for sequence in sequences)
         page_size = has.page_size if has.width == 1 and has.page_size >= longest else longest
     page_size = page_size or PAGE_SIZE
-    rows, budget = min(len(sequences), MOST_SEQUENCES[device]), BUDGET[device]
+    rows, budget = min(len(sequences), MOST_SEQUENCES[device]), _budget(session)
     width = 1 if whole else -(-limits.max_length // page_size)
     least = -(-limits.max_batch_size * limits.max_length // page_size) if whole else limits.max_batch_size * width
     needs = sorted((-(-sequence.positions // page_size) for sequence in sequences), reverse=True)
@@ -54,6 +54,13 @@ def schedule(
     pool = WholePages if whole else Pages
     allotted = pool(pages or has.pages, page_size, LENGTHS.isdisjoint(session.engine.network.inputs))
     return Scheduler(sequences, allotted, rows, budget)
+
+
+def _budget(session: PortableSession) -> int:
+    """Tokens of a step of chunks; of a small model on a GPU as many as can be captured, since to launch a longer step
+    would take longer than it runs."""
+    captured, device = session.engine.captured_rows, session.device.type
+    return captured if device == "cuda" and captured == CAPTURED_ROWS[-1] else BUDGET[device]
 
 
 @dataclass(frozen=True)
