@@ -1,6 +1,7 @@
 """The Triton kernels on CUDA against their operations' references. Run by hand: `pytest -m gpu tests/gpu`."""
 
 import itertools
+from copy import copy
 
 import pytest
 import torch
@@ -165,6 +166,16 @@ class AttentionCase:
                     cache[slot, :, past + n :] = float("nan")
         self.before, self.caches, self.pages = [cache.clone() for cache in caches], caches, None
 
+    def part(self, start, end):
+        """Of one sequence some tokens, which go on with its caches."""
+        part = copy(self)
+        for name in ("qkv", "cos", "sin", "factors", "positions"):
+            whole = getattr(self, name)
+            setattr(part, name, None if whole is None else whole[start:end])
+        part.past = torch.full_like(self.past, start)
+        part.starts = torch.tensor([0, end - start], dtype=torch.int32, device="cuda")
+        return part
+
     def run(self, dtype):
         """The attended values and the caches in order of sequences, all of it computed in `dtype`."""
         sizes = self.heads, self.kv_heads, self.head_dim
@@ -240,6 +251,20 @@ def test_the_attention_of_chunks(size, kind):
     for chunks in ([(1, 0)], [(300, 0)], [(128, 0)] * 4, *ragged):
         case = AttentionCase(dtype, *size, chunks, cache_dtype, position, reverse=True)
         case.check(case.context(), ATTENTION_TOLERANCE[dtype] * (10 if cache_dtype else 1))
+
+
+@attentions
+def test_a_prompt_in_chunks(size, kind):
+    """The bits of the prompt at once, though what a chunk finds in the cache and what is new are read elsewhere."""
+    dtype, cache_dtype, position = kind
+    case = AttentionCase(dtype, *size, [(700, 0)], cache_dtype, position)
+    expected, whole = case.context(), case.caches
+    for cuts in ([0, 1, 700], [0, 64, 331, 640, 700], [0, 513, 699, 700]):
+        case.caches = [cache.clone() for cache in case.before]
+        found = [case.part(*cut).context() for cut in itertools.pairwise(cuts)]
+        assert torch.equal(torch.cat(found), expected)
+        for cache, wanted in zip(case.caches, whole, strict=True):
+            assert torch.equal(cache.view(torch.uint8), wanted.view(torch.uint8))
 
 
 @attentions
