@@ -5,7 +5,8 @@
     q, k, v = Rotate of qkv by cos and sin; SplitHeads without them; then q *= factors
     key_cache[slots[b], :, p], value_cache[slots[b], :, p] = k[i], v[i]         rounded as the caches are
 
-and, where these have 8 bits, leaves in `qkv` what they now hold, widened, in the place of `k[i]` and `v[i]`.
+and, where these have 8 bits and sequences are `LONG`, leaves in `qkv` what they now hold, in the place of `k[i]` and
+`v[i]`.
 
 `context_attention(qkv, cos, sin, ...)` then equals, with `g = h // (heads / kv_heads)` and `n = p + 1`,
 
@@ -20,8 +21,10 @@ All lengths are read on the device, so that a captured graph serves many steps: 
 `query_starts[batch]` are padding, for which nothing is read or written. Any mix of sequences is one launch of each.
 
 A program attends for a block of one sequence's rows and one head ("FlashAttention", arXiv 2205.14135); masks are needed
-on the diagonal alone. Those that look back furthest start first. Scales are applied to scores and outputs. 8-bit tiles
-would be converted by every program that reads them: those of new positions are read from `qkv`, with the same bits.
+on the diagonal alone. Those that look back furthest start first, some heads after the others, so that their keys and
+values stay in the GPU's cache. Scales are applied to scores and outputs. 8-bit tiles are converted by every program
+that reads them; so of long sequences whole new ones are read from `qkv`, by the GPU's copies of tiles, and a tile's
+scores are computed beside the softmax of the one before. Bits are the same.
 """
 
 import math
@@ -29,14 +32,19 @@ import math
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from trtbuild.kernels import capability
 from trtbuild.kernels.cache import origin, page_of, rotated, scaled, stored, table, widened
 from trtbuild.kernels.dependent_launch import dependent_launch, trigger, wait
+from trtbuild.kernels.many_rows import HOPPER
+from trtbuild.kernels.processors import processors
 from trtbuild.kernels.quantize_rows import Quantize, narrow_rows, rounded
 
 WRITTEN = 4096  # values of a program that writes
-ROWS = 64  # of a program that attends
 READ = 8192  # values of a tile of keys or values
+LONG = 512  # new positions of a sequence, in the mean, for which it pays to write them in 16 bits, too
+HEADS_AT_ONCE = 8  # if that divides the heads
 LOG2_E = tl.constexpr(math.log2(math.e))
 
 
@@ -54,7 +62,7 @@ def write_cache(
     heads: int,
     pages: torch.Tensor | None = None,
 ) -> None:
-    """Of `[tokens, (heads + 2 kv_heads) * head_dim]`, float16 or bfloat16, the keys and values, overwritten for 8 bits.
+    """Of `[tokens, (heads + 2 kv_heads) * head_dim]`, float16 or bfloat16, the keys and values, which it may overwrite.
 
     `cos` and `sin` `[tokens, head_dim]` as `RotaryEmbedding` makes them, or None; `position_ids` `[tokens]`,
     `query_starts` `[batch + 1]` and `slots` `[batch]`, all int32. Caches `[slots, kv_heads, max_length, head_dim]` in
@@ -70,8 +78,15 @@ def write_cache(
         qkv, cos, sin, position_ids, query_starts, slots, key_cache, value_cache, key_scale, value_scale, pages,
         batch, qkv.stride(0), *key_cache.stride()[:2], pages_stride, PAGE=page_size,
         HEADS=heads, KV_HEADS=kv_heads, BLOCK_H=block_h, HALF=head_dim // 2, BLOCK_HALF=block_d // 2,
-        BATCH=max(16, triton.next_power_of_2(batch)), num_warps=4, **dependent_launch(qkv.device),
+        BATCH=max(16, triton.next_power_of_2(batch)), LEAVE=_leaves(qkv, slots, key_cache), num_warps=4,
+        **dependent_launch(qkv.device),
     )  # fmt: skip
+
+
+def _leaves(qkv: torch.Tensor, slots: torch.Tensor, cache: torch.Tensor) -> bool:
+    """Whether new keys and values are left in `qkv`."""
+    head_dim, copies = cache.shape[-1], qkv.device.type != "cuda" or capability(qkv.device) >= HOPPER
+    return cache.dtype.itemsize == 1 and len(qkv) >= LONG * len(slots) and head_dim in (16, 32, 64, 128, 256) and copies
 
 
 def context_attention(
@@ -99,15 +114,22 @@ def context_attention(
     tokens, batch, (_, kv_heads, _, head_dim) = len(qkv), len(slots), key_cache.shape
     output, scales, given, limit = narrow_rows(qkv, heads * head_dim, quantize)
     block_d = max(16, triton.next_power_of_2(head_dim))
-    blocks = (tokens + batch * (ROWS - 1)) // ROWS  # there are no more, however long the sequences are
+    block = min(64, READ // block_d)
+    new = None
+    if _leaves(qkv, slots, key_cache):
+        new = TensorDescriptor(qkv, list(qkv.shape), list(qkv.stride()), [block, head_dim])
+    # Where 8-bit tiles are converted by every program that reads them more rows a program pay; 64 start sooner.
+    converts = key_cache.dtype.itemsize == 1 and new is None
+    rows = 128 if converts and tokens * heads >= 256 * processors(qkv.device) else 64
+    blocks = (tokens + batch * (rows - 1)) // rows  # there are no more, however long the sequences are
     pages, pages_stride, page_size = table(pages, key_cache)
-    _context_attention_kernel[heads, blocks](
+    _context_attention_kernel[(heads * blocks,)](
         qkv, cos, sin, factors, key_cache, value_cache, key_scale, value_scale, query_starts, past_lengths, slots,
-        slopes, pages, output, scales, given,
-        batch, *key_cache.stride()[:2], pages_stride, head_dim**-0.5 * math.log2(math.e), PAGE=page_size,
-        STRIDE=qkv.stride(0), HEADS=heads, GROUP=heads // kv_heads, HALF=head_dim // 2, BLOCK_HALF=block_d // 2,
-        LIMIT=limit, BATCH=max(16, triton.next_power_of_2(batch)), BLOCK_M=ROWS, BLOCK_N=min(64, READ // block_d),
-        num_warps=4, num_stages=3, **dependent_launch(qkv.device),
+        slopes, pages, output, scales, given, new,
+        batch, qkv.stride(0), *key_cache.stride()[:2], pages_stride, head_dim**-0.5 * math.log2(math.e), PAGE=page_size,
+        HEADS=heads, GROUP=heads // kv_heads, HALF=head_dim // 2, BLOCK_HALF=block_d // 2, LIMIT=limit,
+        AT_ONCE=heads if heads % HEADS_AT_ONCE else HEADS_AT_ONCE, BATCH=max(16, triton.next_power_of_2(batch)),
+        BLOCK_M=rows, BLOCK_N=block, num_warps=rows // 16, num_stages=3, **dependent_launch(qkv.device),
     )  # fmt: skip
     return output, scales
 
@@ -117,7 +139,7 @@ def _cache_write_kernel(
     qkv, cos, sin, position_ids, query_starts, slots, key_cache, value_cache, key_scale, value_scale, pages,
     batch, qkv_stride, cache_stride, cache_head_stride, pages_stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_H: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
-    BATCH: tl.constexpr, PAGE: tl.constexpr, DEPENDENT: tl.constexpr,
+    BATCH: tl.constexpr, PAGE: tl.constexpr, LEAVE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Some heads of one token: keys or values."""
     trigger(DEPENDENT)
@@ -140,12 +162,13 @@ def _cache_write_kernel(
     own = qkv + token * qkv_stride + (HEADS + head[:, None]) * (2 * HALF)
     if part < blocks:
         first, second = _rotated(own, cos, sin, token, d[None, :], inside, HALF)
-        _store(key_cache + there, cache_head_stride, key_scale, own, first, second, head, d, inside, KV_HEADS, HALF)
+        to = key_cache + there
+        _store(to, cache_head_stride, key_scale, own, first, second, head, d, inside, KV_HEADS, HALF, LEAVE)
     else:
         values = own + KV_HEADS * 2 * HALF
         first, second = _rotated(values, None, None, token, d[None, :], inside, HALF)
         to = value_cache + there
-        _store(to, cache_head_stride, value_scale, values, first, second, head, d, inside, KV_HEADS, HALF)
+        _store(to, cache_head_stride, value_scale, values, first, second, head, d, inside, KV_HEADS, HALF, LEAVE)
 
 
 @triton.jit
@@ -163,8 +186,11 @@ def _rotated(x, cos, sin, token, d, inside, HALF: tl.constexpr):
 
 
 @triton.jit
-def _store(to, head_stride, scale, source, first, second, head, d, inside, HEADS: tl.constexpr, HALF: tl.constexpr):
-    """Both halves into a cache, and, as one of 8 bits holds them, back to where they come from."""
+def _store(
+    to, head_stride, scale, own, first, second, head, d, inside,
+    HEADS: tl.constexpr, HALF: tl.constexpr, LEAVE: tl.constexpr,
+):  # fmt: skip
+    """Both halves into a cache, and, to leave what that holds, where they come from."""
     factor = None
     if scale is not None:
         factor = tl.load(scale + head, mask=head < HEADS, other=1.0)[:, None]
@@ -172,24 +198,27 @@ def _store(to, head_stride, scale, source, first, second, head, d, inside, HEADS
     low, high = stored(first, factor, to.dtype.element_ty), stored(second, factor, to.dtype.element_ty)
     tl.store(at, low, mask=inside)
     tl.store(at + HALF, high, mask=inside)
-    if scale is not None:
-        tl.store(source + d[None, :], widened(low, first), mask=inside)
-        tl.store(source + HALF + d[None, :], widened(high, first), mask=inside)
+    if LEAVE:
+        tl.store(own + d[None, :], widened(low, first), mask=inside)
+        tl.store(own + HALF + d[None, :], widened(high, first), mask=inside)
 
 
 @triton.jit
 def _context_attention_kernel(
     qkv, cos, sin, factors, key_cache, value_cache, key_scale, value_scale, query_starts, past_lengths, slots,
-    slopes, pages, output, scales, given,
-    batch, cache_stride, cache_head_stride, pages_stride, score_scale,
+    slopes, pages, output, scales, given, new,
+    batch, qkv_stride, cache_stride, cache_head_stride, pages_stride, score_scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, LIMIT: tl.constexpr,
-    BATCH: tl.constexpr, PAGE: tl.constexpr, STRIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    AT_ONCE: tl.constexpr, BATCH: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Scores are in units of log 2, so that `exp2` does for the softmax."""
     trigger(DEPENDENT)
     wait(DEPENDENT)
-    head, block = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
+    count = tl.num_programs(0) // HEADS
+    place = tl.program_id(0) % (AT_ONCE * count)
+    head = tl.program_id(0) // (AT_ONCE * count) * AT_ONCE + place % AT_ONCE
+    block = count - 1 - place // AT_ONCE
     sequences = tl.arange(0, BATCH)
     real = sequences < batch
     starts = tl.load(query_starts + sequences, mask=real, other=0)
@@ -207,7 +236,7 @@ def _context_attention_kernel(
     token = (start + row).to(tl.int64)
     d = tl.arange(0, BLOCK_HALF)[None, :]
     inside = (row[:, None] < length) & (d < HALF)
-    q = qkv + token[:, None] * STRIDE + head * (2 * HALF)
+    q = qkv + token[:, None] * qkv_stride + head * (2 * HALF)
     low, high = _rotated(q, cos, sin, token[:, None], d, inside, HALF)
     if factors is not None:
         factor = tl.load(factors + token, mask=row < length, other=0.0)[:, None]
@@ -233,30 +262,23 @@ def _context_attention_kernel(
     position = past + row
     seen_by_all = (past + first + 1) // BLOCK_N * BLOCK_N
     end = past + tl.minimum(first + BLOCK_M, length)
-    new = end  # from where on tiles are read from `qkv`
-    if key_scale is not None:
-        new = tl.minimum(tl.cdiv(past, BLOCK_N) * BLOCK_N, end)
-    whole = tl.minimum(seen_by_all, new)
+    old = seen_by_all  # until where whole tiles are read from the cache
+    if new is not None:
+        old = tl.minimum(tl.cdiv(past, BLOCK_N) * BLOCK_N, seen_by_all)
     state = _over(
         state, queries, key_cache, value_cache, pages, cache_stride, position, slope, score_scale,
-        0, whole, end, False, 2 * HALF, PAGE, HALF, BLOCK_HALF, BLOCK_N,
+        0, old, end, False, PAGE, HALF, BLOCK_HALF, BLOCK_N,
     )  # fmt: skip
+    if new is not None:
+        column = (HEADS + head // GROUP) * (2 * HALF)
+        state = _ahead(
+            state, queries, new, start - past, column, column + HEADS // GROUP * (2 * HALF), position, slope,
+            score_scale, old, seen_by_all, BLOCK_N,
+        )  # fmt: skip
     state = _over(
         state, queries, key_cache, value_cache, pages, cache_stride, position, slope, score_scale,
-        whole, new, end, True, 2 * HALF, PAGE, HALF, BLOCK_HALF, BLOCK_N,
+        seen_by_all, end, end, True, PAGE, HALF, BLOCK_HALF, BLOCK_N,
     )  # fmt: skip
-    if key_scale is not None:
-        keys = qkv + (start - past).to(tl.int64) * STRIDE + (HEADS + head // GROUP) * (2 * HALF)
-        values = keys + HEADS // GROUP * (2 * HALF)
-        whole = tl.maximum(seen_by_all, new)
-        state = _over(
-            state, queries, keys, values, None, 0, position, slope, score_scale,
-            new, whole, end, False, STRIDE, PAGE, HALF, BLOCK_HALF, BLOCK_N,
-        )  # fmt: skip
-        state = _over(
-            state, queries, keys, values, None, 0, position, slope, score_scale,
-            whole, end, end, True, STRIDE, PAGE, HALF, BLOCK_HALF, BLOCK_N,
-        )  # fmt: skip
     _, weight_sum, total = state
     scale = 1 / weight_sum
     if value_scale is not None:
@@ -285,16 +307,15 @@ def _columns(HALF: tl.constexpr, BLOCK_HALF: tl.constexpr):
 @triton.jit
 def _over(
     state, queries, keys, values, pages, cache_stride, position, slope, score_scale, begin, stop, end,
-    MASKED: tl.constexpr, STRIDE: tl.constexpr, PAGE: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr, PAGE: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Attends to positions from `begin` to `stop`, `STRIDE` numbers apart; where masked, none beyond a query's own."""
+    """Attends to the positions from `begin` to `stop`; where masked, none beyond a query's own."""
     highest, weight_sum, total = state
     column, real = _columns(HALF, BLOCK_HALF)
     page = page_of(pages, begin, end, PAGE, BLOCK_N)
     for n in range(begin, stop, BLOCK_N):
         at = n + tl.arange(0, BLOCK_N)
-        places = at[:, None] * STRIDE + column[None, :]
+        places = at[:, None] * (2 * HALF) + column[None, :]
         held = origin(pages, page, n, cache_stride, PAGE, BLOCK_N, 2 * HALF)
         page = page_of(pages, n + BLOCK_N, end, PAGE, BLOCK_N)
         if MASKED:
@@ -308,18 +329,47 @@ def _over(
             k = tl.load(keys + held + places, mask=inside, other=0.0)
             v = tl.load(values + held + places, mask=inside, other=0.0)
         scores = tl.dot(queries, widened(k, queries).T)
-        if slope is not None:
-            scores = scores * score_scale + slope * (at[None, :] - position[:, None])
-        if MASKED:
-            scores = tl.where(at[None, :] <= position[:, None], scores, float("-inf"))
-        if slope is None:
-            higher = tl.maximum(highest, tl.max(scores, 1) * score_scale)
-            weights = tl.exp2(scores * score_scale - higher[:, None])
-        else:
-            higher = tl.maximum(highest, tl.max(scores, 1))
-            weights = tl.exp2(scores - higher[:, None])
+        weights, higher = _weights(scores, highest, at, position, slope, score_scale, MASKED)
         shrink = tl.exp2(highest - higher)
         weight_sum = weight_sum * shrink + tl.sum(weights, 1)
         total = tl.dot(weights.to(queries.dtype), widened(v, queries), total * shrink[:, None])
         highest = higher
     return highest, weight_sum, total
+
+
+@triton.jit
+def _ahead(
+    state, queries, new, row, key_column, value_column, position, slope, score_scale, begin, stop, BLOCK_N: tl.constexpr
+):
+    """The same without masks, of positions `n` in rows `row + n` of `new`; scores are computed a tile ahead."""
+    highest, weight_sum, total = state
+    scores = tl.zeros((queries.shape[0], BLOCK_N), tl.float32)
+    if begin < stop:
+        scores = tl.dot(queries, new.load([row + begin, key_column]).T)
+    for n in range(begin, stop, BLOCK_N):
+        k = new.load([row + n + BLOCK_N, key_column])  # of the last tile's next there is no use
+        v = new.load([row + n, value_column])
+        following = tl.dot(queries, k.T)
+        at = n + tl.arange(0, BLOCK_N)
+        weights, higher = _weights(scores, highest, at, position, slope, score_scale, False)
+        shrink = tl.exp2(highest - higher)
+        weight_sum = weight_sum * shrink + tl.sum(weights, 1)
+        total = tl.dot(weights.to(queries.dtype), v, total * shrink[:, None])
+        highest, scores = higher, following
+    return highest, weight_sum, total
+
+
+@triton.jit
+def _weights(scores, highest, at, position, slope, score_scale, MASKED: tl.constexpr):
+    """The softmax's of a tile, before they are divided by their sum, and the highest score so far."""
+    if slope is not None:  # rounded in one way, wherever a tile is read from
+        scores = tl.fma(scores, score_scale + tl.zeros_like(scores), slope * (at[None, :] - position[:, None]))
+    if MASKED:
+        scores = tl.where(at[None, :] <= position[:, None], scores, float("-inf"))
+    if slope is None:
+        higher = tl.maximum(highest, tl.max(scores, 1) * score_scale)
+        weights = tl.exp2(scores * score_scale - higher[:, None])
+    else:
+        higher = tl.maximum(highest, tl.max(scores, 1))
+        weights = tl.exp2(scores - higher[:, None])
+    return weights, higher
