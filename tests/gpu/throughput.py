@@ -135,7 +135,8 @@ def measure(session, config, recipe: str, case: str, args, bandwidth: float) -> 
     cuda = session.device.type == "cuda"
     params = SamplingParams(4096)
     scheduler = schedule(session, requests(case, config, max(args.requests, MIXED)), params)
-    scheduler.next_chunks()
+    while scheduler.next_chunks():
+        pass
     at_once = len(scheduler.running) + len(scheduler.entering)
     count = args.requests or (MIXED if case == "mixed" else int(at_once * args.pools))
     drawn, deadline = [0] * count, float("inf")

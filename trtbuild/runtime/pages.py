@@ -1,5 +1,6 @@
 """Who has which pages of the pool, and which beginnings of prompts are in it already."""
 
+from array import array
 from collections.abc import Sequence
 
 SCRATCH = 0  # the page that no sequence is given: padded rows write to it
@@ -16,8 +17,8 @@ class Pages:
         self.count, self.size, self.shares = count, size, shares
         self.owners = [0] * (count + 1)
         self._free = list(range(count, SCRATCH, -1))
-        self._known: dict[tuple[int, tuple[int, ...]], int] = {}  # by the page before it and its tokens
-        self._names: dict[int, tuple[int, tuple[int, ...]]] = {}
+        self._known: dict[tuple[int, bytes], int] = {}  # by the page before it and its tokens
+        self._names: dict[int, tuple[int, bytes]] = {}
 
     @property
     def free(self) -> int:
@@ -34,7 +35,9 @@ class Pages:
         """
         names = []
         if self.shares:
-            names = [tuple(prompt[i : i + self.size]) for i in range(0, len(prompt) - self.size + 1, self.size)]
+            tokens = array("i", prompt)
+            ends = range(self.size, len(prompt) + 1, self.size)
+            names = [tokens[end - self.size : end].tobytes() for end in ends]
         pages: list[int] = []
         for name in names[: (len(prompt) - 1) // self.size]:
             page = self._known.get((pages[-1] if pages else SCRATCH, name))

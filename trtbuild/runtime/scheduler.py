@@ -71,7 +71,8 @@ class Scheduler:
         return chunks
 
     def _admit(self) -> None:
-        while self.waiting and len(self.running) + len(self.entering) < self.rows:
+        """As many as fill the next step; others are looked at while that runs."""
+        while self.waiting and len(self.running) + len(self.entering) < self.rows and not self._fill_a_step():
             sequence = self.waiting[0]
             if not self._worth_a_tile(sequence):
                 return
@@ -91,12 +92,15 @@ class Scheduler:
         return len(self.running) + len(self.entering) not in FULL or room >= min(FULL[0] // 4, len(self.waiting))
 
     def _worth_a_step(self) -> bool:
-        tokens = sum(len(sequence.prompt) - sequence.past for sequence in self.entering)
         return bool(self.entering) and (
-            tokens >= self.budget
+            self._fill_a_step()
             or len(self.entering) * SHARE >= len(self.running)
             or not self.waiting  # no others will come
         )
+
+    def _fill_a_step(self) -> bool:
+        """Whether those that enter do."""
+        return sum(len(sequence.prompt) - sequence.past for sequence in self.entering) >= self.budget
 
     def leave(self, gone: Iterable[Sequence]) -> None:
         """Of those that run."""
