@@ -158,11 +158,13 @@ def measure(session, config, recipe: str, case: str, args, bandwidth: float) -> 
         sequence.max_output_len = 2
     warm.run()
     start, rows = time.perf_counter(), session.paged_steps.sizes.rows
+    ends = [1, max(sequence.positions for sequence in requests(case, config, count))]
     with torch.inference_mode():
         session.paged("arrange", Rows.new(session.paged_steps.sizes).buffer.numpy())
         sizes = {session.paged_steps.padded(size) for size in (CAPTURED if case == "mixed" else (min(count, rows),))}
         for size in sorted(size for size in sizes if size <= rows):
-            session.paged("generation", size, 1)
+            for longest in ends:  # short sequences' steps are captured apart
+                session.paged("generation", size, longest)
     captured = time.perf_counter() - start
     flown = flight(requests(case, config, count))
     flown.scheduler.budget = args.budget or flown.scheduler.budget

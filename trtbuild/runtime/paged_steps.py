@@ -14,6 +14,7 @@ from trtbuild.runtime.sampling import Kind, Sampler, SamplingParams
 
 # Sequences of captured steps, up to which others are padded: products take as long for fewer of 64, later of 128.
 CAPTURED = (1, 2, 4, *range(8, 64, 8), *range(64, 512, 64), *range(512, 1025, 128))
+SHORT = 512  # positions; steps of sequences that have no more are captured apart, as kernels have other tiles for them
 
 
 class Sizes(NamedTuple):
@@ -73,6 +74,13 @@ class PagedSteps:
             return count
         return min(self.sizes.rows, next((size for size in CAPTURED if size >= count), count))
 
+    def bound(self, longest: int) -> int:
+        """Positions of a generation step's sequences at most, of which none has more than `longest`."""
+        if self.device.type != "cuda":
+            return longest
+        most = self.sizes.width * self.sizes.page_size
+        return min(most, SHORT) if longest <= SHORT else most
+
     def generation(self, count: int, longest: int) -> torch.Tensor | None:
         """Logits of one more token of the first `count` rows, none of which has more than `longest` positions."""
         rows, network = self.rows, self.engine.network
@@ -86,8 +94,7 @@ class PagedSteps:
         }
         if "sequence_lengths" in network.inputs:
             inputs["sequence_lengths"] = rows.positions[:count] + 1
-        bound = self.sizes.width * self.sizes.page_size if self.device.type == "cuda" else longest
-        step = Step.generation(self._index[:count], bound, ranks=self.ranks, pages=rows.pages[:count])
+        step = Step.generation(self._index[:count], self.bound(longest), ranks=self.ranks, pages=rows.pages[:count])
         return self.engine.run(step, inputs | self.cache.buffers)
 
     def sample(self, params: SamplingParams) -> None:

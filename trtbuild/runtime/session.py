@@ -463,7 +463,7 @@ class PortableSession(Session):
         steps = self.paged_steps
         assert steps
         rows = steps.padded(count)
-        key, run = ("pages", rows), partial(steps.generation, rows, longest)
+        key, run = ("pages", rows, steps.bound(longest)), partial(steps.generation, rows, longest)
         if self._samples_in_graph:
             self._replay(key, run, steps.next)
         else:
