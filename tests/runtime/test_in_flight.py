@@ -278,6 +278,19 @@ def test_a_few_more_rows_than_tiles_have_are_not_worth_a_step(fit, at_once):
     assert len(all_fit.running) == fit
 
 
+def test_sequences_are_admitted_as_steps_need_them():
+    """The device does not wait while the host looks at all of them."""
+    scheduler = Scheduler([Sequence(i, [7] * 10, 6) for i in range(20)], Pages(40, 16), 20, 30)
+    for step in range(6):
+        assert [(sequence.index, len(part)) for sequence, part in scheduler.next_chunks()] == [
+            (3 * step + i, 10) for i in range(3)
+        ]
+        assert len(scheduler.waiting) == 17 - 3 * step
+    assert len(scheduler.next_chunks()) == 2
+    assert not scheduler.next_chunks()
+    assert len(scheduler.running) == 20
+
+
 @pytest.mark.parametrize("params", [SamplingParams(9), SamplingParams(9, temperature=1, top_p=0.9, presence_penalty=1)])
 def test_other_sampling_has_pages_and_memory_of_its_own(params):
     session, some = session_of("llama"), [prompts()[i] for i in (4, 9, 14)]
