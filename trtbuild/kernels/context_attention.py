@@ -21,10 +21,10 @@ All lengths are read on the device, so that a captured graph serves many steps: 
 `query_starts[batch]` are padding, for which nothing is read or written. Any mix of sequences is one launch of each.
 
 A program attends for a block of one sequence's rows and one head ("FlashAttention", arXiv 2205.14135); masks are needed
-on the diagonal alone. Those that look back furthest start first, some heads after the others, so that their keys and
-values stay in the GPU's cache. Scales are applied to scores and outputs. 8-bit tiles are converted by every program
-that reads them; so of long sequences whole new ones are read from `qkv`, by the GPU's copies of tiles, and a tile's
-scores are computed beside the softmax of the one before. Bits are the same.
+on the diagonal alone. Those that look back furthest start first. Scales are applied to scores and outputs. 8-bit tiles
+are converted by every program that reads them; so of long sequences whole new ones are read from `qkv`, by the GPU's
+copies of tiles, and a tile's scores are computed beside the softmax of the one before. Bits are the same. Some heads
+then come after the others, so that what they read stays in the GPU's cache.
 """
 
 import math
@@ -128,7 +128,7 @@ def context_attention(
         slopes, pages, output, scales, given, new,
         batch, qkv.stride(0), *key_cache.stride()[:2], pages_stride, head_dim**-0.5 * math.log2(math.e), PAGE=page_size,
         HEADS=heads, GROUP=heads // kv_heads, HALF=head_dim // 2, BLOCK_HALF=block_d // 2, LIMIT=limit,
-        AT_ONCE=heads if heads % HEADS_AT_ONCE else HEADS_AT_ONCE, BATCH=max(16, triton.next_power_of_2(batch)),
+        AT_ONCE=heads if new is None or heads % HEADS_AT_ONCE else HEADS_AT_ONCE, BATCH=max(16, triton.next_power_of_2(batch)),
         BLOCK_M=rows, BLOCK_N=block, num_warps=rows // 16, num_stages=3, **dependent_launch(qkv.device),
     )  # fmt: skip
     return output, scales
