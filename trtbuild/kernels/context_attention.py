@@ -128,8 +128,9 @@ def context_attention(
         slopes, pages, output, scales, given, new,
         batch, qkv.stride(0), *key_cache.stride()[:2], pages_stride, head_dim**-0.5 * math.log2(math.e), PAGE=page_size,
         HEADS=heads, GROUP=heads // kv_heads, HALF=head_dim // 2, BLOCK_HALF=block_d // 2, LIMIT=limit,
-        AT_ONCE=heads if new is None or heads % HEADS_AT_ONCE else HEADS_AT_ONCE, BATCH=max(16, triton.next_power_of_2(batch)),
-        BLOCK_M=rows, BLOCK_N=block, num_warps=rows // 16, num_stages=3, **dependent_launch(qkv.device),
+        AT_ONCE=heads if new is None or heads % HEADS_AT_ONCE else HEADS_AT_ONCE,
+        BATCH=max(16, triton.next_power_of_2(batch)), BLOCK_M=rows, BLOCK_N=block,
+        num_warps=rows // 16, num_stages=3, **dependent_launch(qkv.device),
     )  # fmt: skip
     return output, scales
 
