@@ -87,6 +87,11 @@ def test_every_format(kind, rows, out, width, swiglu):
     check(kind, rows, out, width, swiglu)
 
 
+@pytest.mark.parametrize("kind", FORMATS)
+def test_swiglu_of_many_rows(kind):
+    check(kind, 40, 34, 1312, True)
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4", "int4 zeros"])
 @pytest.mark.parametrize("swiglu", [False, True])
 def test_tiles_of_rows(kind, swiglu):

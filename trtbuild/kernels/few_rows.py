@@ -140,9 +140,9 @@ def _tiles(x: torch.Tensor, weight: torch.Tensor, swiglu: bool, block: int | Non
     if block is not None:
         if m > 64:  # with more steps ahead where a program is alone on a multiprocessor
             stages = 4 if count(128) <= processors(x.device) else 3
-            return Tiles(m, 128, block, stages, warps=8, swap=True, scale_weight=True)
+            return Tiles(m, 64 if swiglu else 128, block, stages, warps=8, swap=True, scale_weight=True)
         if swiglu and m <= 32:
-            even = width % (2 * block) == 0
+            even = m == 16 and width % (2 * block) == 0
             return Tiles(m, 32, block, 3 if even else 4, swap=True, unroll=2 if even else 1)
         return Tiles(m, 64, block, 4, swap=True)
     k = 256 // weight.itemsize
@@ -199,9 +199,11 @@ def _few_rows_product_kernel(
     INT4: tl.constexpr = GROUP > 0
     out = columns * 2 if SWIGLU else columns
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    N: tl.constexpr = 2 * BLOCK_N if SWIGLU else BLOCK_N
+    # Gate and up rows are in one tile; of many rows in two: sums of one take as long as to convert the other.
+    APART: tl.constexpr = SWIGLU and not INT4 and BLOCK_M > 32
+    N: tl.constexpr = 2 * BLOCK_N if SWIGLU and not APART else BLOCK_N
     i = tl.arange(0, N)
-    if SWIGLU:  # eight gate rows, then the up rows of the same outputs: a thread has both
+    if SWIGLU and not APART:  # eight gate rows, then the up rows of the same outputs: a thread has both
         n = tl.program_id(1) * BLOCK_N + i // 16 * 8 + i % 8
         up = i // 8 % 2 * columns
     else:
@@ -231,11 +233,13 @@ def _few_rows_product_kernel(
         k_w = k_w // QUARTER * BLOCK
     else:
         weight_tile = weight + _along_rows(there, SWAP) * width + k_w
+    up_tile = weight_tile + columns.to(tl.int64) * width  # where apart
     if not LATE:
         trigger(DEPENDENT)
     wait(DEPENDENT)
     shape: tl.constexpr = (N, BLOCK_M) if SWAP else (BLOCK_M, N)
     total = tl.zeros(shape, tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32)
+    total_up = total
     for first in tl.range(begin, end, UNROLL * BLOCK_K, num_stages=STAGES):
         for u in tl.static_range(UNROLL):
             start = first + u * BLOCK_K
@@ -256,28 +260,41 @@ def _few_rows_product_kernel(
                 total = _int4_step(total, a, q, scales, zeros, at, inside, SCALE_WEIGHT)
             else:
                 total = _dot(total, a, from_int8(q, a) if q.dtype != a.dtype else q, SWAP)
+                if APART:
+                    if EVEN_K:
+                        q = tl.load(up_tile + along, eviction_policy=EVICT)
+                    else:
+                        q = tl.load(up_tile + along, mask=start + k_w < width, other=0.0, eviction_policy=EVICT)
+                    total_up = _dot(total_up, a, from_int8(q, a) if q.dtype != a.dtype else q, SWAP)
     if LATE:
         trigger(DEPENDENT)
-    total = total.to(tl.float32)
+    total, total_up = total.to(tl.float32), total_up.to(tl.float32)
     if PARTS > 1:
-        across = tl.num_programs(1) * N
-        at = m_ * across + (tl.program_id(1) * N + i_)
-        tl.store(sums + tl.program_id(2) * rows * across + at, total, mask=m_ < rows)
+        OWN: tl.constexpr = 2 * N if APART else N
+        across = tl.num_programs(1) * OWN
+        at = m_ * across + (tl.program_id(1) * OWN + i_)
+        own = sums + tl.program_id(2) * rows * across + at
+        tl.store(own, total, mask=m_ < rows)
+        if APART:
+            tl.store(own + N, total_up, mask=m_ < rows)
         tl.debug_barrier()  # all threads have written before one counts the part
         counter = counters + (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0))
         if tl.atomic_add(counter, 1, sem="acq_rel") == PARTS - 1:
             tl.store(counter, 0)
-            total = tl.zeros_like(total)
+            total, total_up = tl.zeros_like(total), tl.zeros_like(total)
             for part in tl.static_range(PARTS):
-                total += tl.load(sums + part * rows * across + at, mask=m_ < rows, other=0, cache_modifier=".cg")
+                of_part = sums + part * rows * across + at
+                total += tl.load(of_part, mask=m_ < rows, other=0, cache_modifier=".cg")
+                if APART:
+                    total_up += tl.load(of_part + N, mask=m_ < rows, other=0, cache_modifier=".cg")
             _finish(
-                total, row_scale, None if INT4 else scales, bias, residual, output, m, row, n < columns, rows, columns,
-                SWIGLU, PER_ROW, SWAP, BLOCK_N,
+                total, total_up, row_scale, None if INT4 else scales, bias, residual, output, m, row, n < columns, rows,
+                columns, SWIGLU, APART, PER_ROW, SWAP, BLOCK_N,
             )  # fmt: skip
     else:
         _finish(
-            total, row_scale, None if INT4 else scales, bias, residual, output, m, row, n < columns, rows, columns,
-            SWIGLU, PER_ROW, SWAP, BLOCK_N,
+            total, total_up, row_scale, None if INT4 else scales, bias, residual, output, m, row, n < columns, rows,
+            columns, SWIGLU, APART, PER_ROW, SWAP, BLOCK_N,
         )  # fmt: skip
 
 
@@ -323,11 +340,32 @@ def _along_rows(values, SWAP: tl.constexpr):
 
 @triton.jit
 def _finish(
-    total, row_scale, scales, bias, residual, output, m, row, inside, rows, columns,
-    SWIGLU: tl.constexpr, PER_ROW: tl.constexpr, SWAP: tl.constexpr, BLOCK_N: tl.constexpr,
+    total, total_up, row_scale, scales, bias, residual, output, m, row, inside, rows, columns,
+    SWIGLU: tl.constexpr, APART: tl.constexpr, PER_ROW: tl.constexpr, SWAP: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Scales, bias, SwiGLU and residual, in float32, then the rounding."""
     M: tl.constexpr = m.shape[0]
+    total = _scaled(total, row_scale, scales, bias, m, rows, row, inside, PER_ROW, SWAP)
+    if SWIGLU:
+        if APART:
+            gate = total
+            up = _scaled(total_up, row_scale, scales, bias, m, rows, row + columns, inside, PER_ROW, SWAP)
+        elif SWAP:
+            gate, up = tl.split(tl.permute(tl.reshape(total, (BLOCK_N // 8, 2, 8, M)), (0, 2, 3, 1)))
+        else:
+            gate, up = tl.split(tl.permute(tl.reshape(total, (M, BLOCK_N // 8, 2, 8)), (0, 1, 3, 2)))
+        total = tl.reshape(gate * tl.sigmoid(gate) * up, (BLOCK_N, M) if SWAP else (M, BLOCK_N))
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_, n_ = (m[None, :], n[:, None]) if SWAP else (m[:, None], n[None, :])
+    mask, at = (m_ < rows) & (n_ < columns), m_ * columns + n_
+    if residual is not None:
+        total += tl.load(residual + at, mask=mask, other=0).to(tl.float32)
+    tl.store(output + at, total.to(output.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _scaled(total, row_scale, scales, bias, m, rows, row, inside, PER_ROW: tl.constexpr, SWAP: tl.constexpr):
+    """With the scales of activations and weights, and the bias."""
     if row_scale is not None:
         if PER_ROW:
             r = tl.load(row_scale + m, mask=m < rows, other=0)
@@ -338,16 +376,4 @@ def _finish(
         total *= _along_rows(tl.load(scales + row, mask=inside, other=0), SWAP)
     if bias is not None:
         total += _along_rows(tl.load(bias + row, mask=inside, other=0).to(tl.float32), SWAP)
-    if SWIGLU:
-        if SWAP:
-            pairs = tl.permute(tl.reshape(total, (BLOCK_N // 8, 2, 8, M)), (0, 2, 3, 1))
-        else:
-            pairs = tl.permute(tl.reshape(total, (M, BLOCK_N // 8, 2, 8)), (0, 1, 3, 2))
-        gate, up = tl.split(pairs)
-        total = tl.reshape(gate * tl.sigmoid(gate) * up, (BLOCK_N, M) if SWAP else (M, BLOCK_N))
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_, n_ = (m[None, :], n[:, None]) if SWAP else (m[:, None], n[None, :])
-    mask, at = (m_ < rows) & (n_ < columns), m_ * columns + n_
-    if residual is not None:
-        total += tl.load(residual + at, mask=mask, other=0).to(tl.float32)
-    tl.store(output + at, total.to(output.dtype.element_ty), mask=mask)
+    return total
