@@ -71,6 +71,15 @@ def test_float32_tokens_equal_the_cpus(model, sampling):
     assert [output.output_ids for output in cpu] == [output.output_ids for output in cuda]
 
 
+def test_float32_tokens_of_a_batch_of_one_equal_the_cpus(model):
+    """Without kernels, over a cache in which a longer prompt has been: attention stops at the sequence's end."""
+    params = SamplingParams(max_output_len=40)
+    both = [session(model, torch.float32, device) for device in ("cpu", "cuda")]
+    for prompt in sorted(PROMPTS, key=len, reverse=True):
+        cpu, cuda = (generate(own, [prompt], params) for own in both)
+        assert cpu[0].output_ids == cuda[0].output_ids
+
+
 MANY = [PROMPTS[i % 4][: 1 + 37 * i % 250] for i in range(21)]  # some are the same
 
 
