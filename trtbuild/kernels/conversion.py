@@ -133,14 +133,14 @@ def divided(x, divisor):
 
 @triton.jit
 def power(scale):
-    """The largest power of two that is not above a positive float32."""
+    """The largest power of two that is not above the magnitude of a float32; 0 of 0."""
     return (scale.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def fraction(scale):
-    """`scale / power(scale)`, which is below 2."""
-    return (scale.to(tl.int32, bitcast=True) & 0x007FFFFF | 0x3F800000).to(tl.float32, bitcast=True)
+    """`scale / power(scale)`, of a magnitude below 2, with its sign."""
+    return (scale.to(tl.int32, bitcast=True) & -0x7F800001 | 0x3F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
