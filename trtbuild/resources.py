@@ -148,7 +148,9 @@ def run(
     Perplexity: LLaMA-7B 1.4, SmolLM2-135M 2.1, on three ranks 2.3; summaries of SmolLM2-135M 4.0.
     """
     size = weights_of_rank(config, recipe, mapping, limits)
-    caches = max(cache_of_rank(config, recipe, mapping, limits), PAGES_ON_CPU if device == "cpu" else 0)
+    caches = cache_of_rank(config, recipe, mapping, limits)
+    if device == "cpu":  # where a page holds a sequence, and one is for padding
+        caches = max(caches, PAGES_ON_CPU) + caches // limits.max_batch_size
     rank = size + caches + _step(config, limits.max_input_len)
     if device == "cuda":
         rank = max(rank, CUDA_BASE)

@@ -247,6 +247,15 @@ def test_batches_go_on_where_pages_had_no_memory(monkeypatch):
     assert generate(session, some, SamplingParams(9))[:2] == pair
 
 
+def test_pages_of_long_sequences_are_not_kept_for_short_ones(monkeypatch):
+    session = session_of("llama")
+    session.paged_steps = None  # of other tests
+    monkeypatch.setattr("trtbuild.runtime.session.PAGES_ON_CPU", 4000 * session.bytes_per_position)
+    for length, size, at_once in ((1500, 1500, 2), (1400, 1500, 2), (10, 10, 12), (9, 10, 12)):
+        scheduler = schedule(session, [Sequence(i, [7] * length, 0) for i in range(12)], SamplingParams(1))
+        assert (scheduler.pages.size, min(12, scheduler.pages.count)) == (size, at_once)
+
+
 def test_too_long_for_the_pool_is_refused_with_its_number():
     session = session_of("llama")
     with pytest.raises(UserError, match="prompt 1 needs 76 positions and the caches have 64; shorten it"):
@@ -326,7 +335,7 @@ def test_a_prompt_that_ends_with_a_page_computes_its_last_token():
 def test_a_page_is_kept_until_what_it_begins_with_is_copied():
     pages = WholePages(3, 24)
     first, past = pages.take([1] * 17, 20)
-    assert (len(first), past, pages.copied(first)) == (1, 0, SCRATCH)
+    assert (len(first), past, pages.take_source(first)) == (1, 0, SCRATCH)
     second, past = pages.take([1] * 9 + [2] * 5, 20)
     assert (second[1:], past) == (first, 9)
     pages.give_back(first)
@@ -334,7 +343,7 @@ def test_a_page_is_kept_until_what_it_begins_with_is_copied():
     third, past = pages.take([1] * 17, 24)  # the last token is computed
     assert (third[1:], past) == (first, 16)
     assert pages.take([3], 4) is None
-    assert pages.copied(second) == pages.copied(third) == first[0]
+    assert pages.take_source(second) == pages.take_source(third) == first[0]
     assert pages.free == 1
     assert pages.take([1] * 17, 25) is None  # too long
     assert pages.take([1, 1, 1, 3], 24) == ([*first, second[0]], 3)

@@ -34,7 +34,7 @@ class Chunk:
 
     `past` positions are in its cache already, which is the batch's `slot`. `prompt_length` is that of its whole prompt,
     by which some models choose RoPE's base. `all_logits`: of every token, not of the last alone. `source`, if not 0, is
-    a page that is to be copied to its own first, which is to hold the same `past` positions.
+    the page whose first `past` positions are copied to the sequence's own before that is written.
     """
 
     tokens: Sequence[int]

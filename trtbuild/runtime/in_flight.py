@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from trtbuild import kernels
 from trtbuild.errors import UserError
 from trtbuild.network.step import CAPTURED_ROWS, Chunk, sent
 from trtbuild.runtime.paged_steps import PagedSteps, Rows, Sizes
@@ -33,14 +34,17 @@ def schedule(
     """
     device, limits, kind = session.device.type, session.limits, params.kind
     has = session.paged_steps.sizes if session.paged_steps else Sizes(0, 0, 0, 0, kind)
-    whole = device == "cpu" and not page_size
+    rows, budget = min(len(sequences), MOST_SEQUENCES[device]), _budget(session)
+    whole = device == "cpu" and not kernels.run_on(session.device) and not page_size
     if whole:
         longest = max(sequence.positions for sequence in sequences)
-        page_size = has.page_size if has.width == 1 and has.page_size >= longest else longest
+        enough = has.width == 1 and has.page_size >= longest and (has.pages >= rows or has.page_size < 2 * longest)
+        page_size = has.page_size if enough else longest
     page_size = page_size or PAGE_SIZE
-    rows, budget = min(len(sequences), MOST_SEQUENCES[device]), _budget(session)
     width = 1 if whole else -(-limits.max_length // page_size)
-    least = -(-limits.max_batch_size * limits.max_length // page_size) if whole else limits.max_batch_size * width
+    least = limits.max_batch_size * width
+    if whole:  # with the one for padding a batch's caches
+        least = max(1, -(-limits.max_batch_size * limits.max_length // page_size) - 1)
     needs = sorted((-(-sequence.positions // page_size) for sequence in sequences), reverse=True)
     wanted = max(sum(needs[:rows]), least)
     few = has.pages < wanted and not session.pages_are_all
@@ -129,7 +133,7 @@ class InFlight:
         chunks, complete = [], []
         for i, (sequence, part) in enumerate(parts):
             tokens = sequence.prompt[part.start : part.stop]
-            source = self.scheduler.pages.copied(sequence.pages)
+            source = self.scheduler.pages.take_source(sequence.pages)
             pages[i, : len(sequence.pages)] = sequence.pages
             chunks.append(Chunk(tokens, len(sequence.prompt), part.start, slot=i, source=source))
             if part.stop == len(sequence.prompt):

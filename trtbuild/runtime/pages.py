@@ -58,7 +58,7 @@ class Pages:
             self._names[pages[i]] = key
         return pages, shared * self.size
 
-    def copied(self, pages: list[int]) -> int:
+    def take_source(self, pages: list[int]) -> int:
         """For a sequence's next step, the page from which that copies what is before it."""
         return SCRATCH
 
@@ -98,7 +98,7 @@ class WholePages(Pages):
             self.owners[page] += 1
         return pages, past
 
-    def copied(self, pages: list[int]) -> int:
+    def take_source(self, pages: list[int]) -> int:
         if len(pages) == 1:
             return SCRATCH
         source = pages.pop()
