@@ -193,11 +193,12 @@ class Sampler:
         numbers = torch.tensor([params.temperature or 1, params.top_p, *penalties])
         self._numbers.copy_(sent(numbers, self.device))
         if self.kind.delayed:
-            self._ends.zero_()[[end for end in params.eos_token_ids if end < len(self._ends)]] = True
+            ends = torch.tensor([end for end in params.eos_token_ids if end < len(self._ends)], dtype=torch.int64)
+            self._ends.zero_().index_fill_(0, sent(ends, self.device), True)
         if params.bad_words:
             room, width = self._words.shape
             words = (params.bad_words * room)[:room]  # where there is more room, again
-            self._words.copy_(torch.tensor([_last(word, width) for word in words]))
+            self._words.copy_(sent(torch.tensor([_last(word, width) for word in words]), self.device))
         return self
 
     @torch.inference_mode()
