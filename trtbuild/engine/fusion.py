@@ -105,8 +105,8 @@ class Fused(Op):
 class Rule:
     """A chain, of which each member reads what one before it writes, and the operation that takes its place.
 
-    `rows`: the first dimension of all that the chain makes, if that matters. `before`: what the first output of its
-    last operation is for, likewise.
+    `rows`: the first dimension of all that the chain makes, if that matters. `before`: the only kind of
+    operation that reads the first output of its last, likewise.
     """
 
     fused: type[Fused]
@@ -157,7 +157,7 @@ def _applied(rule: Rule, nodes: list[Node], network: Network) -> list[Node]:
         made = [network.tensors[name].shape[0] for j in chain for name in nodes[j].outputs]
         fits = rule.rows is None or {*made} == {rule.rows}
         if rule.before:
-            fits &= {type(nodes[j].op) for j in readers[nodes[chain[-1]].outputs[0]]} == {rule.before}
+            fits &= {type(nodes[j].op) for j in readers.get(nodes[chain[-1]].outputs[0], ())} == {rule.before}
         return hidden and later and fits and replaced.keys().isdisjoint(chain)
 
     replaced: dict[int, Node | None] = {}

@@ -5,9 +5,9 @@
     product = narrow @ weight.T                                         int32 or float32
     (product * row_scale * column_scale + bias).to(dtype)               in float32
 
-The product of integers is exact. That of more than `TRITON_ROWS` rows of FP8, and one that is as large, is cuBLAS's,
-with tensor cores that add with about 14 bits of mantissa ("fast accumulation"): an error of 1.5e-3 beside the 3.6e-2
-that rounding to FP8 makes, for a tenth less time to the first token. Others add so within a step alone.
+The product of integers is exact. That of FP8 with more than `TRITON_ROWS` rows, or four tiles a multiprocessor, is
+cuBLAS's, with tensor cores that add with about 14 bits of mantissa ("fast accumulation"): an error of 1.5e-3 beside
+the 3.6e-2 that rounding to FP8 makes, for a tenth less time to the first token. Others add so within a step alone.
 
 A program multiplies a tile; two or three at a time share a multiprocessor, so that one multiplies while the other
 writes. Tiles that are worked on at the same time lie in a square, as far as they can, to read little: `GROUP` of them
@@ -66,7 +66,7 @@ SMALL_SHARED_MEMORY = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps
 
 
 def _is_many(rows: int, out: int, processors: int) -> bool:
-    """Whether the product is as large as one of more than `TRITON_ROWS` rows."""
+    """Whether cuBLAS is faster: of many rows, or of more than four tiles of 64 x 128 a multiprocessor."""
     return rows > TRITON_ROWS or triton.cdiv(rows, 64) * triton.cdiv(out, 128) > 4 * processors
 
 

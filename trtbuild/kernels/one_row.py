@@ -88,7 +88,7 @@ def _tiles(weight: torch.Tensor, rounded: bool) -> tuple[int, int, int]:
 
     A thread reads 16 bytes of each row of a tile, or 32. What a program does once for all of its rows costs most in
     INT4, then where activations are rounded; else fewer rows make more programs to begin with. INT4's tiles
-    are converted whole: smaller ones for rows which they end with, such as of 5,120 numbers.
+    are converted whole: of half the size for rows of which they leave an eighth less empty, such as of 5,120 numbers.
     """
     few = len(weight) <= 4096
     if weight.dtype.itemsize == 2:
