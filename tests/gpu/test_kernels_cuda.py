@@ -102,9 +102,8 @@ def test_w8a8_and_fp8(rows, out, width, dtype):
     scale, input_scale = torch.full((out,), 0.001, device="cuda"), torch.full((1,), 0.02, device="cuda")
     integers, narrow = quantize(weight, scale[:, None], torch.int8), quantize(weight, scale[:, None], FP8)
     tolerance = LINEAR_TOLERANCE[dtype]
-    fp8_tolerance = tolerance + (
-        3e-3 if _is_many(rows, out, processors(x.device)) else 5e-4
-    )  # sums that tensor cores round
+    rounding = 3e-3 if _is_many(rows, out, processors(x.device)) else 5e-4  # of sums, by tensor cores
+    fp8_tolerance = tolerance + rounding
     for constants in ({}, {"bias": bias}):
         constants |= {"scales": scale}
         static = constants | {"input_scale": input_scale}
