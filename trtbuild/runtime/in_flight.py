@@ -39,12 +39,13 @@ def schedule(
     if whole:
         longest = max(sequence.positions for sequence in sequences)
         enough = has.width == 1 and has.page_size >= longest and (has.pages >= rows or has.page_size < 2 * longest)
-        page_size = has.page_size if enough else longest
-    page_size = page_size or PAGE_SIZE
-    width = 1 if whole else -(-limits.max_length // page_size)
-    least = limits.max_batch_size * width
-    if whole:  # with the one for padding a batch's caches
+        page_size, width = has.page_size if enough else longest, 1
+        # With the one for padding a batch's caches.
         least = max(1, -(-limits.max_batch_size * limits.max_length // page_size) - 1)
+    else:
+        page_size = page_size or PAGE_SIZE
+        width = -(-limits.max_length // page_size)
+        least = limits.max_batch_size * width
     needs = sorted((-(-sequence.positions // page_size) for sequence in sequences), reverse=True)
     wanted = max(sum(needs[:rows]), least)
     few = has.pages < wanted and not session.pages_are_all
@@ -62,7 +63,8 @@ def schedule(
 
 def _budget(session: PortableSession) -> int:
     """Tokens of a step of chunks; of a small model on a GPU as many as can be captured, since to launch a longer step
-    would take longer than it runs."""
+    would take longer than it runs.
+    """
     captured, device = session.engine.captured_rows, session.device.type
     return captured if device == "cuda" and captured == CAPTURED_ROWS[-1] else BUDGET[device]
 
