@@ -12,7 +12,6 @@ from trtbuild.network import Network
 
 # Norm of the difference over the norm of the float64 result, for inputs that are already rounded to the dtype.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
 def case(rows: int, inner: int, outer: int, bias: bool, dtype: torch.dtype):
@@ -23,20 +22,23 @@ def case(rows: int, inner: int, outer: int, bias: bool, dtype: torch.dtype):
     return inputs, x @ weight.T + (b[0] if bias else 0)
 
 
-# Products of bfloat16, or of what is widened; oneDNN has the former, if need be slow ones, with AVX-512 alone.
-MULTIPLIES = [False, True] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else [False]
+# Whether products are of the dtype itself or of what is widened: the former where oneDNN has any, if need be slow ones.
+MULTIPLIED = {
+    torch.float32: [True],
+    torch.float16: [False, True] if torch.ops.mkldnn._is_mkldnn_fp16_supported() else [False],
+    torch.bfloat16: [False, True] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else [False],
+}
 
 
-@pytest.fixture(params=MULTIPLIES, ids=lambda multiplies: "multiplied" if multiplies else "widened")
-def bfloat16(request, monkeypatch):
-    monkeypatch.setattr("trtbuild.linear.dense.multiplies_bfloat16", lambda: request.param)
-
-
-@dtypes
-@pytest.mark.usefixtures("bfloat16")
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "multiplied"), [(dtype, value) for dtype, values in MULTIPLIED.items() for value in values], ids=str
+)
+@pytest.mark.parametrize("intel", [False, True], ids=["", "Intel"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("rows", [1, 2, 3, 16, 64, 65, 200])
-def test_reference_and_portable(rows, bias, dtype):
+def test_reference_and_portable(rows, bias, intel, dtype, multiplied, monkeypatch):
+    monkeypatch.setattr("trtbuild.linear.dense.multiplies", lambda dtype: multiplied)
+    monkeypatch.setattr("trtbuild.linear.cpu.is_intel", lambda: intel)
     inputs, expected = case(rows, 96, 64, bias, dtype)
     reference, portable = DenseLinear().reference(*inputs), DenseLinear().portable(None, *inputs)
     assert reference.dtype == portable.dtype == dtype
@@ -58,6 +60,7 @@ def test_portable_of_any_shape(rows, inner, outer, bias, dtype):
 @pytest.mark.parametrize("rows", [3, 70])
 def test_16_bit_weights_are_widened_in_blocks(rows, monkeypatch):
     """The last one smaller than the others."""
+    monkeypatch.setattr("trtbuild.linear.dense.multiplies", lambda dtype: False)
     monkeypatch.setattr("trtbuild.linear.blockwise.BLOCK_ELEMENTS", 96 * 9)
     inputs, expected = case(rows, 96, 64, True, torch.float16)
     assert error(DenseLinear().portable(None, *inputs), expected) < TOLERANCE[torch.float16]

@@ -1,6 +1,7 @@
 """Every operation's `reference` against a formula in float64 numpy, and `portable` against `reference`."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from trtbuild.network.ops.select_rows import SelectRows
 from trtbuild.network.ops.split_heads import SplitHeads
 from trtbuild.network.ops.swiglu import SwiGlu
 from trtbuild.network.step import Step, whole_prompts
+from trtbuild.tensors.cpu import multiplies
 from trtbuild.tensors.rounding import quantize
 
 # Norm of the difference over the norm of the float64 result, for inputs that are already rounded to the dtype.
@@ -416,6 +418,17 @@ def test_portable_attention_generation_phase(dtype, options, heads, kv_heads, pa
     """One token a sequence; `exact` needs no mask but ALiBi's, a larger bound or ragged lengths do."""
     step = Step.generation(torch.arange(len(past)), bound, exact)
     check_portable_attention(dtype, step, (1,) * len(past), past, heads, kv_heads, options)
+
+
+@pytest.mark.parametrize("multiplied", [False, True] if multiplies(torch.float16) else [False])
+@every_option
+def test_portable_attention_in_float16(multiplied, options, monkeypatch):
+    """As on CPUs without products of float16, and with them where this one has them."""
+    monkeypatch.setattr(sys.modules[Attention.__module__], "multiplies", lambda dtype: multiplied)
+    chunks = Step.of_chunks(whole_prompts([[0] * n for n in (5, 1, 8)]))
+    check_portable_attention(torch.float16, chunks, (5, 1, 8), (0, 0, 0), 6, 2, options)
+    generation = Step.generation(torch.arange(3), 12)
+    check_portable_attention(torch.float16, generation, (1, 1, 1), (3, 0, 11), 6, 2, options)
 
 
 # Shape rules

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from trtbuild.linear.onednn import onednn_linear
+from trtbuild.linear.cpu import cpu_linear
 
 BLOCK_ELEMENTS = 1 << 20  # 4 MB in float32: stays in a core's share of the cache
 
@@ -21,9 +21,9 @@ def blockwise_linear(
     x, (out, width) = x.float(), shape
     rows = max(1, BLOCK_ELEMENTS // width)
     if rows >= out:
-        return onednn_linear(x, widen(slice(0, out))).to(dtype)
+        return cpu_linear(x, widen(slice(0, out))).to(dtype)
     result = x.new_empty(x.shape[0], out, dtype=dtype)
     for start in range(0, out, rows):
         block = slice(start, min(start + rows, out))
-        result[:, block] = onednn_linear(x, widen(block))
+        result[:, block] = cpu_linear(x, widen(block))
     return result

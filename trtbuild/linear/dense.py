@@ -6,13 +6,14 @@ import torch
 import torch.nn.functional as F
 
 from trtbuild.linear.blockwise import blockwise_linear
-from trtbuild.linear.onednn import multiplies_bfloat16, onednn_linear
+from trtbuild.linear.cpu import cpu_linear
 from trtbuild.network.lowering import Lowered, Lowering
 from trtbuild.network.network import Op, Spec, Tensor
 from trtbuild.network.step import Step
+from trtbuild.tensors.cpu import multiplies
 
-# Rows from which 16-bit weights are better widened on a CPU that has no instructions for them: torch's product there is
-# fast for one or two rows (it reads half the bytes) and slow for many.
+# Rows from which 16-bit weights are better widened on a CPU that has no instructions for them: torch's product is fast
+# for one or two rows (it reads half the bytes) and there slow for many.
 WIDEN_MIN_ROWS = 3
 
 
@@ -33,10 +34,10 @@ class DenseLinear(Op):
     ) -> torch.Tensor:
         if x.is_cuda:
             return F.linear(x, weight, bias)
-        if x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and multiplies_bfloat16()):
-            return onednn_linear(x, weight, bias)
-        if x.shape[0] < WIDEN_MIN_ROWS:
+        if x.dtype != torch.float32 and x.shape[0] < WIDEN_MIN_ROWS:
             return F.linear(x, weight, bias)
+        if multiplies(x.dtype):
+            return cpu_linear(x, weight, bias)
         dtype = x.dtype if bias is None else torch.float32
         product = blockwise_linear(x, weight.shape, lambda rows: weight[rows].float(), dtype)
         return product if bias is None else product.add_(bias).to(x.dtype)

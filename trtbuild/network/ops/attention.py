@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from trtbuild.network.lowering import Lowered, Lowering
 from trtbuild.network.network import Op, Spec, Tensor
 from trtbuild.network.step import Step
+from trtbuild.tensors.cpu import multiplies
 from trtbuild.tensors.rounding import quantize
 
 T = TypeVar("T")
@@ -232,8 +233,8 @@ def _loaded(cache: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None)
 def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, **options: bool
 ) -> torch.Tensor:
-    """Fused attention; in float32 for float16 on a CPU, where torch's own float16 is several times slower."""
-    if q.dtype == torch.float16 and not q.is_cuda:
+    """Fused attention; in float32 for float16 on a CPU that has no such products, where it is several times slower."""
+    if q.dtype == torch.float16 and not q.is_cuda and not multiplies(q.dtype):
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.float()
         return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, **options).to(q.dtype)
