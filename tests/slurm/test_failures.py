@@ -68,7 +68,7 @@ def test_a_rerun_makes_what_is_missing(failed, slurm):
 
     targets.append(engine("lost"))
     failed.hang(engine("lost"))
-    failed.resources += ("quantize:mem_mb=220 * attempt**3",)
+    failed.resources += ("quantize:mem_mb=100 * attempt**4",)  # a sample a second must see more
     with failed.started(*targets) as controller:
         failed.wait_for_hanging()
         (lost,) = (job for job in slurm.jobs() if "_tiny_lost_" in job.comment)
