@@ -228,7 +228,8 @@ def test_all_logits_are_those_of_transformers(session, model):
         with torch.inference_mode():
             expected = model(torch.tensor([prompt])).logits[0]
         assert (rows - expected).norm() / expected.norm() < 1e-4
-    assert session.prefill(prompts).equal(packed[[6, 7, 39]])
+    last = packed[[6, 7, 39]]  # of fewer rows, which another kernel may multiply
+    assert (session.prefill(prompts) - last).norm() / last.norm() < 1e-6
 
 
 def test_text_of_a_generation(session, model, tokenizer):

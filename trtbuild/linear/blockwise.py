@@ -13,12 +13,13 @@ def blockwise_linear(
     x: torch.Tensor,
     shape: Sequence[int],
     widen: Callable[[slice], torch.Tensor],
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """`x @ weight.T`, multiplied in float32, for a weight of `shape` `[out, in]`; `widen(rows)` gives `[rows, in]`
-    float32.
+    """`x @ weight.T`, in `dtype` or that of `x`, which the CPU multiplies, for a weight of `shape` `[out, in]`.
+
+    `widen(rows)` gives `[rows, in]` of it in the dtype of `x`.
     """
-    x, (out, width) = x.float(), shape
+    dtype, (out, width) = dtype or x.dtype, shape
     rows = max(1, BLOCK_ELEMENTS // width)
     if rows >= out:
         return cpu_linear(x, widen(slice(0, out))).to(dtype)

@@ -39,7 +39,7 @@ class DenseLinear(Op):
         if multiplies(x.dtype):
             return cpu_linear(x, weight, bias)
         dtype = x.dtype if bias is None else torch.float32
-        product = blockwise_linear(x, weight.shape, lambda rows: weight[rows].float(), dtype)
+        product = blockwise_linear(x.float(), weight.shape, lambda rows: weight[rows].float(), dtype)
         return product if bias is None else product.add_(bias).to(x.dtype)
 
     def to_tensorrt(self, lowering: Lowering, x: Lowered, weight: Lowered, bias: Lowered | None = None) -> Lowered:

@@ -17,6 +17,9 @@ from trtbuild.tensors.quantized_weight import QuantizedWeight
 # That recipes may ask for, and that torch's INT4 kernel for a CPU takes, which is vectorized for bfloat16 alone.
 GROUP_SIZES = (32, 64, 128, 256)
 
+# How much longer it takes on a CPU to bring a number of the activations into another order than one of the weights.
+REORDERING = 8
+
 
 @dataclass(frozen=True)
 class Int4Linear(WeightFormat):
@@ -119,10 +122,13 @@ class Int4Linear(WeightFormat):
         if scales.ndim == 3:  # prepared
             product = torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, x.shape[1] // len(scales), scales)
             return product if bias is None else product.add_(bias)
+        wide, widened, groups = x.float(), dequantize, scales.shape[1]
+        if x.shape[1] // groups % 2 == 0 and len(x) * REORDERING < len(weight):
+            wide, widened = wide.view(len(x), groups, -1, 2).transpose(2, 3).flatten(1), _dequantize_halves
         product = blockwise_linear(
-            x,
+            wide,
             (weight.shape[0], x.shape[1]),
-            lambda rows: dequantize(weight[rows], scales[rows].float(), None if zeros is None else zeros[rows]),
+            lambda rows: widened(weight[rows], scales[rows].float(), None if zeros is None else zeros[rows]),
         )
         return (product if bias is None else product.add_(bias)).to(x.dtype)
 
@@ -211,3 +217,18 @@ def dequantize(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor |
     if zeros is not None:
         values -= zeros[..., None]
     return (values * scales[..., None]).flatten(1)
+
+
+def _dequantize_halves(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None = None) -> torch.Tensor:
+    """The same of groups of an even size, float32, with a group's even input channels before its odd ones.
+
+    It takes half the time of bringing them in order.
+    """
+    signed = weight.view(torch.int8).unflatten(1, (scales.shape[1], -1))
+    values = scales.new_empty(*signed.shape[:2], 2, signed.shape[2])
+    values[:, :, 0], values[:, :, 1] = signed << 4, signed & -16  # 16 times what they are
+    groups = values.flatten(2)
+    if zeros is not None:
+        groups -= (16 * zeros.to(scales.dtype))[..., None]
+    groups *= (scales / 16)[..., None]
+    return groups.flatten(1)

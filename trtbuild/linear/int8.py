@@ -11,10 +11,10 @@ from trtbuild.linear.format import EightBits
 from trtbuild.network.lowering import Lowered, Lowering
 from trtbuild.network.network import Spec, Tensor
 from trtbuild.network.step import Step
+from trtbuild.tensors.cpu import multiplies
 
-SCALAR_KERNEL_MAX_ROWS = 2  # torch's INT8 kernel for a CPU is vectorized for bfloat16 alone; widening wins beyond
-
-KERNEL_WIDTH = 32  # the vectorized one reads whole vectors: past the end of other widths
+KERNEL_MAX_ROWS = 8  # torch's INT8 kernel for a CPU, vectorized for bfloat16 alone, is then faster than widening
+KERNEL_WIDTH = 32  # it reads whole vectors: past the end of other widths
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class Int8Linear(EightBits):
     ) -> torch.Tensor:
         if kernels.run_on(x.device):
             return self.product(x, weight, scales, bias, fractions=True)[0]
-        if x.dtype == torch.bfloat16 and x.shape[1] % KERNEL_WIDTH == 0:
+        if x.dtype == torch.bfloat16 and x.shape[0] <= KERNEL_MAX_ROWS and x.shape[1] % KERNEL_WIDTH == 0:
             # The scale comes after: in bfloat16 it would be wrong by the same 0.2% for every token.
-            product = torch.ops.aten._weight_int8pack_mm(x, weight, torch.ones_like(scales, dtype=x.dtype)) * scales
-        elif x.shape[0] <= SCALAR_KERNEL_MAX_ROWS:
-            product = torch.ops.aten._weight_int8pack_mm(x.float(), weight, scales)
-        else:
-            product = blockwise_linear(x, weight.shape, lambda rows: weight[rows].float()).mul_(scales)
+            product = torch.ops.aten._weight_int8pack_mm(x, weight, torch.ones_like(scales, dtype=x.dtype))
+        else:  # in bfloat16 integers are exact, in float16 sums of them may be too large
+            wide = x if x.dtype == torch.bfloat16 and multiplies(x.dtype) else x.float()
+            product = blockwise_linear(wide, weight.shape, lambda rows: weight[rows].to(wide.dtype))
+        product = product.float().mul_(scales)
         return (product if bias is None else product.add_(bias)).to(x.dtype)
 
     def product(

@@ -114,7 +114,7 @@ def product_in_blocks(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """The same in float32 sums: of integers exact for up to 1032 terms, within 1e-7 of exact beyond."""
-    product = blockwise_linear(narrow, weight.shape, lambda rows: weight[rows].float())
+    product = blockwise_linear(narrow.float(), weight.shape, lambda rows: weight[rows].float())
     product = product.mul_(s).mul_(scales)
     return (product if bias is None else product.add_(bias)).to(dtype)
 
