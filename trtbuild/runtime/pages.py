@@ -77,12 +77,13 @@ class WholePages(Pages):
     """Pages of which each holds a sequence, so that attention reads it where it is.
 
     Of a prompt that begins like another which has a page, as many positions as are the same are copied from there.
-    That page is the second of the sequence's, until its first step has been launched.
+    That page has two owners until the sequence's first step has been launched.
     """
 
     def __init__(self, count: int, size: int, shares: bool = True) -> None:
         super().__init__(count, size, shares)
         self._prompts: dict[int, Sequence[int]] = {}
+        self._sources: dict[int, int] = {}
 
     def take(self, prompt: Sequence[int], positions: int) -> tuple[list[int], int] | None:
         if not self._free or positions > self.size:
@@ -93,16 +94,16 @@ class WholePages(Pages):
             alike = min(len(known), len(prompt) - 1) if alike is None else alike
             source, past = (other, alike) if alike > past else (source, past)
         self._prompts[page] = prompt
-        pages = [page, source] if past else [page]
-        for page in pages:
-            self.owners[page] += 1
-        return pages, past
+        self.owners[page] += 1
+        if past:
+            self._sources[page] = source
+            self.owners[source] += 1
+        return [page], past
 
     def take_source(self, pages: list[int]) -> int:
-        if len(pages) == 1:
-            return SCRATCH
-        source = pages.pop()
-        self.give_back([source])
+        source = self._sources.pop(pages[0], SCRATCH)
+        if source != SCRATCH:
+            self.give_back([source])
         return source
 
     def give_back(self, pages: list[int]) -> None:
