@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from paged_caches import from_pages, in_pages
 
 from trtbuild.linear.int4 import Int4Linear, dequantize, pack
-from trtbuild.linear.int8 import Int8Linear
+from trtbuild.linear.int8 import Int8Linear, partly_scaled
 from trtbuild.linear.w8a8 import W8A8Linear
 from trtbuild.models.alibi import alibi_slopes
 from trtbuild.network.ops.attention import Attention
@@ -428,7 +428,7 @@ def test_parts_of_int8_weights_scales(dtype):
     )
     scales = torch.rand(2048, device="cuda") * 1e-3
     exact = x.double() @ (weight.double().T * scales)
-    y, left = Int8Linear().product(x, weight, scales)
+    y, left = partly_scaled(x, weight, scales)
     assert left is scales
     gate, up = exact.chunk(2, -1)
     expected = F.silu(gate) * up

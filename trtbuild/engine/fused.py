@@ -16,7 +16,7 @@ import torch
 from trtbuild.engine.fusion import Fused, Result, Rule, maybe, one
 from trtbuild.linear.dense import DenseLinear
 from trtbuild.linear.int4 import Int4Linear
-from trtbuild.linear.int8 import Int8Linear
+from trtbuild.linear.int8 import Int8Linear, partly_scaled
 from trtbuild.linear.w8a8 import W8A8Linear
 from trtbuild.network import Network, Node
 from trtbuild.network.ops.add import Add
@@ -214,7 +214,7 @@ class FusedInt8Norm(Fused):
     ) -> Result:
         from trtbuild.kernels.add_rms_norm import norm_rows
 
-        y, left = Int8Linear().product(x, weight, scales, bias)
+        y, left = partly_scaled(x, weight, scales, bias)
         total, normed, _ = norm_rows(residual, norm, _eps(self.nodes), b=y, b_scales=left)
         assert total is not None
         return total, normed
@@ -234,7 +234,7 @@ class FusedInt8SwiGlu(Fused):
     ) -> torch.Tensor:
         from trtbuild.kernels.swiglu import swiglu
 
-        y, left = Int8Linear().product(x, weight, scales, bias)
+        y, left = partly_scaled(x, weight, scales, bias)
         return swiglu(y, weight_scales=left)[0]
 
 

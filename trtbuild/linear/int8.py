@@ -37,7 +37,7 @@ class Int8Linear(EightBits):
         self, step: Step, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         if kernels.run_on(x.device):
-            return self.product(x, weight, scales, bias, fractions=True)[0]
+            return partly_scaled(x, weight, scales, bias, fractions=True)[0]
         if x.dtype == torch.bfloat16 and x.shape[0] <= KERNEL_MAX_ROWS and x.shape[1] % KERNEL_WIDTH == 0:
             # The scale comes after: in bfloat16 it would be wrong by the same 0.2% for every token.
             product = torch.ops.aten._weight_int8pack_mm(x, weight, torch.ones_like(scales, dtype=x.dtype))
@@ -47,25 +47,27 @@ class Int8Linear(EightBits):
         product = product.float().mul_(scales)
         return (product if bias is None else product.add_(bias)).to(x.dtype)
 
-    def product(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        scales: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        fractions: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """On CUDA, and the scales by whose fractions (`kernels.widen`) what comes next has to multiply, if any."""
-        from trtbuild.kernels import few_rows
-        from trtbuild.kernels.widen import widen
-
-        if few_rows.takes(x, weight, scales, None, self.activations):
-            return few_rows.product(x, weight, scales, bias=bias), None
-        whole = fractions or bias is not None
-        return F.linear(x, widen(weight, scales, None, x.dtype, whole), bias), None if whole else scales
-
     def to_tensorrt(
         self, lowering: Lowering, x: Lowered, weight: Lowered, scales: Lowered, bias: Lowered | None = None
     ) -> Lowered:
         product = lowering.matmul(x, lowering.dequantize(weight, scales, like=x, axis=0), transpose_b=True)
         return lowering.add_bias(product, bias)
+
+
+def partly_scaled(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    fractions: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The product on CUDA, and the scales by whose fractions (`kernels.widen`) what comes next has to multiply, if any:
+    with a bias or `fractions` none.
+    """
+    from trtbuild.kernels import few_rows
+    from trtbuild.kernels.widen import widen
+
+    if few_rows.takes(x, weight, scales, None, Int8Linear.activations):
+        return few_rows.product(x, weight, scales, bias=bias), None
+    whole = fractions or bias is not None
+    return F.linear(x, widen(weight, scales, None, x.dtype, whole), bias), None if whole else scales
