@@ -22,23 +22,24 @@ def case(rows: int, inner: int, outer: int, bias: bool, dtype: torch.dtype):
     return inputs, x @ weight.T + (b[0] if bias else 0)
 
 
+ONEDNN = torch.backends.mkldnn.is_available()
 # Whether products are of the dtype itself or of what is widened: the former where oneDNN has any, if need be slow ones.
 MULTIPLIED = {
     torch.float32: [True],
-    torch.float16: [False, True] if torch.ops.mkldnn._is_mkldnn_fp16_supported() else [False],
-    torch.bfloat16: [False, True] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else [False],
+    torch.float16: [False, True] if ONEDNN and torch.ops.mkldnn._is_mkldnn_fp16_supported() else [False],
+    torch.bfloat16: [False, True] if ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported() else [False],
 }
 
 
 @pytest.mark.parametrize(
     ("dtype", "multiplied"), [(dtype, value) for dtype, values in MULTIPLIED.items() for value in values], ids=str
 )
-@pytest.mark.parametrize("intel", [False, True], ids=["", "Intel"])
+@pytest.mark.parametrize("mkl", [False, True], ids=["", "MKL"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("rows", [1, 2, 3, 16, 64, 65, 200])
-def test_reference_and_portable(rows, bias, intel, dtype, multiplied, monkeypatch):
+def test_reference_and_portable(rows, bias, mkl, dtype, multiplied, monkeypatch):
     monkeypatch.setattr("trtbuild.linear.dense.multiplies", lambda dtype: multiplied)
-    monkeypatch.setattr("trtbuild.linear.cpu.is_intel", lambda: intel)
+    monkeypatch.setattr("trtbuild.linear.cpu.has_fast_mkl", lambda: mkl)
     inputs, expected = case(rows, 96, 64, bias, dtype)
     reference, portable = DenseLinear().reference(*inputs), DenseLinear().portable(None, *inputs)
     assert reference.dtype == portable.dtype == dtype
@@ -47,14 +48,14 @@ def test_reference_and_portable(rows, bias, intel, dtype, multiplied, monkeypatc
     assert error(portable, reference.double().numpy()) < TOLERANCE[dtype]
 
 
-@given(st.integers(1, 80), st.integers(1, 70), st.integers(1, 70), st.booleans(), st.sampled_from(list(TOLERANCE)))
+@given(st.integers(0, 80), st.integers(1, 70), st.integers(1, 70), st.booleans(), st.sampled_from(list(TOLERANCE)))
 @settings(max_examples=40, deadline=None)
 def test_portable_of_any_shape(rows, inner, outer, bias, dtype):
     """Odd sizes too: oneDNN and MKL pad and block in their own ways. The bound is absolute: a product may cancel."""
     inputs, expected = case(rows, inner, outer, bias, dtype)
     result = DenseLinear().portable(None, *inputs).double().numpy()
     scale = np.linalg.norm(expected) + np.sqrt(expected.size * inner)
-    assert np.linalg.norm(result - expected) < TOLERANCE[dtype] * scale
+    assert np.linalg.norm(result - expected) <= TOLERANCE[dtype] * scale
 
 
 @pytest.mark.parametrize("rows", [3, 70])

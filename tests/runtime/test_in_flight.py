@@ -68,13 +68,15 @@ class Audited(InFlight):
         launched = super()._launch()
         pages, there = self.scheduler.pages, [*self.scheduler.running, *self.scheduler.entering]
         owners = Counter(page for sequence in there for page in sequence.pages)
+        if isinstance(pages, WholePages):
+            owners.update(pages._sources.values())
         assert pages.owners == [owners[page] for page in range(pages.count + 1)]
         assert SCRATCH not in owners
         assert pages.free + len(owners) == pages.count  # none is lost
         assert len(there) <= self.scheduler.rows
         if isinstance(pages, WholePages):
             assert len({sequence.pages[0] for sequence in there}) == len(there)
-            assert all(len(sequence.pages) == 1 for sequence in self.scheduler.running)  # nobody else's any more
+            assert pages._sources.keys() <= {sequence.pages[0] for sequence in self.scheduler.entering}
             there = []
         for sequence in there:
             assert len(sequence.pages) == len({*sequence.pages}) == pages.needed(sequence.positions)
@@ -167,6 +169,14 @@ def test_caches_of_8_bits(name, dtype, page_size, pages):
     session = session_of(name, None, dtype)
     outputs, _ = run(session, MIXED, page_size=page_size, pages=pages, budget=64, rows=5)
     assert outputs == expected(session, MIXED)
+
+
+def test_one_that_copies_a_beginning_waits_for_others_to_enter():
+    """Its source is nobody else's meanwhile: it is one of fewer than an eighth of those that run."""
+    session = session_of("llama")
+    requests = [((9, 11, 13, 17, 23, 25)[i % 6], 3 + 7 * i % 22) for i in range(40)]
+    outputs, _ = run(session, requests, page_size=0, pages=16, rows=64, budget=512)
+    assert outputs == expected(session, requests)
 
 
 def test_a_prompt_of_2000_tokens_beside_short_ones():

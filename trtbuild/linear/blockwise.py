@@ -15,9 +15,9 @@ def blockwise_linear(
     widen: Callable[[slice], torch.Tensor],
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """`x @ weight.T`, in `dtype` or that of `x`, which the CPU multiplies, for a weight of `shape` `[out, in]`.
+    """`x @ weight.T` for a weight of `shape` `[out, in]`; `widen(rows)` gives `[rows, in]` of it in the dtype of `x`.
 
-    `widen(rows)` gives `[rows, in]` of it in the dtype of `x`.
+    That is one which the CPU multiplies (`tensors.cpu`). The result has it too, or `dtype`.
     """
     dtype, (out, width) = dtype or x.dtype, shape
     rows = max(1, BLOCK_ELEMENTS // width)

@@ -3,11 +3,11 @@
 import torch
 import torch.nn.functional as F
 
-from trtbuild.tensors.cpu import is_intel
+from trtbuild.tensors.cpu import has_fast_mkl
 
 # In float32, for which the weight is oneDNN's first factor: the second it brings into an order of its own, every time.
 FEW_ROWS = range(4, 33)
-FEW_ROWS_OF_INTEL = range(7, 33)  # MKL, which is `F.linear`, does all others
+FEW_ROWS_BESIDE_MKL = range(7, 33)  # where that, which is `F.linear`, is faster for all others
 
 
 def cpu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -16,9 +16,9 @@ def cpu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
         return F.linear(x, weight, bias)
     product = torch.ops.mkldnn._linear_pointwise
     if x.dtype == torch.float32:
-        if x.shape[0] in (FEW_ROWS_OF_INTEL if is_intel() else FEW_ROWS):
+        if x.shape[0] in (FEW_ROWS_BESIDE_MKL if has_fast_mkl() else FEW_ROWS):
             y = product(weight, x, None, "none", [], "").t().contiguous()
             return y if bias is None else y.add_(bias)
-        if is_intel():
+        if has_fast_mkl():
             return F.linear(x, weight, bias)
     return product(x, weight, bias, "none", [], "")

@@ -17,7 +17,8 @@ from trtbuild.tensors.quantized_weight import QuantizedWeight
 # That recipes may ask for, and that torch's INT4 kernel for a CPU takes, which is vectorized for bfloat16 alone.
 GROUP_SIZES = (32, 64, 128, 256)
 
-# How much longer it takes on a CPU to bring a number of the activations into another order than one of the weights.
+# How much longer it takes on a CPU to bring a number of the activations into another order than one of the weights
+# (about 1.4 ns and 0.2).
 REORDERING = 8
 
 
@@ -124,7 +125,7 @@ class Int4Linear(WeightFormat):
             return product if bias is None else product.add_(bias)
         wide, widened, groups = x.float(), dequantize, scales.shape[1]
         if x.shape[1] // groups % 2 == 0 and len(x) * REORDERING < len(weight):
-            wide, widened = wide.view(len(x), groups, -1, 2).transpose(2, 3).flatten(1), _dequantize_halves
+            wide, widened = wide.unflatten(1, (groups, -1, 2)).transpose(2, 3).flatten(1), _dequantize_halves
         product = blockwise_linear(
             wide,
             (weight.shape[0], x.shape[1]),

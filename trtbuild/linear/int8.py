@@ -13,7 +13,8 @@ from trtbuild.network.network import Spec, Tensor
 from trtbuild.network.step import Step
 from trtbuild.tensors.cpu import multiplies
 
-KERNEL_MAX_ROWS = 8  # torch's INT8 kernel for a CPU, vectorized for bfloat16 alone, is then faster than widening
+# Up to which torch's INT8 kernel for a CPU, vectorized for bfloat16 alone, is faster than widening to these.
+KERNEL_MAX_ROWS = {torch.bfloat16: 8, torch.float32: 32}
 KERNEL_WIDTH = 32  # it reads whole vectors: past the end of other widths
 
 
@@ -38,12 +39,13 @@ class Int8Linear(EightBits):
     ) -> torch.Tensor:
         if kernels.run_on(x.device):
             return partly_scaled(x, weight, scales, bias, fractions=True)[0]
-        if x.dtype == torch.bfloat16 and x.shape[0] <= KERNEL_MAX_ROWS and x.shape[1] % KERNEL_WIDTH == 0:
+        # In bfloat16 integers are exact; in float16 sums of them may be too large.
+        wide = x.dtype if x.dtype == torch.bfloat16 and multiplies(x.dtype) else torch.float32
+        if x.dtype == torch.bfloat16 and len(x) <= KERNEL_MAX_ROWS[wide] and x.shape[1] % KERNEL_WIDTH == 0:
             # The scale comes after: in bfloat16 it would be wrong by the same 0.2% for every token.
             product = torch.ops.aten._weight_int8pack_mm(x, weight, torch.ones_like(scales, dtype=x.dtype))
-        else:  # in bfloat16 integers are exact, in float16 sums of them may be too large
-            wide = x if x.dtype == torch.bfloat16 and multiplies(x.dtype) else x.float()
-            product = blockwise_linear(wide, weight.shape, lambda rows: weight[rows].to(wide.dtype))
+        else:
+            product = blockwise_linear(x.to(wide), weight.shape, lambda rows: weight[rows].to(wide))
         product = product.float().mul_(scales)
         return (product if bias is None else product.add_(bias)).to(x.dtype)
 

@@ -110,4 +110,5 @@ class WholePages(Pages):
         super().give_back(pages)
         for page in pages:
             if not self.owners[page]:
+                assert page not in self._sources, f"page {page} is given back before its first step"
                 del self._prompts[page]

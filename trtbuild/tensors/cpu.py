@@ -8,20 +8,24 @@ import torch
 
 @cache
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether it has instructions for products of a floating-point dtype; other 16-bit numbers are better widened."""
+    """Whether oneDNN has products of a floating-point dtype that are fast on it; others of 16 bits are better widened.
+
+    It has some of bfloat16 wherever there is AVX-512, slow ones without AVX512_BF16.
+    """
     if dtype == torch.float32:
         return True
     if not torch.backends.mkldnn.is_available():
         return False
     if dtype == torch.float16:
         return torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    return dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
+    fast = dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
+    return fast and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @cache
-def is_intel() -> bool:
-    """Whether it is Intel's, on which alone MKL takes its fast kernels."""
+def has_fast_mkl() -> bool:
+    """Whether torch has MKL and the CPU is Intel's, on which alone MKL takes its fast kernels."""
     try:
-        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+        return torch.backends.mkl.is_available() and "GenuineIntel" in Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
