@@ -208,28 +208,33 @@ def pack(values: torch.Tensor) -> torch.Tensor:
 
 def unpack(packed: torch.Tensor) -> torch.Tensor:
     """The inverse of `pack`."""
+    return torch.stack(_nibbles(packed), -1).flatten(-2)
+
+
+def _nibbles(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Even and odd elements of what is packed, int8 each."""
     signed = packed.view(torch.int8)
-    return torch.stack((signed << 4 >> 4, signed >> 4), -1).flatten(-2)
+    return signed << 4 >> 4, signed >> 4
 
 
 def dequantize(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None = None) -> torch.Tensor:
     """`[out, in / 2]` packed values to `[out, in]` in the scales' dtype."""
-    values = unpack(weight).to(scales.dtype).unflatten(1, (scales.shape[1], -1))
-    if zeros is not None:
-        values -= zeros[..., None]
-    return (values * scales[..., None]).flatten(1)
+    return _scaled(unpack(weight).unflatten(1, (scales.shape[1], -1)), scales, zeros)
 
 
 def _dequantize_halves(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None = None) -> torch.Tensor:
-    """The same of groups of an even size, float32, with a group's even input channels before its odd ones.
+    """The same of groups of an even size, but a group's even input channels are before its odd ones.
 
-    It takes half the time of bringing them in order.
+    On a CPU to bring them in order takes a third of the time.
     """
-    signed = weight.view(torch.int8).unflatten(1, (scales.shape[1], -1))
-    values = scales.new_empty(*signed.shape[:2], 2, signed.shape[2])
-    values[:, :, 0], values[:, :, 1] = signed << 4, signed & -16  # 16 times what they are
-    groups = values.flatten(2)
+    groups = weight.unflatten(1, (scales.shape[1], -1))
+    return _scaled(torch.stack(_nibbles(groups), 2).flatten(2), scales, zeros)
+
+
+def _scaled(groups: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
+    """Values int8 `[out, groups, channels]` to `[out, in]`."""
+    values = groups.to(scales.dtype)
     if zeros is not None:
-        groups -= (16 * zeros.to(scales.dtype))[..., None]
-    groups *= (scales / 16)[..., None]
-    return groups.flatten(1)
+        values -= zeros[..., None]
+    values *= scales[..., None]
+    return values.flatten(1)
