@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from paged_caches import from_pages, in_pages
 
-from trtbuild.linear.int4 import Int4Linear, dequantize, pack
+from trtbuild.linear.int4 import Int4Grid, Int4Linear, dequantize, pack
 from trtbuild.linear.int8 import Int8Linear, partly_scaled
 from trtbuild.linear.w8a8 import W8A8Linear
 from trtbuild.models.alibi import alibi_slopes
@@ -18,7 +18,7 @@ from trtbuild.network.ops.rotary_embedding import RotaryEmbedding
 from trtbuild.network.ops.rotate import Rotate
 from trtbuild.network.ops.scale_tokens import ScaleTokens
 from trtbuild.network.ops.split_heads import SplitHeads
-from trtbuild.tensors.rounding import DTYPES, quantize
+from trtbuild.tensors.rounding import DTYPES, quantize, scale_for
 
 pytestmark = pytest.mark.gpu
 
@@ -128,6 +128,17 @@ def test_quantized_rows_equal_the_cpus(width, dtype):
         assert torch.equal(values.float().cpu(), expected.float())
         actual, _ = quantize_rows(x.cuda(), scale.cuda(), narrow)
         assert torch.equal(actual.float().cpu(), quantize(x.float(), scale, narrow).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_scales_of_weights_equal_the_cpus(dtype):
+    x = torch.randn(2000, 64).to(dtype).float()
+    for narrow in DTYPES.values():
+        assert torch.equal(scale_for(x.abs().cuda(), narrow).cpu(), scale_for(x.abs(), narrow))
+    for symmetric in (True, False):
+        grid = Int4Grid(64, symmetric, torch.float32)
+        for actual, expected in zip(grid.round(x.cuda()), grid.round(x), strict=True):
+            assert torch.equal(actual.cpu(), expected)
 
 
 class AttentionCase:

@@ -13,6 +13,7 @@ from trtbuild.network.network import Spec, Tensor
 from trtbuild.network.step import Step
 from trtbuild.tensors.lazy import LazyTensor
 from trtbuild.tensors.quantized_weight import QuantizedWeight
+from trtbuild.tensors.rounding import divided
 
 # That recipes may ask for, and that torch's INT4 kernel for a CPU takes, which is vectorized for bfloat16 alone.
 GROUP_SIZES = (32, 64, 128, 256)
@@ -178,7 +179,7 @@ class Int4Grid:
         else:
             low = groups.amin(-1).clamp_max_(0)
             span = groups.amax(-1).clamp_min_(0) - low
-        scales = (span / 15).to(self.dtype).float()
+        scales = divided(span, 15).to(self.dtype).float()
         scales = torch.where(scales > 0, scales, torch.ones_like(scales))
         zeros = torch.zeros_like(scales) if low is None else (-8 - (low / scales).round_()).clamp_(-8, 7)
         return scales, zeros

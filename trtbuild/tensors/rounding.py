@@ -17,5 +17,10 @@ def quantize(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.
 
 def scale_for(absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Float32 scale that maps `absmax` to the type's limit; 1 where all values are zero, so that zero stays zero."""
-    scale = absmax.float() / LIMIT[dtype]
+    scale = divided(absmax.float(), LIMIT[dtype])
     return torch.where(scale == 0, torch.ones_like(scale), scale)  # NaN stays NaN
+
+
+def divided(x: torch.Tensor, number: float) -> torch.Tensor:
+    """`x / number`, the same bits on every device: on a GPU torch multiplies by the rounded `1 / number`."""
+    return x / x.new_full((), number)
