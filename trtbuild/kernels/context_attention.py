@@ -22,9 +22,9 @@ All lengths are read on the device, so that a captured graph serves many steps: 
 
 A program attends for a block of one sequence's rows and one head ("FlashAttention", arXiv 2205.14135); masks are needed
 on the diagonal alone. Those that look back furthest start first. Scales are applied to scores and outputs. 8-bit tiles
-are converted by every program that reads them; so of long sequences whole new ones are read from `qkv`, by the GPU's
-copies of tiles, and a tile's scores are computed beside the softmax of the one before. Bits are the same. Some heads
-then come after the others, so that what they read stays in the GPU's cache.
+are converted by every program that reads them; so of long sequences tiles of new positions alone are read from `qkv`,
+by the GPU's copies of tiles. Bits are the same. Some heads then come after the others, so that what they read stays in
+the GPU's cache.
 """
 
 import math
@@ -135,7 +135,7 @@ def context_attention(
     return output, scales
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _cache_write_kernel(
     qkv, cos, sin, position_ids, query_starts, slots, key_cache, value_cache, key_scale, value_scale, pages,
     batch, qkv_stride, cache_stride, cache_head_stride, pages_stride,
@@ -204,7 +204,7 @@ def _store(
         tl.store(own + HALF + d[None, :], widened(high, first), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _context_attention_kernel(
     qkv, cos, sin, factors, key_cache, value_cache, key_scale, value_scale, query_starts, past_lengths, slots,
     slopes, pages, output, scales, given, new,
@@ -263,23 +263,28 @@ def _context_attention_kernel(
     position = past + row
     seen_by_all = (past + first + 1) // BLOCK_N * BLOCK_N
     end = past + tl.minimum(first + BLOCK_M, length)
-    old = seen_by_all  # until where whole tiles are read from the cache
+    fresh = end  # from where on tiles are read from `new`
     if new is not None:
-        old = tl.minimum(tl.cdiv(past, BLOCK_N) * BLOCK_N, seen_by_all)
+        fresh = tl.minimum(tl.cdiv(past, BLOCK_N) * BLOCK_N, end)
     state = _over(
         state, queries, key_cache, value_cache, pages, cache_stride, position, slope, score_scale,
-        0, old, end, False, PAGE, HALF, BLOCK_HALF, BLOCK_N,
+        0, tl.minimum(seen_by_all, fresh), end, False, PAGE, HALF, BLOCK_HALF, BLOCK_N,
+    )  # fmt: skip
+    state = _over(
+        state, queries, key_cache, value_cache, pages, cache_stride, position, slope, score_scale,
+        seen_by_all, fresh, end, True, PAGE, HALF, BLOCK_HALF, BLOCK_N,
     )  # fmt: skip
     if new is not None:
-        column = (HEADS + head // GROUP) * (2 * HALF)
-        state = _ahead(
-            state, queries, new, start - past, column, column + HEADS // GROUP * (2 * HALF), position, slope,
-            score_scale, old, seen_by_all, BLOCK_N,
+        key = (HEADS + head // GROUP) * (2 * HALF)
+        value = key + HEADS // GROUP * (2 * HALF)
+        state = _over_new(
+            state, queries, new, start - past, key, value, position, slope, score_scale,
+            fresh, seen_by_all, end, False, BLOCK_N,
         )  # fmt: skip
-    state = _over(
-        state, queries, key_cache, value_cache, pages, cache_stride, position, slope, score_scale,
-        seen_by_all, end, end, True, PAGE, HALF, BLOCK_HALF, BLOCK_N,
-    )  # fmt: skip
+        state = _over_new(
+            state, queries, new, start - past, key, value, position, slope, score_scale,
+            tl.maximum(seen_by_all, fresh), end, end, True, BLOCK_N,
+        )  # fmt: skip
     _, weight_sum, total = state
     scale = 1 / weight_sum
     if value_scale is not None:
@@ -311,7 +316,6 @@ def _over(
     MASKED: tl.constexpr, PAGE: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Attends to the positions from `begin` to `stop`; where masked, none beyond a query's own."""
-    highest, weight_sum, total = state
     column, real = _columns(HALF, BLOCK_HALF)
     page = page_of(pages, begin, end, PAGE, BLOCK_N)
     for n in range(begin, stop, BLOCK_N):
@@ -329,35 +333,36 @@ def _over(
             inside = real[None, :]
             k = tl.load(keys + held + places, mask=inside, other=0.0)
             v = tl.load(values + held + places, mask=inside, other=0.0)
-        scores = tl.dot(queries, widened(k, queries).T)
-        weights, higher = _weights(scores, highest, at, position, slope, score_scale, MASKED)
-        shrink = tl.exp2(highest - higher)
-        weight_sum = weight_sum * shrink + tl.sum(weights, 1)
-        total = tl.dot(weights.to(queries.dtype), widened(v, queries), total * shrink[:, None])
-        highest = higher
-    return highest, weight_sum, total
+        k, v = widened(k, queries), widened(v, queries)
+        state = _attended(state, queries, k, v, at, position, slope, score_scale, MASKED)
+    return state
 
 
 @triton.jit
-def _ahead(
-    state, queries, new, row, key_column, value_column, position, slope, score_scale, begin, stop, BLOCK_N: tl.constexpr
-):
-    """The same without masks, of positions `n` in rows `row + n` of `new`; scores are computed a tile ahead."""
-    highest, weight_sum, total = state
-    scores = tl.zeros((queries.shape[0], BLOCK_N), tl.float32)
-    if begin < stop:
-        scores = tl.dot(queries, new.load([row + begin, key_column]).T)
+def _over_new(
+    state, queries, new, row, key, value, position, slope, score_scale, begin, stop, end,
+    MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The same of positions `n` in the rows `row + n` of `new`, in the columns from `key` and `value` on."""
     for n in range(begin, stop, BLOCK_N):
-        k = new.load([row + n + BLOCK_N, key_column])  # of the last tile's next there is no use
-        v = new.load([row + n, value_column])
-        following = tl.dot(queries, k.T)
         at = n + tl.arange(0, BLOCK_N)
-        weights, higher = _weights(scores, highest, at, position, slope, score_scale, False)
-        shrink = tl.exp2(highest - higher)
-        weight_sum = weight_sum * shrink + tl.sum(weights, 1)
-        total = tl.dot(weights.to(queries.dtype), v, total * shrink[:, None])
-        highest, scores = higher, following
-    return highest, weight_sum, total
+        k, v = new.load([row + n, key]), new.load([row + n, value])
+        if MASKED:  # what comes after the sequence may be anything
+            v = tl.where(at[:, None] < end, v, 0.0)
+        state = _attended(state, queries, k, v, at, position, slope, score_scale, MASKED)
+    return state
+
+
+@triton.jit
+def _attended(state, queries, k, v, at, position, slope, score_scale, MASKED: tl.constexpr):
+    """After a tile of keys and values, of the positions `at`."""
+    highest, weight_sum, total = state
+    scores = tl.dot(queries, k.T)
+    weights, higher = _weights(scores, highest, at, position, slope, score_scale, MASKED)
+    shrink = tl.exp2(highest - higher)
+    weight_sum = weight_sum * shrink + tl.sum(weights, 1)
+    total = tl.dot(weights.to(queries.dtype), v, total * shrink[:, None])
+    return higher, weight_sum, total
 
 
 @triton.jit
