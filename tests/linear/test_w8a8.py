@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import error
 
+from trtbuild.linear import w8a8
 from trtbuild.linear.w8a8 import W8A8Linear
 from trtbuild.network import Network
+from trtbuild.tensors.cpu import multiplies
 
 STATIC, TOKEN = W8A8Linear("int8", "static"), W8A8Linear("int8", "token")
 # Norm of the difference over the norm of the exact result: rounding to the dtype, since the integers are the same.
@@ -44,7 +46,9 @@ def case(rows: int, inner: int, outer: int, bias: bool, activations: str, dtype:
 @ways
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 3, 16, 100])
-def test_reference_and_portable(rows, bias, activations, dtype):
+@pytest.mark.parametrize("integers", [False, True] if multiplies(torch.int8) else [False])
+def test_reference_and_portable(integers, rows, bias, activations, dtype, monkeypatch):
+    monkeypatch.setattr(w8a8, "multiplies", lambda dtype: integers)
     inputs = case(rows, 96, 64, bias, activations, dtype)
     given = [t for t in inputs if t is not None]
     before = [t.clone() for t in given]
@@ -74,8 +78,10 @@ def test_any_shape(rows, inner, outer, bias, activations, dtype):
 
 @ways
 @pytest.mark.parametrize("inner", [1024, 1040])
-def test_sums_of_the_largest_products_are_exact(inner, activations):
+@pytest.mark.parametrize("integers", [False, True] if multiplies(torch.int8) else [False])
+def test_sums_of_the_largest_products_are_exact(integers, inner, activations, monkeypatch):
     """2^24 is as far as float32 counts: 1040 products of 127 and 127, or 1024 of 128 and 128."""
+    monkeypatch.setattr(w8a8, "multiplies", lambda dtype: integers)
     x = torch.full((2, inner), 127.0)
     x[1] = -127
     weight = torch.full((3, inner), 127, dtype=torch.int8)

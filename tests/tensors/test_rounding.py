@@ -6,7 +6,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from trtbuild.tensors.rounding import LIMIT, quantize, scale_for
+from trtbuild.tensors.rounding import LIMIT, quantize, scale_for, widened
 
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
 both = pytest.mark.parametrize("dtype", [INT8, FP8], ids=str)
@@ -150,3 +150,14 @@ def test_scales_broadcast_and_the_input_stays():
     assert quantize(x, torch.tensor([[1.0], [0.5]]), INT8).tolist() == [[1, -2], [6, 127]]
     assert quantize(x, torch.tensor([1.0, 0.5]), INT8).tolist() == [[1, -4], [3, 127]]
     assert x.equal(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_fp8_is_widened_to_what_it_is(dtype):
+    codes = torch.arange(256, dtype=torch.uint8).view(FP8)
+    numbers = codes[codes.float().isfinite()]
+    for x in (codes, numbers, numbers.expand(3, -1).T[::2], numbers[:0]):
+        assert widened(x, dtype).dtype == dtype
+        assert torch.equal(widened(x, dtype).isnan(), x.to(dtype).isnan())
+        assert torch.equal(widened(x, dtype).nan_to_num(), x.to(dtype).nan_to_num())
+    assert widened(numbers, dtype).signbit().tolist() == numbers.to(dtype).signbit().tolist()  # also of zero

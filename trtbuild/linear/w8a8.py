@@ -11,7 +11,8 @@ from trtbuild.linear.format import EightBits
 from trtbuild.network.lowering import Lowered, Lowering
 from trtbuild.network.network import Spec, Tensor
 from trtbuild.network.step import Step
-from trtbuild.tensors.rounding import LIMIT, quantize, scale_for
+from trtbuild.tensors.cpu import multiplies
+from trtbuild.tensors.rounding import LIMIT, quantize, scale_for, widened
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,15 @@ def product_in_blocks(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The same in float32 sums: of integers exact for up to 1032 terms, within 1e-7 of exact beyond."""
-    product = blockwise_linear(narrow.float(), weight.shape, lambda rows: weight[rows].float())
+    """The same in float32 sums: of integers exact for up to 1032 terms, within 1e-7 of exact beyond, or where a CPU
+    multiplies them.
+    """
+    integers = narrow.dtype == torch.int8 and narrow.device.type == "cpu" and multiplies(torch.int8)
+    if integers and narrow.shape[1] > 1:  # torch 2.13 makes zeros of one column
+        product = torch._int_mm(narrow, weight.T).float()
+    else:
+        wide = widened(narrow, torch.float32)
+        product = blockwise_linear(wide, weight.shape, lambda rows: widened(weight[rows], torch.float32))
     product = product.mul_(s).mul_(scales)
     return (product if bias is None else product.add_(bias)).to(dtype)
 

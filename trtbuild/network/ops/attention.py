@@ -10,7 +10,7 @@ from trtbuild.network.lowering import Lowered, Lowering
 from trtbuild.network.network import Op, Spec, Tensor
 from trtbuild.network.step import Step
 from trtbuild.tensors.cpu import multiplies
-from trtbuild.tensors.rounding import quantize
+from trtbuild.tensors.rounding import quantize, widened
 
 T = TypeVar("T")
 
@@ -227,7 +227,7 @@ def _stored(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None) -> 
 
 def _loaded(cache: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None) -> torch.Tensor:
     """What a cache `[..., kv_heads, positions, head_dim]` stands for, in `dtype`."""
-    return cache.to(dtype) if scale is None else cache.to(dtype) * scale.to(dtype)[:, None, None]
+    return cache.to(dtype) if scale is None else widened(cache, dtype) * scale.to(dtype)[:, None, None]
 
 
 def _attend(
