@@ -153,8 +153,10 @@ def test_scales_broadcast_and_the_input_stays():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_fp8_is_widened_to_what_it_is(dtype):
-    codes = torch.arange(256, dtype=torch.uint8).view(FP8)
+def test_8_bits_are_widened_to_what_they_are(dtype):
+    codes = torch.arange(256, dtype=torch.uint8).view(INT8)
+    assert torch.equal(widened(codes, dtype), codes.to(dtype))
+    codes = codes.view(FP8)
     numbers = codes[codes.float().isfinite()]
     for x in (codes, numbers, numbers.expand(3, -1).T[::2], numbers[:0]):
         assert widened(x, dtype).dtype == dtype
