@@ -93,6 +93,16 @@ def test_sums_of_the_largest_products_are_exact(integers, inner, activations, mo
     assert W8A8Linear("int8", activations).reference(x, weight, torch.ones(3), *rest).equal(expected)
 
 
+@ways
+def test_one_row_of_any_stride(activations):
+    """Of which torch's product of integers makes something else, unless it is laid out anew."""
+    _, weight, scale, input_scale = case(1, 64, 16, False, activations, torch.float32)
+    given = [weight, scale, *([] if input_scale is None else [input_scale])]
+    for x in (torch.randn(64, 1).T, torch.randn(64, 4).T[1:2], torch.randn(1, 1).expand(1, 64)):
+        expected = exact(x, weight, scale, input_scale)
+        assert error(W8A8Linear("int8", activations).portable(None, x, *given), expected) < TOLERANCE[torch.float32]
+
+
 def test_static_saturates_at_both_ends():
     x, weight = torch.tensor([[1e6], [-1e6], [63.75], [0.25], [0.75]]), torch.ones(1, 1, dtype=torch.int8)
     for run in (

@@ -22,9 +22,9 @@ All lengths are read on the device, so that a captured graph serves many steps: 
 
 A program attends for a block of one sequence's rows and one head ("FlashAttention", arXiv 2205.14135); masks are needed
 on the diagonal alone. Those that look back furthest start first. Scales are applied to scores and outputs. 8-bit tiles
-are converted by every program that reads them; so of long sequences tiles of new positions alone are read from `qkv`,
-by the GPU's copies of tiles. Bits are the same. Some heads then come after the others, so that what they read stays in
-the GPU's cache.
+are converted by every program that reads them; so those tiles of long sequences that hold nothing but new positions are
+read from `qkv`, by the GPU's copies of tiles. Bits are the same. Some heads then come after the others, so that what
+they read stays in the GPU's cache.
 """
 
 import math

@@ -114,12 +114,13 @@ def product_in_blocks(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The same in float32 sums: of integers exact for up to 1032 terms, within 1e-7 of exact beyond, or where a CPU
-    multiplies them.
+    """The same within 1e-7: in float32 sums, of integers exact for up to 1032 terms, or, where the CPU multiplies
+    integers, in int32 ones, which are rounded once.
     """
     integers = narrow.dtype == torch.int8 and narrow.device.type == "cpu" and multiplies(torch.int8)
-    if integers and narrow.shape[1] > 1:  # torch 2.13 makes zeros of one column
-        product = torch._int_mm(narrow, weight.T).float()
+    if integers and narrow.shape[1] > 1:
+        # torch 2.13 is wrong for a matrix of one row whose stride is not its width; so above, too, of `weight.T`.
+        product = torch._int_mm(narrow.flatten().view(narrow.shape), weight.T).float()
     else:
         wide = widened(narrow, torch.float32)
         product = blockwise_linear(wide, weight.shape, lambda rows: widened(weight[rows], torch.float32))

@@ -22,7 +22,7 @@ def scale_for(absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def widened(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """8 bits as `x.to(dtype)`, float16, bfloat16 or float32.
+    """8 bits as `x.to(dtype)`, a floating-point one that is wider.
 
     What torch converts one by one on a CPU takes another way: int8 to float16 by float32, in half of the time, and FP8
     by its bits, which are those of a float16 that is 2**8 times smaller, in a sixth.
