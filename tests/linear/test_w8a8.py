@@ -17,6 +17,8 @@ STATIC, TOKEN = W8A8Linear("int8", "static"), W8A8Linear("int8", "token")
 TOLERANCE = {torch.float32: 3e-7, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 ways = pytest.mark.parametrize("activations", ["static", "token"])
+# Whether a CPU multiplies integers, as this one does or not.
+products = pytest.mark.parametrize("integers", [False, True] if multiplies(torch.int8) else [False])
 
 
 def exact(x, weight, scale, input_scale=None, bias=None) -> np.ndarray:
@@ -46,7 +48,7 @@ def case(rows: int, inner: int, outer: int, bias: bool, activations: str, dtype:
 @ways
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 3, 16, 100])
-@pytest.mark.parametrize("integers", [False, True] if multiplies(torch.int8) else [False])
+@products
 def test_reference_and_portable(integers, rows, bias, activations, dtype, monkeypatch):
     monkeypatch.setattr(w8a8, "multiplies", lambda dtype: integers)
     inputs = case(rows, 96, 64, bias, activations, dtype)
@@ -78,7 +80,7 @@ def test_any_shape(rows, inner, outer, bias, activations, dtype):
 
 @ways
 @pytest.mark.parametrize("inner", [1024, 1040])
-@pytest.mark.parametrize("integers", [False, True] if multiplies(torch.int8) else [False])
+@products
 def test_sums_of_the_largest_products_are_exact(integers, inner, activations, monkeypatch):
     """2^24 is as far as float32 counts: 1040 products of 127 and 127, or 1024 of 128 and 128."""
     monkeypatch.setattr(w8a8, "multiplies", lambda dtype: integers)
