@@ -1,5 +1,6 @@
 """Bars on a terminal and lines in a log; what was made."""
 
+import gc
 import re
 import sys
 import time
@@ -114,3 +115,12 @@ def test_made_says_how_large_and_how_long(log, tmp_path):
     with pytest.raises(ValueError, match="no"), made(tmp_path / "nothing"):
         raise ValueError("no")
     assert "nothing" not in log.read()
+
+
+def test_a_bar_interrupted_while_it_is_made_says_nothing(monkeypatch):
+    said: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    bar = progress._Lines.__new__(progress._Lines)
+    del bar
+    gc.collect()
+    assert not said

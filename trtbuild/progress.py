@@ -4,7 +4,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +120,7 @@ class _Lines(tqdm):
             if self._said:
                 print(self, file=sys.stderr, flush=True)
         super().close()
+
+    def __del__(self) -> None:
+        with suppress(AttributeError):  # of one that was interrupted while it was made
+            super().__del__()
